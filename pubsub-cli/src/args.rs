@@ -1,0 +1,280 @@
+//! What can be said on the command line, and its help.
+
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueHint};
+use clap_complete::Shell;
+
+use crate::values::{self, Bytes, Where};
+
+/// Publish, subscribe and administer a pubsub server.
+#[derive(Debug, Parser)]
+#[command(name = "pubsub", version, arg_required_else_help = true, after_help = EXIT_CODES,
+    after_long_help = LONG_HELP)]
+pub(crate) struct Args {
+    /// The address of the server
+    #[arg(long, global = true, env = "PUBSUB_SERVER", value_name = "URL",
+        default_value = "http://127.0.0.1:7670", value_hint = ValueHint::Url)]
+    pub(crate) server: String,
+
+    /// Write JSON: one object on one line for each thing; errors too, on standard error
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes, and how to begin: pubsub --help";
+
+const LONG_HELP: &str = "\
+Begin:
+  pubsub-server &                                    a server, in ./pubsub-data
+  pubsub topic create orders
+  pubsub publish orders 'hello'
+  pubsub subscribe orders --from earliest            Ctrl-C ends it
+  pubsub subscribe orders --subscription billing     remembers what it has received
+  pubsub receipts orders 1                           who has received message 1?
+
+Exit codes:
+  0    done
+  1    failed
+  2    usage: an argument is wrong
+  3    there is no such topic, subscription or message
+  4    conflict: it exists already, or with other settings or content
+  5    the server cannot be reached
+  6    the outcome is unknown: it may or may not have happened
+  7    a limit is reached: message size, topic, disk or server
+  130  interrupted before all was done";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Create, list, describe and delete topics
+    #[command(subcommand, visible_alias = "topics")]
+    Topic(Topic),
+    /// Create, list, describe, delete and move subscriptions
+    #[command(subcommand, visible_aliases = ["subscriptions", "sub"])]
+    Subscription(Subscription),
+    /// Publish messages, from arguments or standard input
+    Publish(Publish),
+    /// Print messages as they come
+    Subscribe(Subscribe),
+    /// Tell which subscriptions have received a message
+    #[command(after_help = "\
+Examples:
+  pubsub receipts orders 17
+  pubsub receipts orders 17 --subscription billing --json")]
+    Receipts(Receipts),
+    /// Describe the server; fails unless it serves reads and writes
+    Status,
+    /// Write a script for the shell that completes commands
+    #[command(after_help = "\
+Examples:
+  pubsub completions bash > /etc/bash_completion.d/pubsub
+  pubsub completions fish > ~/.config/fish/completions/pubsub.fish")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Topic {
+    /// Create a topic
+    #[command(after_help = "\
+Examples:
+  pubsub topic create orders
+  pubsub topic create logs --retention 1day --max-bytes 512MiB
+  pubsub topic create orders --if-not-exists")]
+    Create(CreateTopic),
+    /// List topics
+    List,
+    /// Describe a topic
+    Describe {
+        /// Its name
+        name: String,
+    },
+    /// Delete a topic and all its messages
+    Delete {
+        /// Its name
+        name: String,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct CreateTopic {
+    /// Its name: up to 128 letters, digits, ".", "_" and "-"
+    pub(crate) name: String,
+    /// How long to keep messages after every subscription has received them [default: 7days]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub(crate) retention: Option<Duration>,
+    /// How much the topic may hold [default: 10GiB]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_bytes: Option<Bytes>,
+    /// How large one message may be, up to 16MiB [default: 1MiB]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_message_bytes: Option<Bytes>,
+    /// How long to remember idempotency keys, up to 7days [default: 7days]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub(crate) idempotency_window: Option<Duration>,
+    /// Let it be if it exists already, whatever its settings
+    #[arg(long)]
+    pub(crate) if_not_exists: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Subscription {
+    /// Create a subscription without consuming: from now on its messages are kept
+    #[command(after_help = "\
+Examples:
+  pubsub subscription create billing orders
+  pubsub subscription create audit 'orders.*' payments --from earliest")]
+    Create(CreateSubscription),
+    /// List subscriptions
+    List,
+    /// Describe a subscription: its consumers, positions and backlog
+    Describe {
+        /// Its name
+        name: String,
+    },
+    /// Delete a subscription; its messages and receipts for it are forgotten
+    Delete {
+        /// Its name
+        name: String,
+    },
+    /// Move a subscription to another position; live consumers follow at once
+    #[command(after_help = "\
+Examples:
+  pubsub subscription seek billing --to earliest     everything again
+  pubsub subscription seek billing --to latest       skip what waits
+  pubsub subscription seek billing --to 10m          what came in the last 10 minutes
+  pubsub subscription seek billing --to 4711 --topic orders")]
+    Seek(Seek),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct CreateSubscription {
+    /// Its name, by the rules of topic names
+    pub(crate) name: String,
+    /// Topics, and patterns in which "*" stands for any characters
+    #[arg(required = true, value_name = "TOPIC")]
+    pub(crate) topics: Vec<String>,
+    #[doc = values::from_help!("Where it starts")]
+    #[arg(long, value_name = "WHERE", default_value = "latest")]
+    pub(crate) from: Where,
+    /// Let it be if it exists already with the same settings
+    #[arg(long)]
+    pub(crate) if_not_exists: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Seek {
+    /// Its name
+    pub(crate) name: String,
+    #[doc = values::from_help!("Where to move it")]
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) to: Where,
+    /// The topic to move in [default: all of the subscription]
+    #[arg(long, value_name = "TOPIC")]
+    pub(crate) topic: Option<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+#[command(after_help = "\
+Prints the id of each message, topic/epoch/sequence, once it is on the server's disk.
+
+Examples:
+  pubsub publish orders 'hello'
+  pubsub publish orders 'hello' --create
+  pubsub publish orders '{\"id\": 7}' --content-type application/json --attr region=eu
+  pubsub publish orders 'paid' --idempotency-key order-7-paid    safe to run twice
+  tail -f app.log | pubsub publish logs --quiet")]
+pub(crate) struct Publish {
+    /// The topic
+    pub(crate) topic: String,
+    /// The messages; without any, each line of standard input is one
+    #[arg(value_name = "MESSAGE")]
+    pub(crate) messages: Vec<String>,
+    /// The ordering key: messages of one key keep their order
+    #[arg(long, value_name = "KEY")]
+    pub(crate) key: Option<String>,
+    /// Your own identity of the one message: published again under it, it is stored once
+    #[arg(long, value_name = "KEY")]
+    pub(crate) idempotency_key: Option<String>,
+    /// An attribute; may be given several times
+    #[arg(long = "attr", value_name = "NAME=VALUE", value_parser = values::attribute)]
+    pub(crate) attributes: Vec<(String, String)>,
+    /// The media type of the payload
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) content_type: Option<String>,
+    /// The only subscriptions to receive it; may be given several times, or with commas
+    #[arg(long, value_name = "SUBSCRIPTION", value_delimiter = ',')]
+    pub(crate) to: Vec<String>,
+    /// Create the topic if it does not exist
+    #[arg(long)]
+    pub(crate) create: bool,
+    /// How long each message may take; while the server is away it waits [default: no limit]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub(crate) timeout: Option<Duration>,
+    /// Print errors only
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+#[command(after_help = "\
+Without --subscription it is a reader: it keeps its position itself and leaves nothing behind
+on the server. With one, the server keeps what is not acked, and the next run goes on there.
+
+A line is: topic, sequence, payload. A lost connection is announced on standard error; nothing
+is lost or printed twice by it. Ctrl-C stops in order, a second one at once.
+
+Examples:
+  pubsub subscribe orders                               what comes from now on
+  pubsub subscribe orders 'sensors.*' --from earliest   several topics, from the beginning
+  pubsub subscribe orders --from 10m                    and what came in the last 10 minutes
+  pubsub subscribe orders --from earliest --until-caught-up --raw > orders.txt
+  pubsub subscribe orders --subscription billing        goes on where it was
+  pubsub subscribe --subscription billing --no-ack --count 5    look without taking
+  pubsub subscribe orders --json | jq .payload")]
+pub(crate) struct Subscribe {
+    /// Topics, and patterns in which "*" stands for any characters
+    #[arg(value_name = "TOPIC", required_unless_present = "subscription")]
+    pub(crate) topics: Vec<String>,
+    /// Consume this durable subscription, and create it if it does not exist
+    #[arg(long, short, value_name = "NAME")]
+    pub(crate) subscription: Option<String>,
+    #[doc = values::from_help!("Where a reader or a new subscription starts")]
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) from: Option<Where>,
+    /// Stop after this many messages
+    #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) count: Option<u64>,
+    /// Stop when everything that was published until now is printed
+    #[arg(long)]
+    pub(crate) until_caught_up: bool,
+    /// Ack each message once it is written: the default
+    #[arg(long, requires = "subscription", overrides_with = "no_ack")]
+    ack: bool,
+    /// Ack nothing: all of it comes again
+    #[arg(long, requires = "subscription", overrides_with = "ack")]
+    pub(crate) no_ack: bool,
+    /// The name of this consumer; of several with different names one is active, others stand by
+    #[arg(long, value_name = "NAME", requires = "subscription")]
+    pub(crate) consumer: Option<String>,
+    /// Print payloads only, one on each line
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) raw: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Receipts {
+    /// The topic
+    pub(crate) topic: String,
+    /// The sequence of the message in it, or the id of the message as `publish` prints it
+    #[arg(value_name = "SEQUENCE")]
+    pub(crate) message: values::MessageRef,
+    /// Ask for this subscription only
+    #[arg(long, value_name = "NAME")]
+    pub(crate) subscription: Option<String>,
+}

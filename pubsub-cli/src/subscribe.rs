@@ -1,0 +1,179 @@
+//! `pubsub subscribe`.
+
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use pubsub_client::{
+    Client, Delivery, Drain, Event, Gap, Reason, Subscriber, SubscriberBuilder,
+};
+use tokio::time::sleep;
+
+use crate::args::Subscribe;
+use crate::failure::{Exit, Failure};
+use crate::format;
+use crate::interrupt::Interrupt;
+use crate::output::Output;
+use crate::watch::Announcer;
+
+/// Messages that are held unacked at most.
+const OUTSTANDING: u32 = 1_000;
+/// How long acks may take to be confirmed at the end.
+const LAST_CALL: Duration = Duration::from_secs(5);
+/// How often to look whether everything is printed.
+const LOOK: Duration = Duration::from_millis(100);
+
+pub(crate) async fn run(
+    args: Subscribe,
+    client: &Client,
+    output: &mut Output,
+) -> Result<Exit, Failure> {
+    say_if_start_is_ignored(&args, client).await?;
+    let interrupt = Interrupt::new().map_err(|error| Failure::failed(error.to_string()))?;
+    let subscriber = builder(&args, client).open().await?;
+    let _announcer = Announcer::new(subscriber.state());
+    let stopper = subscriber.stopper();
+    let mut printer = Printer {
+        output,
+        raw: args.raw,
+        ack: args.subscription.is_some() && !args.no_ack,
+        printed: 0,
+        written: Vec::new(),
+        held: Vec::new(),
+    };
+    let printed = print(&args, subscriber, interrupt, &mut printer).await;
+    // What was written is acked; what was not, or is only looked at, goes back at once.
+    let settled = printer.settle();
+    drop(printer);
+    let report = stopper.stop(Drain::Release, LAST_CALL).await;
+    if report.unconfirmed > 0 && !args.no_ack {
+        eprintln!(
+            "pubsub: {} acks are not confirmed; these messages may come again",
+            report.unconfirmed
+        );
+    }
+    printed?;
+    settled?;
+    Ok(Exit::Ok)
+}
+
+fn builder(args: &Subscribe, client: &Client) -> SubscriberBuilder {
+    let builder = match &args.subscription {
+        Some(name) => client.subscriber(name).topics(&args.topics),
+        None => client.reader(&args.topics),
+    };
+    let builder = match &args.consumer {
+        Some(name) => builder.consumer_id(name),
+        None => builder,
+    };
+    // Without topics an existing subscription is meant: there is nothing to create it from.
+    let builder = if args.topics.is_empty() { builder.must_exist() } else { builder };
+    let count = args.count.and_then(|count| u32::try_from(count).ok()).unwrap_or(OUTSTANDING);
+    builder
+        .start(args.from.map(|from| from.start()).unwrap_or_default())
+        .max_outstanding_messages(count.min(OUTSTANDING))
+}
+
+/// A start counts only when a subscription is created, which surprises whoever asks for one.
+async fn say_if_start_is_ignored(args: &Subscribe, client: &Client) -> Result<(), Failure> {
+    let (Some(name), Some(_)) = (&args.subscription, args.from) else { return Ok(()) };
+    match client.admin().subscription(name).await {
+        Ok(_) => eprintln!(
+            "pubsub: subscription {name} exists and goes on where it was; to move it: \
+             pubsub subscription seek {name} --to WHERE"
+        ),
+        Err(error) if error.reason() == Some(Reason::SubscriptionNotFound) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
+}
+
+async fn print(
+    args: &Subscribe,
+    mut subscriber: Subscriber,
+    mut interrupt: Interrupt,
+    printer: &mut Printer<'_>,
+) -> Result<(), Failure> {
+    let state = subscriber.state();
+    while args.count.is_none_or(|count| printer.printed < count) && !interrupt.is_asked() {
+        let event = match subscriber.next().now_or_never() {
+            Some(event) => event,
+            None => {
+                // Before waiting: who reads the output may wait for it too.
+                printer.settle()?;
+                if args.until_caught_up
+                    && state.get().is_connected()
+                    && subscriber.position().caught_up
+                {
+                    break;
+                }
+                tokio::select! {
+                    event = subscriber.next() => event,
+                    () = interrupt.asked() => break,
+                    () = sleep(LOOK), if args.until_caught_up => continue,
+                }
+            }
+        };
+        match event {
+            None => break,
+            Some(Err(error)) => return Err(error.into()),
+            Some(Ok(Event::Message(delivery))) => printer.message(delivery)?,
+            Some(Ok(Event::Gap(gap))) => printer.gap(&gap)?,
+            Some(Ok(_)) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Prints messages, and acks them when they are written.
+struct Printer<'a> {
+    output: &'a mut Output,
+    raw: bool,
+    ack: bool,
+    printed: u64,
+    /// To be acked when they have left the buffer. Bounded by what may be outstanding.
+    written: Vec<Delivery>,
+    /// Not to be acked: dropped, they would come again at once. Bounded likewise.
+    held: Vec<Delivery>,
+}
+
+impl Printer<'_> {
+    fn message(&mut self, delivery: Delivery) -> Result<(), Failure> {
+        if self.output.is_json() {
+            self.output.json(&format::message(&delivery))?;
+        } else if self.raw {
+            self.output.raw("", &delivery.payload)?;
+        } else {
+            let start = format!("{} {} ", delivery.id.topic, delivery.id.sequence);
+            self.output.raw(&start, &delivery.payload)?;
+        }
+        self.printed += 1;
+        if self.ack {
+            self.written.push(delivery);
+            return Ok(());
+        }
+        self.held.push(delivery);
+        Ok(())
+    }
+
+    fn gap(&mut self, gap: &Gap) -> Result<(), Failure> {
+        if self.output.is_json() {
+            return Ok(self.output.json(&format::gap(gap))?);
+        }
+        eprintln!(
+            "pubsub: {}: messages {} to {} will never come: {}",
+            gap.topic,
+            gap.range.start(),
+            gap.range.end(),
+            format::gap_reason(gap.reason)
+        );
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<(), Failure> {
+        self.output.flush()?;
+        for delivery in self.written.drain(..) {
+            delivery.ack();
+        }
+        Ok(())
+    }
+}

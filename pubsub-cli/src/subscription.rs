@@ -1,0 +1,145 @@
+//! `pubsub subscription`.
+
+use pubsub_client::{Client, SubscriptionInfo};
+use serde_json::json;
+
+use crate::args::{CreateSubscription, Seek, Subscription};
+use crate::failure::{Exit, Failure};
+use crate::format;
+use crate::output::Output;
+
+pub(crate) async fn run(
+    command: Subscription,
+    client: &Client,
+    output: &mut Output,
+) -> Result<Exit, Failure> {
+    match command {
+        Subscription::Create(args) => create(args, client, output).await?,
+        Subscription::List => list(client, output).await?,
+        Subscription::Describe { name } => {
+            show(&client.admin().subscription(name).await?, output)?;
+        }
+        Subscription::Delete { name } => {
+            client.admin().delete_subscription(&name).await?;
+            if output.is_json() {
+                output.json(&json!({ "type": "deleted", "subscription": name }))?;
+            } else {
+                output.line(&format!("deleted subscription {name}"))?;
+            }
+        }
+        Subscription::Seek(args) => seek(args, client, output).await?,
+    }
+    Ok(Exit::Ok)
+}
+
+async fn create(
+    args: CreateSubscription,
+    client: &Client,
+    output: &mut Output,
+) -> Result<(), Failure> {
+    let settings = pubsub_client::CreateSubscription::to(args.topics);
+    let settings = settings.with_start(args.from.start());
+    let settings = if args.if_not_exists { settings.if_not_exists() } else { settings };
+    let (subscription, created) = client.admin().create_subscription(args.name, settings).await?;
+    if output.is_json() {
+        let mut value = format::subscription(&subscription);
+        value["created"] = created.into();
+        output.json(&value)?;
+    } else {
+        let done = if created { "created subscription" } else { "exists already: subscription" };
+        output.line(&format!("{done} {} to {}", subscription.name, subscription.topics.join(", ")))?;
+    }
+    Ok(())
+}
+
+async fn list(client: &Client, output: &mut Output) -> Result<(), Failure> {
+    let admin = client.admin();
+    let mut rows = Vec::new();
+    let mut after = None;
+    loop {
+        let page = admin.subscriptions(after).await?;
+        for subscription in page.items {
+            if output.is_json() {
+                output.json(&format::subscription(&subscription))?;
+                continue;
+            }
+            rows.push([
+                subscription.name.clone(),
+                subscription.topics.join(","),
+                subscription.positions.iter().map(|at| at.backlog).sum::<u64>().to_string(),
+                consumer(&subscription),
+            ]);
+        }
+        after = page.next;
+        if after.is_none() {
+            break;
+        }
+    }
+    if output.is_json() {
+        return Ok(());
+    }
+    if rows.is_empty() {
+        eprintln!(
+            "pubsub: there is no subscription yet; create one with \
+             `pubsub subscription create NAME TOPIC`"
+        );
+        return Ok(());
+    }
+    output.table(["SUBSCRIPTION", "TOPICS", "BACKLOG", "CONSUMER"], &rows)?;
+    Ok(())
+}
+
+fn consumer(subscription: &SubscriptionInfo) -> String {
+    match &subscription.active_consumer {
+        None => "-".to_owned(),
+        Some(name) if subscription.connected => name.clone(),
+        Some(name) => format!("{name} (lost, awaited)"),
+    }
+}
+
+async fn seek(args: Seek, client: &Client, output: &mut Output) -> Result<(), Failure> {
+    let to = args.to.start();
+    let subscription = client.admin().seek(args.name, args.topic.as_deref(), to).await?;
+    show(&subscription, output)
+}
+
+fn show(subscription: &SubscriptionInfo, output: &mut Output) -> Result<(), Failure> {
+    let standby = match subscription.standby_consumers.as_slice() {
+        [] => "-".to_owned(),
+        names => names.join(", "),
+    };
+    output.fields(
+        &format::subscription(subscription),
+        &[
+            ("name", subscription.name.clone()),
+            ("epoch", format!("{:x}", subscription.epoch)),
+            ("kind", format::kind(subscription.kind).to_owned()),
+            ("topics", subscription.topics.join(", ")),
+            ("created", format::time(subscription.create_time)),
+            ("consumer", consumer(subscription)),
+            ("standing by", standby),
+        ],
+    )?;
+    if output.is_json() || subscription.positions.is_empty() {
+        return Ok(());
+    }
+    let rows: Vec<_> = subscription
+        .positions
+        .iter()
+        .map(|at| {
+            [
+                at.topic.clone(),
+                at.floor.to_string(),
+                at.head.to_string(),
+                at.backlog.to_string(),
+                at.outstanding.to_string(),
+                at.oldest_unacked.map_or_else(|| "-".to_owned(), |first| first.to_string()),
+                at.waits_for.clone().unwrap_or_default(),
+            ]
+        })
+        .collect();
+    output.line("")?;
+    let headings = ["TOPIC", "FLOOR", "LAST", "BACKLOG", "OUT", "OLDEST UNACKED", "WAITS FOR"];
+    output.table(headings, &rows)?;
+    Ok(())
+}

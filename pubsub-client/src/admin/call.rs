@@ -1,0 +1,94 @@
+//! How a unary call is made.
+
+use std::future::Future;
+use std::time::Duration;
+
+use pubsub_proto::v1::admin_service_client::AdminServiceClient;
+use tokio::time::{Instant, timeout, timeout_at};
+use tonic::transport::Channel;
+use tonic::{Response, Status};
+
+use super::Admin;
+use crate::error::{AdminError, TransportError, Verdict};
+
+/// Whether a call whose connection failed is made once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Again {
+    /// It changes nothing the second time.
+    Always,
+    /// Only if the first one certainly did not reach the server.
+    IfUnsent,
+}
+
+type Client = AdminServiceClient<Channel>;
+
+impl Admin {
+    /// Makes a call, and makes it again once if the connection turns out to be dead: a
+    /// connection that a server closed while it was idle shows only when it is used.
+    pub(super) async fn call<Q, R, F>(
+        &self,
+        again: Again,
+        request: Q,
+        call: impl Fn(Client, Q) -> F,
+    ) -> Result<R, AdminError>
+    where
+        Q: Clone,
+        F: Future<Output = Result<Response<R>, Status>>,
+    {
+        let deadline = Instant::now() + self.client.request_timeout;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        match self.call_once(left(), request.clone(), &call).await {
+            Err(AdminError::Unreachable { sent, .. })
+                if (again == Again::Always || !sent) && !left().is_zero() =>
+            {
+                self.call_once(left(), request, &call).await
+            }
+            result => result,
+        }
+    }
+
+    pub(super) async fn call_once<Q, R, F>(
+        &self,
+        limit: Duration,
+        request: Q,
+        call: impl Fn(Client, Q) -> F,
+    ) -> Result<R, AdminError>
+    where
+        F: Future<Output = Result<Response<R>, Status>>,
+    {
+        let deadline = Instant::now() + limit;
+        let late = || TransportError::new(format!("no answer within {limit:?}"));
+        let channel = timeout(limit, self.channel()).await;
+        let channel = channel
+            .map_err(|_| AdminError::Unreachable { source: late(), sent: false })?
+            .map_err(|source| AdminError::Unreachable { source, sent: false })?;
+        let client = AdminServiceClient::new(channel)
+            .max_decoding_message_size(pubsub_proto::MAX_FRAME_BYTES)
+            .max_encoding_message_size(pubsub_proto::MAX_FRAME_BYTES);
+        let failure = match timeout_at(deadline, call(client, request)).await {
+            Ok(Ok(response)) => {
+                self.client.set_reachable();
+                return Ok(response.into_inner());
+            }
+            Ok(Err(status)) => match Verdict::of(&status) {
+                Verdict::Server(error) => return Err(AdminError::Refused(error)),
+                Verdict::Transport(source) => source,
+            },
+            Err(_) => late(),
+        };
+        // Whatever is wrong with this connection: the next call has another one.
+        *self.client.unary.lock().await = None;
+        Err(AdminError::Unreachable { source: failure, sent: true })
+    }
+
+    /// The shared connection, made if need be.
+    async fn channel(&self) -> Result<Channel, TransportError> {
+        let mut shared = self.client.unary.lock().await;
+        if let Some(channel) = &*shared {
+            return Ok(channel.clone());
+        }
+        let channel = self.client.dialer.dial().await?;
+        *shared = Some(channel.clone());
+        Ok(channel)
+    }
+}

@@ -1,0 +1,122 @@
+//! Between the wire and the types of administration.
+
+use pubsub_proto::v1 as pb;
+
+use super::optional;
+use super::types::{
+    CreateSubscription, Receipt, ReceiptState, ServerInfo, SubscriptionInfo, SubscriptionPosition,
+    TopicConfig, TopicInfo,
+};
+use crate::error::AdminError;
+use crate::message::{duration, non_empty, time};
+use crate::subscriber::{SubscriptionKind, kind_to_wire, start_to_wire};
+
+pub(super) fn topic_config(config: &TopicConfig) -> pb::TopicConfig {
+    pb::TopicConfig {
+        retention: optional(config.retention),
+        max_bytes: config.max_bytes.unwrap_or(0),
+        max_message_bytes: config.max_message_bytes.unwrap_or(0),
+        idempotency_window: optional(config.idempotency_window),
+    }
+}
+
+pub(super) fn topic(topic: Option<pb::Topic>) -> Result<TopicInfo, AdminError> {
+    let topic = topic.ok_or_else(|| missing("topic"))?;
+    let config = topic.config.unwrap_or_default();
+    let positive = |number: u64| (number > 0).then_some(number);
+    Ok(TopicInfo {
+        name: topic.name,
+        epoch: topic.epoch,
+        config: TopicConfig {
+            retention: duration(config.retention),
+            max_bytes: positive(config.max_bytes),
+            max_message_bytes: positive(config.max_message_bytes),
+            idempotency_window: duration(config.idempotency_window),
+        },
+        create_time: time(topic.create_time),
+        first: topic.first,
+        head: topic.head,
+        stored_bytes: topic.stored_bytes,
+        subscriptions: topic.subscriptions,
+    })
+}
+
+pub(super) fn create_subscription(
+    name: String,
+    settings: CreateSubscription,
+) -> pb::CreateSubscriptionRequest {
+    pb::CreateSubscriptionRequest {
+        name,
+        topics: settings.topics,
+        kind: kind_to_wire(settings.kind).into(),
+        start: Some(start_to_wire(settings.start)),
+        if_not_exists: settings.if_not_exists,
+    }
+}
+
+pub(super) fn subscription(
+    subscription: Option<pb::Subscription>,
+) -> Result<SubscriptionInfo, AdminError> {
+    let subscription = subscription.ok_or_else(|| missing("subscription"))?;
+    let kind = match subscription.kind() {
+        pb::SubscriptionKind::Unspecified | pb::SubscriptionKind::Exclusive => {
+            SubscriptionKind::Exclusive
+        }
+    };
+    Ok(SubscriptionInfo {
+        name: subscription.name,
+        epoch: subscription.epoch,
+        kind,
+        topics: subscription.topics,
+        create_time: time(subscription.create_time),
+        active_consumer: non_empty(subscription.active_consumer),
+        connected: subscription.connected,
+        standby_consumers: subscription.standby_consumers,
+        positions: subscription.positions.into_iter().map(position).collect(),
+    })
+}
+
+fn position(position: pb::SubscriptionPosition) -> SubscriptionPosition {
+    let oldest = position.oldest_unacked;
+    SubscriptionPosition {
+        topic: position.topic,
+        epoch: position.epoch,
+        floor: position.floor,
+        head: position.head,
+        backlog: position.backlog,
+        outstanding: position.outstanding,
+        oldest_unacked: (oldest > 0).then_some(oldest),
+        waits_for: non_empty(position.waits_for),
+    }
+}
+
+pub(super) fn receipt(receipt: pb::Receipt) -> Result<Receipt, AdminError> {
+    let state = match receipt.state() {
+        pb::ReceiptState::Received => ReceiptState::Received,
+        pb::ReceiptState::Pending => ReceiptState::Pending,
+        pb::ReceiptState::NotAddressed => ReceiptState::NotAddressed,
+        pb::ReceiptState::Released => ReceiptState::Released { by: receipt.released_by },
+        pb::ReceiptState::Trimmed => {
+            ReceiptState::Trimmed { oldest_answerable: receipt.oldest_answerable }
+        }
+        pb::ReceiptState::Unspecified => return Err(missing("receipt state")),
+    };
+    Ok(Receipt { subscription: receipt.subscription, state })
+}
+
+pub(super) fn server(server: pb::GetServerResponse) -> ServerInfo {
+    ServerInfo {
+        version: server.version,
+        boot_id: server.boot_id.to_vec(),
+        start_time: time(server.start_time),
+        storage: server.storage,
+        topics: server.topics,
+        subscriptions: server.subscriptions,
+        connections: server.connections,
+        state: server.state,
+    }
+}
+
+fn missing(what: &str) -> AdminError {
+    AdminError::Malformed(format!("the {what} is missing"))
+}

@@ -1,0 +1,288 @@
+//! Topics, subscriptions, receipts and the state of the server.
+
+mod call;
+mod convert;
+mod types;
+
+use std::sync::Arc;
+
+use pubsub_proto::v1 as pb;
+
+pub use self::types::{
+    CreateSubscription, Page, Receipt, ReceiptState, ServerInfo, SubscriptionInfo,
+    SubscriptionPosition, TopicConfig, TopicInfo,
+};
+use crate::client::Shared;
+use crate::error::AdminError;
+use crate::message::wire_duration;
+use crate::subscriber::{Start, start_to_wire};
+
+/// Administers a server; made by [`Client::admin`](crate::Client::admin). Cheap to clone.
+///
+/// Each call either succeeds or fails within the client's
+/// [request timeout](crate::ClientBuilder::request_timeout); nothing is retried for longer than
+/// that. [`AdminError::outcome`] says whether a call that failed may have taken effect.
+#[derive(Clone, Debug)]
+pub struct Admin {
+    client: Arc<Shared>,
+}
+
+impl Admin {
+    pub(crate) fn new(client: Arc<Shared>) -> Self {
+        Self { client }
+    }
+
+    /// Creates a topic. Subscriptions whose patterns match it have it from then on.
+    ///
+    /// # Errors
+    ///
+    /// The name or the settings are not valid, or a topic of this name exists
+    /// ([`Reason::TopicExists`](crate::Reason::TopicExists)).
+    pub async fn create_topic(
+        &self,
+        name: impl Into<String>,
+        config: TopicConfig,
+    ) -> Result<TopicInfo, AdminError> {
+        Ok(self.new_topic(name.into(), config, false).await?.0)
+    }
+
+    /// Creates a topic unless one of this name exists, whatever its settings. Says whether it
+    /// did.
+    ///
+    /// # Errors
+    ///
+    /// The name or the settings are not valid.
+    pub async fn ensure_topic(
+        &self,
+        name: impl Into<String>,
+        config: TopicConfig,
+    ) -> Result<(TopicInfo, bool), AdminError> {
+        self.new_topic(name.into(), config, true).await
+    }
+
+    async fn new_topic(
+        &self,
+        name: String,
+        config: TopicConfig,
+        if_not_exists: bool,
+    ) -> Result<(TopicInfo, bool), AdminError> {
+        let config = Some(convert::topic_config(&config));
+        let request = pb::CreateTopicRequest { name, config, if_not_exists };
+        let again = if if_not_exists { call::Again::Always } else { call::Again::IfUnsent };
+        let response = self
+            .call(again, request, |mut client, request| async move {
+                client.create_topic(request).await
+            })
+            .await?;
+        Ok((convert::topic(response.topic)?, response.created))
+    }
+
+    /// Describes a topic.
+    ///
+    /// # Errors
+    ///
+    /// There is no such topic ([`Reason::TopicNotFound`](crate::Reason::TopicNotFound)).
+    pub async fn topic(&self, name: impl Into<String>) -> Result<TopicInfo, AdminError> {
+        let request = pb::GetTopicRequest { name: name.into() };
+        let response = self
+            .call(call::Again::Always, request, |mut client, request| async move {
+                client.get_topic(request).await
+            })
+            .await?;
+        convert::topic(response.topic)
+    }
+
+    /// Lists topics by name, from the first page (`None`) or the one after another.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached.
+    pub async fn topics(&self, after: Option<String>) -> Result<Page<TopicInfo>, AdminError> {
+        let request = pb::ListTopicsRequest { page_size: 0, page_token: after.unwrap_or_default() };
+        let response = self
+            .call(call::Again::Always, request, |mut client, request| async move {
+                client.list_topics(request).await
+            })
+            .await?;
+        let items = response.topics.into_iter().map(|topic| convert::topic(Some(topic)));
+        Ok(Page::new(items.collect::<Result<_, _>>()?, response.next_page_token))
+    }
+
+    /// Deletes a topic and all its messages. Subscribers are told by a gap.
+    ///
+    /// # Errors
+    ///
+    /// There is no such topic.
+    pub async fn delete_topic(&self, name: impl Into<String>) -> Result<(), AdminError> {
+        let request = pb::DeleteTopicRequest { name: name.into() };
+        self.call(call::Again::IfUnsent, request, |mut client, request| async move {
+            client.delete_topic(request).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Creates a subscription without consuming from it: from now on its messages are kept. Says
+    /// whether it was created, rather than found with the same settings.
+    ///
+    /// # Errors
+    ///
+    /// A name is not valid, there is no such topic, or a subscription of this name exists
+    /// ([`Reason::SubscriptionExists`](crate::Reason::SubscriptionExists), or
+    /// [`Reason::SubscriptionMismatch`](crate::Reason::SubscriptionMismatch) if an existing one
+    /// was allowed).
+    pub async fn create_subscription(
+        &self,
+        name: impl Into<String>,
+        settings: CreateSubscription,
+    ) -> Result<(SubscriptionInfo, bool), AdminError> {
+        let request = convert::create_subscription(name.into(), settings);
+        let again = if request.if_not_exists { call::Again::Always } else { call::Again::IfUnsent };
+        let response = self
+            .call(again, request, |mut client, request| async move {
+                client.create_subscription(request).await
+            })
+            .await?;
+        Ok((convert::subscription(response.subscription)?, response.created))
+    }
+
+    /// Describes a subscription: its consumers, positions and backlog.
+    ///
+    /// # Errors
+    ///
+    /// There is no such subscription
+    /// ([`Reason::SubscriptionNotFound`](crate::Reason::SubscriptionNotFound)).
+    pub async fn subscription(
+        &self,
+        name: impl Into<String>,
+    ) -> Result<SubscriptionInfo, AdminError> {
+        let request = pb::GetSubscriptionRequest { name: name.into() };
+        let response = self
+            .call(call::Again::Always, request, |mut client, request| async move {
+                client.get_subscription(request).await
+            })
+            .await?;
+        convert::subscription(response.subscription)
+    }
+
+    /// Lists subscriptions by name, from the first page (`None`) or the one after another.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached.
+    pub async fn subscriptions(
+        &self,
+        after: Option<String>,
+    ) -> Result<Page<SubscriptionInfo>, AdminError> {
+        let request =
+            pb::ListSubscriptionsRequest { page_size: 0, page_token: after.unwrap_or_default() };
+        let response = self
+            .call(call::Again::Always, request, |mut client, request| async move {
+                client.list_subscriptions(request).await
+            })
+            .await?;
+        let items = response.subscriptions.into_iter();
+        let items = items.map(|subscription| convert::subscription(Some(subscription)));
+        Ok(Page::new(items.collect::<Result<_, _>>()?, response.next_page_token))
+    }
+
+    /// Deletes a subscription. Its subscribers end with
+    /// [`Reason::SubscriptionDeleted`](crate::Reason::SubscriptionDeleted).
+    ///
+    /// # Errors
+    ///
+    /// There is no such subscription.
+    pub async fn delete_subscription(&self, name: impl Into<String>) -> Result<(), AdminError> {
+        let request = pb::DeleteSubscriptionRequest { name: name.into() };
+        self.call(call::Again::IfUnsent, request, |mut client, request| async move {
+            client.delete_subscription(request).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Moves a subscription to another position, in one topic or in all. Its subscriber follows
+    /// at once; acks of what it was delivered before are ignored.
+    ///
+    /// # Errors
+    ///
+    /// There is no such subscription or topic, or the position is beyond the topic's head
+    /// ([`Reason::BeyondHead`](crate::Reason::BeyondHead)).
+    pub async fn seek(
+        &self,
+        subscription: impl Into<String>,
+        topic: Option<&str>,
+        to: Start,
+    ) -> Result<SubscriptionInfo, AdminError> {
+        let request = pb::SeekSubscriptionRequest {
+            name: subscription.into(),
+            topic: topic.unwrap_or_default().to_owned(),
+            to: Some(start_to_wire(to)),
+        };
+        let response = self
+            .call(call::Again::IfUnsent, request, |mut client, request| async move {
+                client.seek_subscription(request).await
+            })
+            .await?;
+        convert::subscription(response.subscription)
+    }
+
+    /// Tells which subscriptions have received a message: all that listen to the topic, or one.
+    ///
+    /// `epoch` is that of the message's id; without it the topic's present epoch is meant.
+    ///
+    /// # Errors
+    ///
+    /// There is no such topic or subscription, or the topic has no such message yet.
+    pub async fn receipts(
+        &self,
+        topic: impl Into<String>,
+        epoch: Option<u64>,
+        sequence: u64,
+        subscription: Option<&str>,
+    ) -> Result<Vec<Receipt>, AdminError> {
+        let request = pb::GetReceiptsRequest {
+            topic: topic.into(),
+            epoch: epoch.unwrap_or(0),
+            sequence,
+            subscription: subscription.unwrap_or_default().to_owned(),
+        };
+        let response = self
+            .call(call::Again::Always, request, |mut client, request| async move {
+                client.get_receipts(request).await
+            })
+            .await?;
+        response.receipts.into_iter().map(convert::receipt).collect()
+    }
+
+    /// Describes the server.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached.
+    pub async fn server(&self) -> Result<ServerInfo, AdminError> {
+        let request = pb::GetServerRequest {};
+        let response = self
+            .call(call::Again::Always, request, |mut client, request| async move {
+                client.get_server(request).await
+            })
+            .await?;
+        Ok(convert::server(response))
+    }
+
+    /// Checks that a pubsub server answers, within the time of a handshake.
+    pub(crate) async fn probe(&self) -> Result<(), AdminError> {
+        let limit = self.client.dialer.handshake_timeout();
+        let request = pb::GetServerRequest {};
+        self.call_once(limit, request, |mut client, request| async move {
+            client.get_server(request).await
+        })
+        .await?;
+        Ok(())
+    }
+}
+
+/// Absent for a duration that the wire cannot carry: then the server's default holds.
+fn optional(duration: Option<std::time::Duration>) -> Option<prost_types::Duration> {
+    duration.and_then(wire_duration)
+}

@@ -1,0 +1,305 @@
+//! How a publish can fail.
+
+use crate::error::{Reason, ServerError};
+use crate::message::Message;
+
+/// Whether something that failed may have happened all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It certainly did not happen: the message is not stored and never will be.
+    NotPersisted,
+    /// Nobody can say any more. Publishing again is safe only under the same idempotency key.
+    Unknown,
+}
+
+/// A message's fate is an error.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{kind}{}", match outcome { Outcome::NotPersisted => "", Outcome::Unknown => "; the message may or may not be stored" })]
+pub struct PublishError {
+    kind: PublishErrorKind,
+    outcome: Outcome,
+    idempotency_key: Option<String>,
+}
+
+/// Why a message's fate is an error.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PublishErrorKind {
+    /// The server refused this message for good; others are not affected.
+    #[error("the server refused the message: {0}")]
+    Refused(ServerError),
+    /// The server refused this publisher for good, for example because there is no such topic.
+    #[error("the server refused the publisher: {0}")]
+    Session(ServerError),
+    /// The message is larger than the topic allows.
+    #[error("the message has {size} bytes, {limit} are allowed")]
+    TooLarge {
+        /// The bytes of the message as encoded.
+        size: usize,
+        /// The bytes that are allowed.
+        limit: usize,
+    },
+    /// The message's own deadline passed.
+    #[error("the message's deadline passed")]
+    DeadlineElapsed,
+    /// The message was first sent so long ago that the server may have forgotten it: sending it
+    /// again could store it twice.
+    #[error("the message was sent longer ago than the server remembers its publishers")]
+    HorizonElapsed,
+    /// The server has forgotten this publisher.
+    #[error("the server has forgotten this publisher")]
+    ProducerStateLost,
+    /// The server's data was restored from an older copy, or replaced.
+    #[error("the server's data was restored from an older copy, or replaced")]
+    Diverged,
+    /// The topic was deleted and created again.
+    #[error("the topic was deleted and created again")]
+    TopicRecreated,
+    /// The server has lost messages that it had acknowledged.
+    #[error(
+        "the server lost acknowledged messages: it should know sequence {expected}, but only knows {found}"
+    )]
+    ServerRegressed {
+        /// The last sequence that the server had answered.
+        expected: u64,
+        /// The last sequence that it knows of now.
+        found: u64,
+    },
+    /// Something else publishes under this publisher's identity.
+    #[error("a newer publisher of the same identity has taken over")]
+    Fenced,
+    /// Client and server cannot agree on what was sent.
+    #[error("out of step with the server: {0}")]
+    Protocol(String),
+    /// The publisher was closed before the message's fate was known.
+    #[error("the publisher is closed")]
+    Closed,
+}
+
+impl PublishError {
+    pub(crate) fn new(kind: PublishErrorKind, outcome: Outcome) -> Self {
+        Self { kind, outcome, idempotency_key: None }
+    }
+
+    pub(crate) fn with_key(mut self, key: &str) -> Self {
+        self.idempotency_key = (!key.is_empty()).then(|| key.to_owned());
+        self
+    }
+
+    /// Why.
+    pub fn kind(&self) -> &PublishErrorKind {
+        &self.kind
+    }
+
+    /// Whether the message may be stored all the same.
+    pub fn outcome(&self) -> Outcome {
+        self.outcome
+    }
+
+    /// The idempotency key of the message, under which it can be published again safely.
+    pub fn idempotency_key(&self) -> Option<&str> {
+        self.idempotency_key.as_deref()
+    }
+
+    /// The server's reason, if it gave one.
+    pub fn reason(&self) -> Option<Reason> {
+        match &self.kind {
+            PublishErrorKind::Refused(error) | PublishErrorKind::Session(error) => {
+                Some(error.reason())
+            }
+            PublishErrorKind::TooLarge { .. }
+            | PublishErrorKind::DeadlineElapsed
+            | PublishErrorKind::HorizonElapsed
+            | PublishErrorKind::ProducerStateLost
+            | PublishErrorKind::Diverged
+            | PublishErrorKind::TopicRecreated
+            | PublishErrorKind::ServerRegressed { .. }
+            | PublishErrorKind::Fenced
+            | PublishErrorKind::Protocol(_)
+            | PublishErrorKind::Closed => None,
+        }
+    }
+
+    /// Whether publishing the same message again can succeed. If the
+    /// [outcome](Self::outcome) is unknown, do so only under the same idempotency key.
+    pub fn is_retryable(&self) -> bool {
+        match &self.kind {
+            PublishErrorKind::DeadlineElapsed
+            | PublishErrorKind::HorizonElapsed
+            | PublishErrorKind::ProducerStateLost
+            | PublishErrorKind::Diverged
+            | PublishErrorKind::TopicRecreated
+            | PublishErrorKind::Closed => true,
+            PublishErrorKind::Refused(error) => error.reason() == Reason::ResultExpired,
+            PublishErrorKind::Session(error) => error.is_retryable(),
+            PublishErrorKind::TooLarge { .. }
+            | PublishErrorKind::ServerRegressed { .. }
+            | PublishErrorKind::Fenced
+            | PublishErrorKind::Protocol(_) => false,
+        }
+    }
+}
+
+/// A message was not accepted into the publisher's window. It was not sent.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EnqueueError {
+    /// The window is full; only [`try_enqueue`](crate::Publisher::try_enqueue) says so, the others
+    /// wait.
+    #[error("the publisher's window is full")]
+    Full {
+        /// The message, handed back.
+        message: Box<Message>,
+    },
+    /// The server cannot take messages for now; only
+    /// [`try_enqueue`](crate::Publisher::try_enqueue) says so, the others wait.
+    #[error("the server cannot take messages: {detail} ({reason})")]
+    Blocked {
+        /// Why.
+        reason: Reason,
+        /// The cause and the fix, for people.
+        detail: String,
+        /// The message, handed back.
+        message: Box<Message>,
+    },
+    /// The message is larger than the topic allows.
+    #[error("the message has {size} bytes, {limit} are allowed")]
+    TooLarge {
+        /// The bytes of the message as encoded.
+        size: usize,
+        /// The bytes that are allowed.
+        limit: usize,
+        /// The message, handed back.
+        message: Box<Message>,
+    },
+    /// The message is larger than what the permit was reserved for.
+    #[error("the message has {size} bytes, the permit was reserved for {reserved}")]
+    ExceedsPermit {
+        /// The bytes of the message as encoded.
+        size: usize,
+        /// The bytes of the permit.
+        reserved: usize,
+        /// The message, handed back.
+        message: Box<Message>,
+    },
+    /// The publisher is closed, or has failed for good.
+    #[error("the publisher is closed{}", cause.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default())]
+    Closed {
+        /// Why it failed; nothing if it was closed.
+        cause: Option<Box<PublishErrorKind>>,
+        /// The message, handed back; nothing if there was none yet.
+        message: Option<Box<Message>>,
+    },
+}
+
+impl EnqueueError {
+    /// The message, handed back.
+    pub fn into_message(self) -> Option<Message> {
+        match self {
+            Self::Full { message }
+            | Self::Blocked { message, .. }
+            | Self::TooLarge { message, .. }
+            | Self::ExceedsPermit { message, .. } => Some(*message),
+            Self::Closed { message, .. } => message.map(|message| *message),
+        }
+    }
+
+    /// Whether the same message can be accepted later.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Full { .. } | Self::Blocked { .. } => true,
+            Self::TooLarge { .. } | Self::ExceedsPermit { .. } | Self::Closed { .. } => false,
+        }
+    }
+
+    /// Always [`Outcome::NotPersisted`].
+    pub fn outcome(&self) -> Outcome {
+        Outcome::NotPersisted
+    }
+}
+
+impl From<EnqueueError> for PublishError {
+    fn from(error: EnqueueError) -> Self {
+        let kind = match error {
+            EnqueueError::TooLarge { size, limit, .. } => {
+                PublishErrorKind::TooLarge { size, limit }
+            }
+            EnqueueError::ExceedsPermit { size, reserved, .. } => {
+                PublishErrorKind::TooLarge { size, limit: reserved }
+            }
+            EnqueueError::Blocked { reason, detail, .. } => {
+                PublishErrorKind::Refused(ServerError::new(reason, detail))
+            }
+            EnqueueError::Closed { cause: Some(cause), .. } => *cause,
+            EnqueueError::Full { .. } | EnqueueError::Closed { cause: None, .. } => {
+                PublishErrorKind::Closed
+            }
+        };
+        Self::new(kind, Outcome::NotPersisted)
+    }
+}
+
+/// Some of the messages that a flush waited for have failed.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{failed} messages were not published; the first: {first}")]
+pub struct FlushError {
+    pub(crate) failed: usize,
+    pub(crate) first: PublishError,
+}
+
+impl FlushError {
+    /// How many messages have failed.
+    pub fn failed(&self) -> usize {
+        self.failed
+    }
+
+    /// The first failure.
+    pub fn first(&self) -> &PublishError {
+        &self.first
+    }
+
+    /// [`Outcome::Unknown`] as soon as that is so for the first failure.
+    pub fn outcome(&self) -> Outcome {
+        self.first.outcome
+    }
+
+    /// Whether publishing what failed again can succeed, judged by the first failure.
+    pub fn is_retryable(&self) -> bool {
+        self.first.is_retryable()
+    }
+}
+
+/// A message whose fate was not known when its publisher ended.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Unresolved {
+    /// The message.
+    pub message: Message,
+    /// [`Outcome::NotPersisted`] if it was never sent.
+    pub outcome: Outcome,
+}
+
+/// A publisher was closed before it knew the fate of all messages.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{} messages were unresolved when the publisher was closed", unresolved.len())]
+pub struct CloseError {
+    pub(crate) unresolved: Vec<Unresolved>,
+}
+
+impl CloseError {
+    /// The messages, in the order of their enqueueing.
+    pub fn unresolved(&self) -> &[Unresolved] {
+        &self.unresolved
+    }
+
+    /// The messages, in the order of their enqueueing.
+    pub fn into_unresolved(self) -> Vec<Unresolved> {
+        self.unresolved
+    }
+
+    /// [`Outcome::Unknown`] if any of the messages was sent.
+    pub fn outcome(&self) -> Outcome {
+        let sent = |left: &Unresolved| left.outcome == Outcome::Unknown;
+        if self.unresolved.iter().any(sent) { Outcome::Unknown } else { Outcome::NotPersisted }
+    }
+}

@@ -1,0 +1,51 @@
+//! The client of pubsub, a durable publish/subscribe server.
+//!
+//! Disconnects and server restarts are not errors here: publishers keep what is unanswered and
+//! send it again, in order and without duplicates; subscribers go on with exactly the messages
+//! that the application has not seen; acks that are on their way arrive. The
+//! [state](ConnectionState) of each connection can be watched, and nothing waits without being
+//! visible there.
+
+mod admin;
+mod client;
+mod codec;
+mod env;
+mod error;
+mod limits;
+mod liveness;
+mod message;
+mod publisher;
+mod reconnect;
+mod retry;
+mod state;
+mod subscriber;
+mod transport;
+
+pub use admin::{
+    Admin, CreateSubscription, Page, Receipt, ReceiptState, ServerInfo, SubscriptionInfo,
+    SubscriptionPosition, TopicConfig, TopicInfo,
+};
+pub use client::{Client, ClientBuilder, ShutdownReport};
+#[cfg(feature = "json")]
+pub use codec::Json;
+#[cfg(feature = "prost")]
+pub use codec::Prost;
+pub use codec::{Codec, CodecError, Raw};
+pub use env::Env;
+pub use error::{
+    AckError, AdminError, Cause, CloseError, ConnectError, EnqueueError, FlushError, Outcome,
+    PublishError, PublishErrorKind, Reason, ServerError, SubscribeError, TransportError,
+    Unresolved,
+};
+pub use message::{InvalidMessageId, Message, MessageId, ReceivedMessage};
+pub use publisher::{
+    OnRecreated, Permit, PublishReceipt, PublishTicket, Publisher, PublisherBuilder,
+    TypedPublishError, TypedPublisher,
+};
+pub use retry::RetryPolicy;
+pub use state::{ConnectionState, StateWatch};
+pub use subscriber::{
+    Acker, Delivery, Drain, Event, Gap, GapReason, Nack, Position, Start, StopReport, Stopper,
+    Subscriber, SubscriberBuilder, SubscriptionKind, TopicPosition, TypedDelivery, TypedEvent,
+    TypedSubscriber,
+};

@@ -1,0 +1,41 @@
+//! Every bound and default of the client, and why it has that number.
+
+use std::time::Duration;
+
+/// Messages of one batch: what the server takes.
+pub(crate) const BATCH_MESSAGES: usize = 512;
+/// Bytes of one batch, beside one message of any size: large enough to amortise a frame, small
+/// enough not to sit in front of a heartbeat.
+pub(crate) const BATCH_BYTES: usize = 256 * 1024;
+/// Messages of a publisher whose fate is open.
+pub(crate) const WINDOW_MESSAGES: usize = 5_000;
+/// Bytes of these.
+pub(crate) const WINDOW_BYTES: usize = 8 * 1024 * 1024;
+/// The largest message that any topic can be set to allow.
+pub(crate) const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
+
+/// Messages that a subscriber may hold unacked.
+pub(crate) const OUTSTANDING_MESSAGES: u32 = 1_000;
+/// Bytes of these.
+pub(crate) const OUTSTANDING_BYTES: u64 = 32 * 1024 * 1024;
+/// How many messages more than its credit a server may send before it counts as broken: what it
+/// and we count can differ by what is on the way.
+pub(crate) const CREDIT_SLACK: usize = 2_048;
+/// How long an ack waits for company.
+pub(crate) const ACK_LINGER: Duration = Duration::from_millis(10);
+/// How many acks do not wait any longer.
+pub(crate) const ACK_BATCH: usize = 256;
+/// After how long a message comes again that was dropped without ack or nack: long enough that a
+/// handler that always fails early is no hot loop.
+pub(crate) const RELEASE_DELAY: Duration = Duration::from_secs(1);
+
+/// How long a connection may take.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the server's answer to a hello may take.
+pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the answer to a unary call may take.
+pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// The heartbeat interval that is asked for.
+pub(crate) const HEARTBEAT: Duration = Duration::from_secs(10);
+/// The heartbeat interval of the fast profile.
+pub(crate) const FAST_HEARTBEAT: Duration = Duration::from_secs(1);

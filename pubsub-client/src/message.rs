@@ -1,0 +1,275 @@
+//! What is published and what is received.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use pubsub_proto::v1 as pb;
+
+/// A message to publish.
+///
+/// A payload is all it needs; everything else is optional.
+///
+/// ```
+/// use pubsub_client::Message;
+///
+/// let message = Message::new("{\"total\": 12}")
+///     .with_content_type("application/json")
+///     .with_attribute("region", "eu")
+///     .with_idempotency_key("order-4711");
+/// assert_eq!(message.attributes["region"], "eu");
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Message {
+    /// The application's data, opaque to the server. May be empty.
+    pub payload: Bytes,
+    /// Free key-value pairs: at most 64, and 8 KiB in all.
+    pub attributes: BTreeMap<String, String>,
+    /// Messages of one key keep their order in subscriptions that order by key. At most 128
+    /// bytes.
+    pub ordering_key: Option<String>,
+    /// The media type of the payload.
+    pub content_type: Option<String>,
+    /// The application's own identity of this publish, at most 128 bytes.
+    ///
+    /// A second publish with the same key within the topic's window (7 days by default) is
+    /// answered with the id of the first one; with other content it is refused. It is what makes
+    /// a retry by a *restarted* process safe. Retries by the SDK itself need no key.
+    pub idempotency_key: Option<String>,
+    /// The subscriptions that this message is for. Empty: all of them. An unknown one is
+    /// refused.
+    pub recipients: Vec<String>,
+    /// How long to wait for the message's fate, counted from its enqueueing; without limit by
+    /// default. When it has passed, the ticket resolves to an error whose
+    /// [`outcome`](crate::PublishError::outcome) says whether the message was ever sent.
+    pub deadline: Option<Duration>,
+}
+
+impl Message {
+    /// A message with this payload and nothing else.
+    pub fn new(payload: impl Into<Bytes>) -> Self {
+        Self { payload: payload.into(), ..Self::default() }
+    }
+
+    /// Adds an attribute.
+    #[must_use]
+    pub fn with_attribute(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.attributes.insert(name.into(), value.into());
+        self
+    }
+
+    /// Sets the [ordering key](Self::ordering_key).
+    #[must_use]
+    pub fn with_ordering_key(mut self, key: impl Into<String>) -> Self {
+        self.ordering_key = Some(key.into());
+        self
+    }
+
+    /// Sets the [media type](Self::content_type) of the payload.
+    #[must_use]
+    pub fn with_content_type(mut self, content_type: impl Into<String>) -> Self {
+        self.content_type = Some(content_type.into());
+        self
+    }
+
+    /// Sets the [idempotency key](Self::idempotency_key).
+    #[must_use]
+    pub fn with_idempotency_key(mut self, key: impl Into<String>) -> Self {
+        self.idempotency_key = Some(key.into());
+        self
+    }
+
+    /// Adds a [recipient](Self::recipients).
+    #[must_use]
+    pub fn with_recipient(mut self, subscription: impl Into<String>) -> Self {
+        self.recipients.push(subscription.into());
+        self
+    }
+
+    /// Sets the [deadline](Self::deadline).
+    #[must_use]
+    pub fn with_deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = Some(deadline);
+        self
+    }
+
+    pub(crate) fn into_wire(self) -> pb::Message {
+        pb::Message {
+            payload: self.payload,
+            attributes: self.attributes,
+            ordering_key: self.ordering_key.unwrap_or_default(),
+            content_type: self.content_type.unwrap_or_default(),
+            idempotency_key: self.idempotency_key.unwrap_or_default(),
+            recipients: self.recipients,
+        }
+    }
+
+    pub(crate) fn from_wire(message: pb::Message, deadline: Option<Duration>) -> Self {
+        Self {
+            payload: message.payload,
+            attributes: message.attributes,
+            ordering_key: non_empty(message.ordering_key),
+            content_type: non_empty(message.content_type),
+            idempotency_key: non_empty(message.idempotency_key),
+            recipients: message.recipients,
+            deadline,
+        }
+    }
+}
+
+impl From<Bytes> for Message {
+    fn from(payload: Bytes) -> Self {
+        Self::new(payload)
+    }
+}
+
+impl From<Vec<u8>> for Message {
+    fn from(payload: Vec<u8>) -> Self {
+        Self::new(payload)
+    }
+}
+
+impl From<String> for Message {
+    fn from(payload: String) -> Self {
+        Self::new(payload)
+    }
+}
+
+impl From<&'static str> for Message {
+    fn from(payload: &'static str) -> Self {
+        Self::new(payload)
+    }
+}
+
+/// The identity of a stored message: it never repeats and never changes.
+///
+/// Written as `topic/epoch/sequence`, with the epoch in hexadecimal: unique, and short enough to
+/// be kept beside an effect in the application's own transaction, which is how an application
+/// processes a message effectively once across its own crashes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MessageId {
+    /// The name of the topic.
+    pub topic: Arc<str>,
+    /// The incarnation of the topic: deleting and creating a name gives a new one.
+    pub epoch: u64,
+    /// The position in the topic, from 1, without gaps.
+    pub sequence: u64,
+}
+
+impl fmt::Display for MessageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{:x}/{}", self.topic, self.epoch, self.sequence)
+    }
+}
+
+/// A text is not a message id.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a message id: expected topic/epoch/sequence, with the epoch in hexadecimal")]
+pub struct InvalidMessageId(String);
+
+impl FromStr for MessageId {
+    type Err = InvalidMessageId;
+
+    fn from_str(text: &str) -> Result<Self, InvalidMessageId> {
+        let parse = || {
+            let (rest, sequence) = text.rsplit_once('/')?;
+            let (topic, epoch) = rest.rsplit_once('/')?;
+            let epoch = u64::from_str_radix(epoch, 16).ok()?;
+            let sequence = sequence.parse().ok().filter(|sequence| *sequence > 0)?;
+            (!topic.is_empty()).then(|| Self { topic: topic.into(), epoch, sequence })
+        };
+        parse().ok_or_else(|| InvalidMessageId(text.to_owned()))
+    }
+}
+
+/// A message as a subscriber receives it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ReceivedMessage {
+    /// Its identity.
+    pub id: MessageId,
+    /// The application's data.
+    pub payload: Bytes,
+    /// Free key-value pairs.
+    pub attributes: BTreeMap<String, String>,
+    /// The ordering key.
+    pub ordering_key: Option<String>,
+    /// The media type of the payload.
+    pub content_type: Option<String>,
+    /// The idempotency key that it was published with.
+    pub idempotency_key: Option<String>,
+    /// The subscriptions that it is for; empty: all of them.
+    pub recipients: Vec<String>,
+    /// When the server stored it.
+    pub publish_time: SystemTime,
+    /// Which showing of the message this is, from 1: one more than the failures counted so far.
+    pub attempt: u32,
+}
+
+impl ReceivedMessage {
+    pub(crate) fn from_wire(id: MessageId, received: pb::ReceivedMessage) -> Self {
+        let message = received.message.unwrap_or_default();
+        Self {
+            id,
+            payload: message.payload,
+            attributes: message.attributes,
+            ordering_key: non_empty(message.ordering_key),
+            content_type: non_empty(message.content_type),
+            idempotency_key: non_empty(message.idempotency_key),
+            recipients: message.recipients,
+            publish_time: time(received.publish_time),
+            attempt: received.attempt.max(1),
+        }
+    }
+}
+
+pub(crate) fn non_empty(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
+}
+
+/// The wire's time as the standard library's; the epoch if it is absent or out of range.
+pub(crate) fn time(timestamp: Option<prost_types::Timestamp>) -> SystemTime {
+    timestamp.and_then(|time| time.try_into().ok()).unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+/// The wire's duration, if it is there and not negative.
+pub(crate) fn duration(duration: Option<prost_types::Duration>) -> Option<Duration> {
+    duration.and_then(|duration| duration.try_into().ok())
+}
+
+/// A duration for the wire; absent if it is out of the wire's range.
+pub(crate) fn wire_duration(duration: Duration) -> Option<prost_types::Duration> {
+    duration.try_into().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn message_ids_survive_being_written() {
+        let id = MessageId { topic: "orders".into(), epoch: 0xdead_beef, sequence: 42 };
+        assert_eq!(id.to_string(), "orders/deadbeef/42");
+        assert_eq!(id.to_string().parse(), Ok(id));
+        for bad in ["", "orders", "orders/1", "/1/1", "orders/x/1", "orders/1/0", "orders/1/-1"] {
+            assert!(bad.parse::<MessageId>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn messages_survive_the_wire() {
+        let message = Message::new("payload")
+            .with_attribute("a", "1")
+            .with_ordering_key("k")
+            .with_content_type("text/plain")
+            .with_idempotency_key("i")
+            .with_recipient("s");
+        assert_eq!(Message::from_wire(message.clone().into_wire(), None), message);
+        let plain = Message::new("");
+        assert_eq!(Message::from_wire(plain.clone().into_wire(), None), plain);
+    }
+}

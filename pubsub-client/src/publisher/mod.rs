@@ -1,0 +1,277 @@
+//! Publishing.
+
+mod core;
+mod session;
+mod ticket;
+mod typed;
+mod window;
+#[cfg(test)]
+mod window_tests;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+pub(crate) use self::core::Core;
+pub use self::ticket::{Permit, PublishReceipt, PublishTicket};
+pub use self::typed::{TypedPublishError, TypedPublisher};
+use crate::client::Shared;
+use crate::error::{CloseError, EnqueueError, FlushError, PublishError};
+use crate::limits;
+use crate::message::Message;
+use crate::state::{ConnectionState, StateWatch};
+
+/// Publishes messages to one topic, in the order of the calls. Cheap to clone; the clones share
+/// one order and one window.
+///
+/// Made by [`Client::publisher`](crate::Client::publisher).
+///
+/// Nothing fails merely because the server is away, restarts, or is full: messages wait in the
+/// window, and when that is full, callers wait. After a reconnect everything without an answer
+/// is sent again, in order; the server stores each message once. The [state](Self::state) tells
+/// what is going on, and a [deadline](Message::deadline) limits the wait.
+///
+/// When the last handle is dropped, what is in the window is still sent, in the background, for
+/// 30 s at most. Use [`close`](Self::close) or [`Client::shutdown`](crate::Client::shutdown) to
+/// wait for that.
+#[derive(Clone, Debug)]
+pub struct Publisher {
+    handle: Arc<Handle>,
+}
+
+impl Publisher {
+    /// Publishes a message and waits until it is on the server's disk.
+    ///
+    /// To publish many, [`enqueue`](Self::enqueue) them: waiting for each before the next costs
+    /// a round trip and a disk sync each.
+    ///
+    /// # Errors
+    ///
+    /// The message was refused, its deadline passed, or the publisher has failed or was closed.
+    /// [`PublishError::outcome`] says whether the message may be stored all the same.
+    pub async fn publish(
+        &self,
+        message: impl Into<Message>,
+    ) -> Result<PublishReceipt, PublishError> {
+        self.enqueue(message).await?.await
+    }
+
+    /// Puts a message into the window, waiting for room, and returns a ticket for its fate.
+    ///
+    /// Messages are stored in the order in which this is called. If the future is dropped, the
+    /// message is either enqueued or gone; [`reserve`](Self::reserve) avoids that.
+    ///
+    /// # Errors
+    ///
+    /// The message is too large, or the publisher has failed or was closed. The message is handed
+    /// back in the error, except when it waited for room in vain.
+    pub async fn enqueue(
+        &self,
+        message: impl Into<Message>,
+    ) -> Result<PublishTicket, EnqueueError> {
+        let core = &self.handle.core;
+        let checked = core.check(message.into())?;
+        match core.admit(checked.size).await {
+            Ok(permits) => core.push(checked, permits),
+            Err(_) => Err(core.closed(Some(checked))),
+        }
+    }
+
+    /// Puts a message into the window if there is room.
+    ///
+    /// # Errors
+    ///
+    /// There is no room, the server cannot take messages for now, the message is too large, or
+    /// the publisher has failed or was closed. The message is handed back in the error.
+    pub fn try_enqueue(&self, message: impl Into<Message>) -> Result<PublishTicket, EnqueueError> {
+        let core = &self.handle.core;
+        let checked = core.check(message.into())?;
+        if let ConnectionState::Blocked { reason, detail } = core.state.get() {
+            let message = Box::new(checked.into_message());
+            return Err(EnqueueError::Blocked { reason, detail, message });
+        }
+        match core.try_admit(checked.size) {
+            Some(permits) => core.push(checked, permits),
+            None if core.is_closed() => Err(core.closed(Some(checked))),
+            None => Err(EnqueueError::Full { message: Box::new(checked.into_message()) }),
+        }
+    }
+
+    /// Waits for room for a message of up to `bytes` bytes as encoded: payload, attributes, keys
+    /// and a few bytes for each of these.
+    ///
+    /// Cancel-safe: for `select!`, where losing a message with a cancelled
+    /// [`enqueue`](Self::enqueue) would not do.
+    ///
+    /// # Errors
+    ///
+    /// The publisher has failed or was closed.
+    pub async fn reserve(&self, bytes: usize) -> Result<Permit<'_>, EnqueueError> {
+        let core = &self.handle.core;
+        let permits = core.admit(bytes).await?;
+        Ok(Permit::new(core, permits, bytes))
+    }
+
+    /// Waits until the fate of all messages enqueued before is known.
+    ///
+    /// # Errors
+    ///
+    /// Some of these messages have failed.
+    pub async fn flush(&self) -> Result<(), FlushError> {
+        self.handle.core.flush().await
+    }
+
+    /// Takes no more messages, on this handle and its clones, and waits until the fate of all is
+    /// known, at most for `within`.
+    ///
+    /// # Errors
+    ///
+    /// Some messages are unresolved. The error has them, and says of each whether it was sent.
+    pub async fn close(self, within: Duration) -> Result<(), CloseError> {
+        let unresolved = self.handle.core.close(within).await;
+        if unresolved.is_empty() { Ok(()) } else { Err(CloseError { unresolved }) }
+    }
+
+    /// A publisher of values, encoded by a codec.
+    pub fn typed<T, C>(&self, codec: C) -> TypedPublisher<T, C> {
+        TypedPublisher::new(self.clone(), codec)
+    }
+
+    /// The state of its connection.
+    pub fn state(&self) -> StateWatch {
+        self.handle.core.state.watch()
+    }
+
+    /// The topic.
+    pub fn topic(&self) -> &str {
+        self.handle.core.topic()
+    }
+}
+
+/// Shared by the clones of a publisher, so that the last one can be noticed.
+#[derive(Debug)]
+struct Handle {
+    core: Arc<Core>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        /// As long as a server may take to come back after a restart, and a little more.
+        const LINGER: Duration = Duration::from_secs(30);
+        self.core.start_closing(LINGER);
+    }
+}
+
+/// What to do when a topic turns out to have been deleted and created again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnRecreated {
+    /// The publisher fails: the new topic may be meant for something else.
+    #[default]
+    Fail,
+    /// It goes on with the new topic. What was sent and not answered is
+    /// [unknown](crate::Outcome::Unknown).
+    Continue,
+}
+
+#[derive(Clone, Debug)]
+struct Settings {
+    topic: Arc<str>,
+    window_messages: usize,
+    window_bytes: usize,
+    batch_messages: usize,
+    batch_bytes: usize,
+    linger: Duration,
+    on_recreated: OnRecreated,
+    heartbeat: Duration,
+}
+
+/// Opens a [`Publisher`]; made by [`Client::publisher`](crate::Client::publisher).
+#[derive(Clone, Debug)]
+#[must_use = "nothing happens until it is opened"]
+pub struct PublisherBuilder {
+    client: Arc<Shared>,
+    settings: Settings,
+}
+
+impl PublisherBuilder {
+    pub(crate) fn new(client: Arc<Shared>, topic: String) -> Self {
+        let settings = Settings {
+            topic: topic.into(),
+            window_messages: limits::WINDOW_MESSAGES,
+            window_bytes: limits::WINDOW_BYTES,
+            batch_messages: limits::BATCH_MESSAGES,
+            batch_bytes: limits::BATCH_BYTES,
+            linger: Duration::ZERO,
+            on_recreated: OnRecreated::default(),
+            heartbeat: client.heartbeat,
+        };
+        Self { client, settings }
+    }
+
+    /// Sets how many messages may wait for their fate: 5,000 by default.
+    pub fn window_messages(mut self, messages: usize) -> Self {
+        self.settings.window_messages = messages.clamp(1, 1_000_000);
+        self
+    }
+
+    /// Sets how many bytes of messages may wait for their fate: 8 MiB by default, at most 1 GiB.
+    /// A message larger than that is admitted alone, when the window is empty.
+    pub fn window_bytes(mut self, bytes: usize) -> Self {
+        self.settings.window_bytes = bytes.clamp(1, 1 << 30);
+        self
+    }
+
+    /// Sets how many messages go out together: up to 512, the default.
+    pub fn batch_messages(mut self, messages: usize) -> Self {
+        self.settings.batch_messages = messages.clamp(1, limits::BATCH_MESSAGES);
+        self
+    }
+
+    /// Sets how many bytes of messages go out together: up to 256 KiB, the default. One message
+    /// always can.
+    pub fn batch_bytes(mut self, bytes: usize) -> Self {
+        self.settings.batch_bytes = bytes.clamp(1, limits::BATCH_BYTES);
+        self
+    }
+
+    /// Sets how long a message waits for company: not at all by default. Messages that are
+    /// enqueued while others are being sent go out together anyway.
+    pub fn linger(mut self, linger: Duration) -> Self {
+        self.settings.linger = linger;
+        self
+    }
+
+    /// Sets what to do when the topic turns out to have been deleted and created again:
+    /// [`OnRecreated::Fail`] by default.
+    pub fn on_recreated(mut self, choice: OnRecreated) -> Self {
+        self.settings.on_recreated = choice;
+        self
+    }
+
+    /// Asks for a heartbeat interval, 1 s to 60 s; that of the
+    /// [client](crate::ClientBuilder::heartbeat) by default.
+    pub fn heartbeat(mut self, interval: Duration) -> Self {
+        self.settings.heartbeat = interval;
+        self
+    }
+
+    /// Opens it, and waits until the server has taken it in. While the server is away this
+    /// waits, without limit.
+    ///
+    /// # Errors
+    ///
+    /// The server refuses it, for example because there is no such topic.
+    pub async fn open(self) -> Result<Publisher, PublishError> {
+        let publisher = self.open_lazy();
+        publisher.handle.core.ready().await?;
+        Ok(publisher)
+    }
+
+    /// Opens it without waiting: messages can be enqueued at once. What [`open`](Self::open)
+    /// would fail with comes as the fate of the messages.
+    pub fn open_lazy(self) -> Publisher {
+        let core = Core::new(Arc::clone(&self.client), self.settings);
+        self.client.adopt_publisher(&core, session::run(Arc::clone(&core)));
+        Publisher { handle: Arc::new(Handle { core }) }
+    }
+}

@@ -1,0 +1,394 @@
+//! The task of a publisher: connects, replays, sends; and connects again.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures_util::FutureExt as _;
+use pubsub_proto::v1 as pb;
+use pubsub_proto::v1::publish_run::Outcome as RunOutcome;
+use pubsub_proto::v1::publish_stream_request::Frame as Request;
+use pubsub_proto::v1::publish_stream_response::Frame;
+use pubsub_proto::v1::publisher_service_client::PublisherServiceClient;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::core::{Core, Entry};
+use super::ticket::PublishReceipt;
+use super::window::{Cut, Then, Verdict, Welcome};
+use crate::error::{Cause, Outcome, PublishError, PublishErrorKind, Reason, ServerError};
+use crate::limits;
+use crate::liveness::Liveness;
+use crate::message::{MessageId, duration, time, wire_duration};
+use crate::reconnect::Reconnect;
+use crate::state::ConnectionState;
+use crate::transport::Link;
+
+/// Contradictions in a row, without a result between, before the publisher gives up: one can be
+/// the end of a stream that was cut; two are a bug.
+const MAX_PROTOCOL_ERRORS: u32 = 2;
+
+/// How one connection ended.
+#[derive(Debug)]
+enum End {
+    /// To be opened again at once, as a publisher that starts over.
+    Again,
+    /// As the server wished, before a restart.
+    Advised { reason: String, after: Duration },
+    /// By failure.
+    Lost(Cause),
+    /// For good.
+    Failed(PublishErrorKind),
+}
+
+impl From<Cause> for End {
+    fn from(cause: Cause) -> Self {
+        Self::Lost(cause)
+    }
+}
+
+fn broken(detail: impl Into<String>) -> End {
+    End::Lost(Cause::Protocol(detail.into()))
+}
+
+/// Runs until the publisher is closed or has failed.
+pub(super) async fn run(core: Arc<Core>) {
+    let failure = tokio::select! {
+        failure = keep_connected(&core) => failure,
+        () = core.keep_time() => return core.end(PublishErrorKind::Closed, None),
+    };
+    tracing::error!(topic = core.topic(), %failure, "the publisher has failed");
+    let cause = if let PublishErrorKind::Session(error) = &failure {
+        Cause::Server(error.clone())
+    } else {
+        Cause::Protocol(failure.to_string())
+    };
+    core.end(failure, Some(cause));
+}
+
+async fn keep_connected(core: &Core) -> PublishErrorKind {
+    let policy = core.client.retry;
+    let env = Arc::clone(&core.client.env);
+    let mut reconnect = Reconnect::new(policy, env, MAX_PROTOCOL_ERRORS);
+    loop {
+        // A panic is a bug, and still no reason to lose messages: the window is kept, and the
+        // next connection replays it.
+        let connected = AssertUnwindSafe(connect(core, &mut reconnect)).catch_unwind().await;
+        let end = connected.unwrap_or(End::Lost(Cause::Panicked));
+        let delay = match judge(core, end) {
+            End::Again => Duration::ZERO,
+            End::Advised { reason, after } => reconnect.advised(&reason, after, &core.state),
+            End::Failed(kind) => return kind,
+            End::Lost(cause) => match reconnect.lost(cause, &core.state) {
+                Ok(delay) => delay,
+                Err(cause) => return PublishErrorKind::Protocol(cause.to_string()),
+            },
+        };
+        sleep(delay).await;
+    }
+}
+
+/// What the server's reason for ending a stream means.
+#[expect(clippy::wildcard_enum_match_arm, reason = "everything unlisted is tried again")]
+fn judge(core: &Core, end: End) -> End {
+    let End::Lost(Cause::Server(error)) = end else { return end };
+    match error.reason() {
+        Reason::InvalidArgument | Reason::UnsupportedProtocol | Reason::TopicNotFound => {
+            End::Failed(PublishErrorKind::Session(error))
+        }
+        Reason::Fenced => End::Failed(PublishErrorKind::Fenced),
+        Reason::TopicRecreated => {
+            let verdict = core.lock().window.recreated();
+            started_over(core, verdict, error)
+        }
+        Reason::Diverged => {
+            let verdict = core.lock().window.diverged();
+            started_over(core, verdict, error)
+        }
+        Reason::OutOfOrder | Reason::ProtocolViolation => broken(error.to_string()),
+        _ => End::Lost(Cause::Server(error)),
+    }
+}
+
+fn started_over(core: &Core, verdict: Verdict<Entry>, error: ServerError) -> End {
+    match core.settle(verdict) {
+        Then::Fail(kind) => End::Failed(kind),
+        // Not at once: a server that says so each time must not be asked in a hot loop.
+        Then::Go | Then::Again => End::Lost(Cause::Server(error)),
+    }
+}
+
+/// One connection, from the hello to its end.
+async fn connect(core: &Core, reconnect: &mut Reconnect) -> End {
+    let hello_at = Instant::now();
+    let call = |channel, requests| async move {
+        PublisherServiceClient::new(channel)
+            .max_decoding_message_size(pubsub_proto::MAX_FRAME_BYTES)
+            .max_encoding_message_size(pubsub_proto::MAX_FRAME_BYTES)
+            .publish_stream(requests)
+            .await
+    };
+    let (link, first) = match core.client.dialer.open(hello(core), call).await {
+        Ok(opened) => opened,
+        Err(cause) => return End::Lost(cause),
+    };
+    let Some(Frame::Welcome(welcome)) = first.frame else {
+        return broken("the first frame is no welcome");
+    };
+    match welcomed(core, welcome, hello_at) {
+        Ok((live, cut)) => {
+            reconnect.connected();
+            core.state.set(ConnectionState::Connected);
+            core.set_welcomed();
+            Session { core, reconnect, live, cut, blocked: false, drain: None }.run(link).await
+        }
+        Err(end) => end,
+    }
+}
+
+fn request(frame: Request) -> pb::PublishStreamRequest {
+    pb::PublishStreamRequest { frame: Some(frame) }
+}
+
+fn hello(core: &Core) -> pb::PublishStreamRequest {
+    let hello = core.lock().window.hello();
+    request(Request::Hello(pb::PublisherHello {
+        protocol: pubsub_proto::PROTOCOL_VERSION,
+        topic: core.topic().to_owned(),
+        producer_id: core.producer.to_vec().into(),
+        producer_epoch: hello.epoch,
+        resolved_below: hello.resolved_below,
+        next_sequence: hello.next,
+        client: crate::client::VERSION.to_owned(),
+        heartbeat_interval: wire_duration(core.settings.heartbeat),
+        boot_id: hello.boot,
+        topic_epoch: hello.topic_epoch,
+    }))
+}
+
+/// Decides how to go on with a server that has this memory of the publisher.
+fn welcomed(
+    core: &Core,
+    welcome: pb::PublisherWelcome,
+    hello_at: Instant,
+) -> Result<(Liveness, Cut), End> {
+    let now = Instant::now();
+    let interval = duration(welcome.heartbeat_interval).filter(|interval| !interval.is_zero());
+    let live = Liveness::new(interval.unwrap_or(core.settings.heartbeat), hello_at, now);
+    if welcome.max_message_bytes > 0 {
+        core.set_max_message(welcome.max_message_bytes);
+    }
+    let settings = &core.settings;
+    // A limit of 0 would be one that nothing fits into: then there is none.
+    let limit = |theirs: usize| if theirs == 0 { usize::MAX } else { theirs };
+    let bytes = usize::try_from(welcome.max_in_flight_bytes).unwrap_or(usize::MAX);
+    let cut = Cut {
+        in_flight: limit(welcome.max_in_flight_messages as usize),
+        in_flight_bytes: limit(bytes),
+        messages: settings.batch_messages,
+        bytes: settings.batch_bytes.min(limits::BATCH_BYTES),
+        linger: settings.linger,
+        allow_new: true,
+    };
+    let horizon = duration(welcome.session_horizon).unwrap_or(Duration::MAX);
+    let welcome = Welcome {
+        boot: welcome.boot_id,
+        topic_epoch: welcome.topic_epoch,
+        last: welcome.last_sequence,
+        horizon,
+    };
+    let verdict = core.lock().window.welcome(welcome, now);
+    match core.settle(verdict) {
+        Then::Go => Ok((live, cut)),
+        Then::Again => Err(End::Again),
+        Then::Fail(kind) => Err(End::Failed(kind)),
+    }
+}
+
+/// One connection after its welcome.
+#[derive(Debug)]
+struct Session<'a> {
+    core: &'a Core,
+    reconnect: &'a mut Reconnect,
+    live: Liveness,
+    cut: Cut,
+    blocked: bool,
+    drain: Option<Draining>,
+}
+
+#[derive(Debug)]
+struct Draining {
+    deadline: Instant,
+    reason: String,
+    after: Duration,
+}
+
+impl Session<'_> {
+    async fn run(mut self, link: Link<pb::PublishStreamRequest, pb::PublishStreamResponse>) -> End {
+        let Link { requests, mut responses } = link;
+        loop {
+            let (send, wake) = match self.due(Instant::now()) {
+                Ok(due) => due,
+                Err(end) => return end,
+            };
+            let step = tokio::select! {
+                response = responses.next() => match response {
+                    Ok(response) => self.frame(response),
+                    Err(cause) => Err(cause.into()),
+                },
+                permit = requests.reserve(), if send => match permit {
+                    Ok(permit) => {
+                        self.send(permit);
+                        Ok(())
+                    }
+                    // The stream is at its end; its responses say why.
+                    Err(_) => match responses.next().await {
+                        Ok(response) => self.frame(response),
+                        Err(cause) => Err(cause.into()),
+                    },
+                },
+                () = self.core.wake.notified() => Ok(()),
+                () = sleep_until(wake) => Ok(()),
+            };
+            if let Err(end) = step {
+                return end;
+            }
+        }
+    }
+
+    /// Whether there is something to send, and when to look again otherwise.
+    fn due(&mut self, now: Instant) -> Result<(bool, Instant), End> {
+        if let Some(silence) = self.live.dead(now) {
+            return Err(End::Lost(Cause::Silence(silence)));
+        }
+        let mut wake = self.live.wake_at(now);
+        let queue = self.core.lock();
+        if let Some(drain) = &self.drain {
+            if !queue.window.is_waiting() || now >= drain.deadline {
+                let (reason, after) = (drain.reason.clone(), drain.after);
+                return Err(End::Advised { reason, after });
+            }
+            wake = wake.min(drain.deadline);
+        }
+        if queue.is_closing() {
+            self.cut.linger = Duration::ZERO;
+        }
+        if let Some(until) = queue.window.lingers_until(&self.cut, now) {
+            wake = wake.min(until);
+        }
+        let batch = !self.blocked && queue.window.has_work(&self.cut, now);
+        Ok((batch || self.live.ping_is_due(now), wake))
+    }
+
+    fn send(&mut self, permit: mpsc::Permit<'_, pb::PublishStreamRequest>) {
+        let now = Instant::now();
+        if self.live.ping_is_due(now) {
+            let nonce = self.live.ping(now);
+            permit.send(request(Request::Ping(pb::Ping { nonce })));
+            return;
+        }
+        let mut messages = Vec::new();
+        let mut queue = self.core.lock();
+        let take = |entry: &Entry| messages.push(entry.message.clone());
+        let first = queue.window.next_batch(&self.cut, now, take);
+        let resolved_below = queue.window.first();
+        drop(queue);
+        if let Some(first_sequence) = first {
+            let batch = pb::PublishBatch { first_sequence, messages, resolved_below };
+            permit.send(request(Request::Batch(batch)));
+        }
+    }
+
+    fn frame(&mut self, response: pb::PublishStreamResponse) -> Result<(), End> {
+        let now = Instant::now();
+        self.live.frame(now);
+        match response.frame {
+            Some(Frame::Results(results)) => self.results(results),
+            Some(Frame::Heartbeat(heartbeat)) => {
+                self.live.answer(heartbeat.echoed_nonce);
+                Ok(())
+            }
+            Some(Frame::Drain(drain)) => {
+                self.drain(drain, now);
+                Ok(())
+            }
+            Some(Frame::Blocked(blocked)) => {
+                self.blocked(blocked);
+                Ok(())
+            }
+            Some(Frame::Welcome(_)) => Err(broken("a second welcome came")),
+            None => Err(broken("a frame of an unknown kind came")),
+        }
+    }
+
+    fn results(&mut self, results: pb::PublishResults) -> Result<(), End> {
+        let mut queue = self.core.lock();
+        for run in results.runs {
+            let outcome = run.outcome.ok_or_else(|| broken("a result without an outcome came"))?;
+            let fates = queue.window.results(run.first_sequence, run.count).map_err(broken)?;
+            let entries: Vec<Entry> = fates.collect();
+            for (offset, entry) in (0..).zip(entries) {
+                queue.resolve(entry, |key| fate(self.core, &outcome, offset, key));
+            }
+        }
+        drop(queue);
+        self.reconnect.progress();
+        self.core.notify();
+        Ok(())
+    }
+
+    fn blocked(&mut self, blocked: pb::PublisherBlocked) {
+        let reason = pb::ErrorReason::try_from(blocked.reason).unwrap_or_default();
+        self.blocked = reason != pb::ErrorReason::Unspecified;
+        // A server that is blocked reads nothing from us, pings neither; it is still heard.
+        self.live.expect_answers(!self.blocked, Instant::now());
+        self.core.state.set(if self.blocked {
+            let reason = Reason::from_wire(blocked.reason);
+            tracing::warn!(topic = self.core.topic(), %reason, detail = blocked.detail, "blocked");
+            ConnectionState::Blocked { reason, detail: blocked.detail }
+        } else {
+            ConnectionState::Connected
+        });
+    }
+
+    fn drain(&mut self, drain: pb::Drain, now: Instant) {
+        if !self.reconnect.takes_advice(now) {
+            return;
+        }
+        self.core.state.set(ConnectionState::Draining);
+        self.cut.allow_new = false;
+        self.drain = Some(Draining {
+            deadline: now + duration(drain.deadline).unwrap_or_default(),
+            reason: drain.reason,
+            after: duration(drain.reconnect_after).unwrap_or_default(),
+        });
+    }
+}
+
+/// The fate of one message of a run.
+fn fate(
+    core: &Core,
+    outcome: &RunOutcome,
+    offset: u64,
+    key: &str,
+) -> Result<PublishReceipt, PublishError> {
+    match outcome {
+        RunOutcome::Stored(stored) => {
+            let topic = Arc::clone(&core.settings.topic);
+            let sequence = stored.sequence.saturating_add(offset);
+            let publish_time: SystemTime = time(stored.publish_time);
+            Ok(PublishReceipt {
+                id: MessageId { topic, epoch: stored.epoch, sequence },
+                duplicate: stored.duplicate,
+                publish_time,
+            })
+        }
+        RunOutcome::Refused(refused) => {
+            let reason = Reason::from_wire(refused.reason);
+            let expired = reason == Reason::ResultExpired;
+            let outcome = if expired { Outcome::Unknown } else { Outcome::NotPersisted };
+            let error = ServerError::new(reason, refused.detail.clone());
+            Err(PublishError::new(PublishErrorKind::Refused(error), outcome).with_key(key))
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! The messages of a publisher whose fate is open, and how it goes on after a disconnect. Pure:
+//! no I/O, and the time is an argument.
+//!
+//! A message gets its sequence when it is first sent, never before: so a message that is given up
+//! unsent leaves no gap. A message that was sent stays until its result is known. After a
+//! reconnect all of these are sent again, in order, before anything new; the server knows them by
+//! their sequences.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use crate::error::PublishErrorKind;
+
+/// A message in the window. `T` is whatever goes with it.
+#[derive(Debug)]
+struct Slot<T> {
+    item: T,
+    bytes: usize,
+    queued: Instant,
+    first_sent: Option<Instant>,
+}
+
+/// How a batch is cut.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cut {
+    /// Messages that may be unanswered.
+    pub(super) in_flight: usize,
+    /// Bytes that may be unanswered; one message always may.
+    pub(super) in_flight_bytes: usize,
+    /// Messages of one batch.
+    pub(super) messages: usize,
+    /// Bytes of one batch, beside one message of any size.
+    pub(super) bytes: usize,
+    /// How long a message waits for company.
+    pub(super) linger: Duration,
+    /// Whether messages that were never sent may go now.
+    pub(super) allow_new: bool,
+}
+
+/// What the hello says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Hello {
+    pub(super) epoch: u32,
+    pub(super) resolved_below: u64,
+    pub(super) next: u64,
+    pub(super) boot: Bytes,
+    pub(super) topic_epoch: u64,
+}
+
+/// What the welcome says.
+#[derive(Clone, Debug)]
+pub(super) struct Welcome {
+    pub(super) boot: Bytes,
+    pub(super) topic_epoch: u64,
+    /// The last sequence that is decided, if any is.
+    pub(super) last: Option<u64>,
+    /// For how long the server remembers.
+    pub(super) horizon: Duration,
+}
+
+/// What follows from a welcome.
+#[derive(Debug)]
+pub(super) struct Verdict<T> {
+    /// The fate of these will never be known.
+    pub(super) lost: Vec<(T, PublishErrorKind)>,
+    pub(super) then: Then,
+}
+
+#[derive(Debug)]
+pub(super) enum Then {
+    /// Send.
+    Go,
+    /// Open another stream, as a publisher that starts over.
+    Again,
+    /// Give up.
+    Fail(PublishErrorKind),
+}
+
+#[derive(Debug)]
+pub(super) struct Window<T> {
+    /// Counts how often this publisher started over from sequence 1.
+    epoch: u32,
+    /// The sequence of the next message that was never sent.
+    next: u64,
+    // Both are bounded by the permits that their items hold.
+    sent: VecDeque<Slot<T>>,
+    unsent: VecDeque<Slot<T>>,
+    /// How many of `sent` have gone out on the present stream, and their bytes.
+    on_stream: usize,
+    bytes_on_stream: usize,
+    boot: Bytes,
+    topic_epoch: u64,
+    /// Whether a recreated topic is published to like any other.
+    accept_recreated: bool,
+}
+
+impl<T> Window<T> {
+    pub(super) fn new(accept_recreated: bool) -> Self {
+        Self {
+            epoch: 0,
+            next: 1,
+            sent: VecDeque::new(),
+            unsent: VecDeque::new(),
+            on_stream: 0,
+            bytes_on_stream: 0,
+            boot: Bytes::new(),
+            topic_epoch: 0,
+            accept_recreated,
+        }
+    }
+
+    pub(super) fn push(&mut self, item: T, bytes: usize, now: Instant) {
+        self.unsent.push_back(Slot { item, bytes, queued: now, first_sent: None });
+    }
+
+    /// The oldest sequence without a result; the next new one if there is none.
+    pub(super) fn first(&self) -> u64 {
+        self.next - self.sent.len() as u64
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.sent.is_empty() && self.unsent.is_empty()
+    }
+
+    /// Whether anything that was sent on this stream has no result yet.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.on_stream > 0
+    }
+
+    /// A new stream is being opened: what its hello says.
+    pub(super) fn hello(&mut self) -> Hello {
+        self.on_stream = 0;
+        self.bytes_on_stream = 0;
+        if cfg!(pubsub_break = "retry_mints_new_identity") && !self.sent.is_empty() {
+            self.epoch += 1;
+            self.next = 1;
+            self.sent.append(&mut self.unsent);
+            self.unsent = std::mem::take(&mut self.sent);
+        }
+        if cfg!(pubsub_break = "replay_out_of_order") {
+            self.sent.make_contiguous().reverse();
+        }
+        Hello {
+            epoch: self.epoch,
+            resolved_below: self.first(),
+            next: self.next,
+            boot: self.boot.clone(),
+            topic_epoch: self.topic_epoch,
+        }
+    }
+
+    /// The server took the hello in.
+    pub(super) fn welcome(&mut self, welcome: Welcome, now: Instant) -> Verdict<T> {
+        if self.topic_epoch != 0 && self.topic_epoch != welcome.topic_epoch {
+            return self.recreated();
+        }
+        let first = self.first();
+        match welcome.last {
+            Some(last) if last >= self.next => {
+                return Verdict { lost: Vec::new(), then: Then::Fail(PublishErrorKind::Fenced) };
+            }
+            Some(last) if last + 1 < first => {
+                let kind = PublishErrorKind::ServerRegressed { expected: first - 1, found: last };
+                return Verdict { lost: Vec::new(), then: Then::Fail(kind) };
+            }
+            None if first > 1 => return self.start_over(PublishErrorKind::ProducerStateLost),
+            Some(_) | None => {}
+        }
+        self.boot = welcome.boot;
+        self.topic_epoch = welcome.topic_epoch;
+        self.give_up_older(welcome.horizon, welcome.last.unwrap_or(0), now)
+    }
+
+    /// What was sent longer ago than the server remembers must not be sent again: it could be
+    /// stored twice.
+    fn give_up_older(&mut self, horizon: Duration, last: u64, now: Instant) -> Verdict<T> {
+        let is_old = |slot: &Slot<T>| {
+            slot.first_sent.is_some_and(|sent| now.duration_since(sent) >= horizon)
+        };
+        let old = self.sent.iter().take_while(|slot| is_old(slot)).count();
+        if old == 0 {
+            return Verdict { lost: Vec::new(), then: Then::Go };
+        }
+        if last + 1 < self.first() + old as u64 {
+            // Without these the next sequence would be a gap.
+            return self.start_over(PublishErrorKind::HorizonElapsed);
+        }
+        let lost = self.sent.drain(..old);
+        let lost = lost.map(|slot| (slot.item, PublishErrorKind::HorizonElapsed)).collect();
+        Verdict { lost, then: Then::Go }
+    }
+
+    /// The topic is another one than before, under the same name.
+    pub(super) fn recreated(&mut self) -> Verdict<T> {
+        if !self.accept_recreated {
+            let then = Then::Fail(PublishErrorKind::TopicRecreated);
+            return Verdict { lost: Vec::new(), then };
+        }
+        self.topic_epoch = 0;
+        self.start_over(PublishErrorKind::TopicRecreated)
+    }
+
+    /// The server's data is not what it was.
+    pub(super) fn diverged(&mut self) -> Verdict<T> {
+        self.boot = Bytes::new();
+        self.topic_epoch = 0;
+        self.start_over(PublishErrorKind::Diverged)
+    }
+
+    fn start_over(&mut self, why: PublishErrorKind) -> Verdict<T> {
+        self.epoch = self.epoch.saturating_add(1);
+        self.next = 1;
+        self.on_stream = 0;
+        self.bytes_on_stream = 0;
+        let lost = self.sent.drain(..).map(|slot| (slot.item, why.clone())).collect();
+        Verdict { lost, then: Then::Again }
+    }
+
+    /// The next messages to send and the sequence of the first one. `visit` sees each of them.
+    pub(super) fn next_batch(
+        &mut self,
+        cut: &Cut,
+        now: Instant,
+        mut visit: impl FnMut(&T),
+    ) -> Option<u64> {
+        if self.lingers_until(cut, now).is_some() {
+            return None;
+        }
+        let first = self.first() + self.on_stream as u64;
+        let (mut count, mut bytes) = (0, 0);
+        while count < cut.messages && self.on_stream < cut.in_flight {
+            let Some(size) = self.peek(cut.allow_new) else { break };
+            let fits = bytes + size <= cut.bytes || count == 0;
+            let allowed = self.bytes_on_stream + size <= cut.in_flight_bytes || self.on_stream == 0;
+            if !(fits && allowed) {
+                break;
+            }
+            visit(self.advance(now)?);
+            count += 1;
+            bytes += size;
+        }
+        (count > 0).then_some(first)
+    }
+
+    /// The bytes of the next message for the present stream: first those sent before, then new
+    /// ones.
+    fn peek(&self, allow_new: bool) -> Option<usize> {
+        let again = self.sent.get(self.on_stream);
+        let new = || self.unsent.front().filter(|_| allow_new);
+        again.or_else(new).map(|slot| slot.bytes)
+    }
+
+    fn advance(&mut self, now: Instant) -> Option<&T> {
+        if self.on_stream == self.sent.len() {
+            let mut slot = self.unsent.pop_front()?;
+            slot.first_sent = Some(now);
+            self.next += 1;
+            self.sent.push_back(slot);
+        }
+        let slot = self.sent.get(self.on_stream)?;
+        self.on_stream += 1;
+        self.bytes_on_stream += slot.bytes;
+        Some(&slot.item)
+    }
+
+    /// Whether there is something to send now.
+    pub(super) fn has_work(&self, cut: &Cut, now: Instant) -> bool {
+        let Some(size) = self.peek(cut.allow_new) else { return false };
+        let room = self.on_stream < cut.in_flight;
+        let bytes = self.bytes_on_stream + size <= cut.in_flight_bytes || self.on_stream == 0;
+        room && bytes && self.lingers_until(cut, now).is_none()
+    }
+
+    /// Until when new messages wait for company, if they do.
+    pub(super) fn lingers_until(&self, cut: &Cut, now: Instant) -> Option<Instant> {
+        if cut.linger.is_zero() || self.on_stream < self.sent.len() || !cut.allow_new {
+            return None;
+        }
+        let until = self.unsent.front()?.queued + cut.linger;
+        let sizes = self.unsent.iter().take(cut.messages).map(|slot| slot.bytes);
+        let full = self.unsent.len() >= cut.messages || sizes.sum::<usize>() >= cut.bytes;
+        (!full && now < until).then_some(until)
+    }
+
+    /// The results of consecutive messages: hands them out, oldest first. `Err` if these are not
+    /// the ones whose results are due.
+    pub(super) fn results(
+        &mut self,
+        first: u64,
+        count: u32,
+    ) -> Result<impl Iterator<Item = T> + use<'_, T>, String> {
+        let due = self.first();
+        let count = count as usize;
+        if first != due || count == 0 || count > self.on_stream {
+            let sent = self.on_stream;
+            return Err(format!(
+                "results of {count} messages from {first} came, {sent} from {due} are due"
+            ));
+        }
+        self.on_stream -= count;
+        let bytes = self.sent.iter().take(count).map(|slot| slot.bytes).sum::<usize>();
+        self.bytes_on_stream -= bytes;
+        Ok(self.sent.drain(..count).map(|slot| slot.item))
+    }
+
+    /// Takes out what was never sent and is not wanted any more.
+    pub(super) fn give_up_unsent(&mut self, unwanted: impl Fn(&T) -> bool) -> Vec<T> {
+        if !self.unsent.iter().any(|slot| unwanted(&slot.item)) {
+            return Vec::new();
+        }
+        let all = std::mem::take(&mut self.unsent);
+        let (given_up, kept): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|slot| unwanted(&slot.item));
+        self.unsent = kept.into();
+        given_up.into_iter().map(|slot| slot.item).collect()
+    }
+
+    pub(super) fn sent_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.sent.iter_mut().map(|slot| &mut slot.item)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
+        self.sent.iter().chain(&self.unsent).map(|slot| &slot.item)
+    }
+
+    /// Everything, oldest first, and whether it was ever sent.
+    pub(super) fn drain(&mut self) -> Vec<(T, bool)> {
+        self.on_stream = 0;
+        self.bytes_on_stream = 0;
+        let sent = self.sent.drain(..).map(|slot| (slot.item, true));
+        sent.chain(self.unsent.drain(..).map(|slot| (slot.item, false))).collect()
+    }
+}

@@ -1,0 +1,144 @@
+//! Between the wire and what is kept here.
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use prost::Message as _;
+use pubsub_proto::v1 as pb;
+use pubsub_proto::v1::subscribe_request::Frame;
+
+use super::builder::{Settings, Start, SubscriptionKind};
+use super::core::Core;
+use super::resume::TopicBatch;
+use super::topic::{Joined, Missing, Nacked, Position};
+use super::{Gap, GapReason};
+use crate::message::wire_duration;
+
+pub(super) fn request(frame: Frame) -> pb::SubscribeRequest {
+    pb::SubscribeRequest { frame: Some(frame) }
+}
+
+/// The hello of the next connection.
+pub(super) fn hello(core: &Core) -> pb::SubscribeRequest {
+    let attach = core.next_attach();
+    let mut inner = core.lock();
+    let settings = &core.settings;
+    let positions = inner.resume.hello().into_iter().map(position).collect();
+    request(Frame::Hello(pb::SubscribeHello {
+        protocol: pubsub_proto::PROTOCOL_VERSION,
+        subscription: settings.subscription.clone(),
+        subscription_epoch: inner.epoch,
+        consumer: Some(pb::Consumer {
+            id: settings.consumer.clone(),
+            instance: core.instance.to_vec().into(),
+            attach,
+        }),
+        topics: settings.topics.clone(),
+        kind: kind(settings.kind).into(),
+        start: Some(start(settings.start)),
+        must_exist: settings.must_exist,
+        max_outstanding_messages: settings.max_messages,
+        max_outstanding_bytes: settings.max_bytes,
+        positions,
+        client: crate::client::VERSION.to_owned(),
+        heartbeat_interval: wire_duration(settings.heartbeat),
+        boot_id: inner.boot.clone(),
+    }))
+}
+
+pub(crate) fn kind(kind: SubscriptionKind) -> pb::SubscriptionKind {
+    match kind {
+        SubscriptionKind::Exclusive => pb::SubscriptionKind::Exclusive,
+    }
+}
+
+pub(crate) fn start(start: Start) -> pb::StartPosition {
+    use pb::start_position::Position;
+    let position = match start {
+        Start::Earliest => Position::Earliest(pb::Earliest {}),
+        Start::Latest => Position::Latest(pb::Latest {}),
+        Start::Sequence(sequence) => Position::Sequence(sequence),
+        Start::Time(time) => Position::Time(time.into()),
+    };
+    pb::StartPosition { position: Some(position) }
+}
+
+fn position(position: Position) -> pb::TopicPosition {
+    pb::TopicPosition {
+        topic: position.name.as_ref().to_owned(),
+        epoch: position.epoch,
+        cursor_generation: position.cursor_generation,
+        held: ranges(position.held),
+        held_bytes: position.held_bytes,
+        acked: ranges(position.acked),
+        nacked: position.nacked.into_iter().map(nack).collect(),
+        last_received: position.last_received,
+    }
+}
+
+fn ranges(ranges: Vec<RangeInclusive<u64>>) -> Vec<pb::SequenceRange> {
+    let range = |range: RangeInclusive<u64>| pb::SequenceRange {
+        first: *range.start(),
+        last: *range.end(),
+    };
+    ranges.into_iter().map(range).collect()
+}
+
+fn nack((sequence, nacked): (u64, Nacked)) -> pb::NackItem {
+    pb::NackItem {
+        sequence,
+        attempt: nacked.attempt,
+        delay: nacked.delay.and_then(wire_duration),
+        reason: nacked.reason,
+    }
+}
+
+/// A batch of acks and nacks.
+pub(super) fn acks(number: u64, topics: Vec<TopicBatch>) -> pb::SubscribeRequest {
+    let topic = |topic: TopicBatch| pb::TopicAcks {
+        topic: topic.number,
+        cursor_generation: topic.cursor_generation,
+        acked: ranges(topic.acks),
+        nacked: topic.nacks.into_iter().map(nack).collect(),
+    };
+    let topics = topics.into_iter().map(topic).collect();
+    request(Frame::Acks(pb::AckBatch { number, topics }))
+}
+
+pub(super) fn joined(topic: pb::SessionTopic) -> Joined {
+    Joined {
+        number: topic.number,
+        name: topic.topic.into(),
+        epoch: topic.epoch,
+        cursor_generation: topic.cursor_generation,
+        floor: topic.floor,
+        head: topic.head,
+        dropped: topic.dropped.into_iter().map(|range| range.first..=range.last).collect(),
+    }
+}
+
+/// A delivered message: its sequence, attempt and bytes, and itself.
+pub(super) fn item(message: pb::ReceivedMessage) -> (u64, (u32, u64, pb::ReceivedMessage)) {
+    let bytes = message.message.as_ref().map_or(0, |message| message.encoded_len() as u64);
+    (message.sequence, (message.attempt, bytes, message))
+}
+
+pub(super) fn gap(topic: Arc<str>, epoch: u64, missing: Missing) -> Gap {
+    let reason = match pb::GapReason::try_from(missing.reason).unwrap_or_default() {
+        pb::GapReason::Unspecified => GapReason::Other,
+        pb::GapReason::Retention => GapReason::Retention,
+        pb::GapReason::TopicDeleted => GapReason::TopicDeleted,
+        pb::GapReason::DataLoss => GapReason::DataLoss,
+        pb::GapReason::Purged => GapReason::Purged,
+    };
+    Gap { topic, epoch, range: missing.range, reason }
+}
+
+/// What is asked for, for people.
+pub(super) fn describe(settings: &Settings) -> String {
+    if settings.is_reader() {
+        format!("reader of {}", settings.topics.join(", "))
+    } else {
+        format!("subscription {}", settings.subscription)
+    }
+}

@@ -1,0 +1,350 @@
+//! What the application and the session task share.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::Bytes;
+use pubsub_proto::v1 as pb;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
+
+use super::builder::Settings;
+use super::convert;
+use super::delivery::{Delivery, Nack};
+use super::resume::{Acked, Handle, Resume, Settled, Shown};
+use super::stop::{Drain, Stopping};
+use super::topic::{Nacked, TopicKey};
+use super::{Event, Position, TopicPosition};
+use crate::client::Shared;
+use crate::error::{AckError, Cause, SubscribeError};
+use crate::limits;
+use crate::message::{MessageId, ReceivedMessage};
+use crate::state::{ConnectionState, StateCell};
+
+/// One subscriber: held by its handles, its deliveries and its session task.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(super) client: Arc<Shared>,
+    pub(super) settings: Settings,
+    pub(super) instance: [u8; 16],
+    pub(super) state: StateCell,
+    attaches: AtomicU64,
+    inner: Mutex<Inner>,
+    /// Wakes the session: there are acks to send, or it is to stop.
+    pub(super) wake: Notify,
+    /// Wakes all who wait for a condition.
+    changed: Notify,
+}
+
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub(super) resume: Resume<pb::ReceivedMessage>,
+    /// Whether messages may be handed out.
+    pub(super) gate: Gate,
+    /// The boot id and the subscription's epoch of the last welcome.
+    pub(super) boot: Bytes,
+    pub(super) epoch: u64,
+    pub(super) stop: Option<Stopping>,
+    /// Someone waits for a confirmation or nacked: acks are not to wait for company.
+    pub(super) urgent: bool,
+    welcomed: bool,
+    ended: bool,
+    error: Option<SubscribeError>,
+    consumer: Option<Waker>,
+    // One for each caller of `ack_confirmed` that waits.
+    confirmations: BTreeMap<(TopicKey, u64), Vec<Confirmation>>,
+}
+
+type Confirmation = oneshot::Sender<Result<(), AckError>>;
+
+/// Whether messages may be handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Gate {
+    /// Another consumer may have them.
+    Closed,
+    /// Nobody else can have them.
+    Open,
+    /// The server keeps them for this consumer until then.
+    Until(Instant),
+}
+
+impl Gate {
+    fn is_open(self) -> bool {
+        match self {
+            Self::Closed => false,
+            Self::Open => true,
+            Self::Until(end) => Instant::now() < end,
+        }
+    }
+}
+
+impl Core {
+    pub(super) fn new(client: Arc<Shared>, settings: Settings) -> Arc<Self> {
+        let resume = Resume::new(settings.is_reader());
+        let inner = Inner {
+            resume,
+            gate: Gate::Closed,
+            boot: Bytes::new(),
+            epoch: 0,
+            stop: None,
+            urgent: false,
+            welcomed: false,
+            ended: false,
+            error: None,
+            consumer: None,
+            confirmations: BTreeMap::new(),
+        };
+        Arc::new(Self {
+            settings,
+            instance: client.env.id(),
+            state: client.new_state(),
+            client,
+            attaches: AtomicU64::new(0),
+            inner: Mutex::new(inner),
+            wake: Notify::new(),
+            changed: Notify::new(),
+        })
+    }
+
+    /// A panic elsewhere leaves sets that are each valid, and a reconnect puts the whole right.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn next_attach(&self) -> u64 {
+        self.attaches.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    // For the application.
+
+    pub(super) fn poll(
+        self: &Arc<Self>,
+        context: &mut Context<'_>,
+        allowed: impl Fn(TopicKey) -> bool,
+    ) -> Poll<Option<Result<Event, SubscribeError>>> {
+        let mut inner = self.lock();
+        if inner.ended {
+            return Poll::Ready(inner.error.take().map(Err));
+        }
+        if inner.stop.is_some() {
+            return Poll::Ready(None);
+        }
+        let before = inner.resume.queued();
+        let shown = if inner.gate.is_open() { inner.resume.take(allowed) } else { None };
+        let Some(shown) = shown else {
+            inner.consumer = Some(context.waker().clone());
+            return Poll::Pending;
+        };
+        self.after_change(inner, before);
+        self.changed.notify_waiters();
+        Poll::Ready(Some(Ok(self.event(shown))))
+    }
+
+    fn event(self: &Arc<Self>, shown: Shown<pb::ReceivedMessage>) -> Event {
+        match shown {
+            Shown::Message { handle, topic, epoch, message } => {
+                let id = MessageId { topic, epoch, sequence: handle.sequence };
+                let core = (!self.settings.is_reader()).then(|| Arc::clone(self));
+                let message = ReceivedMessage::from_wire(id, message);
+                Event::Message(Delivery::new(message, core, handle))
+            }
+            Shown::Gap { topic, epoch, missing } => Event::Gap(convert::gap(topic, epoch, missing)),
+        }
+    }
+
+    pub(super) fn ack(&self, handle: Handle) {
+        self.change(|inner| {
+            inner.resume.ack(handle);
+        });
+    }
+
+    pub(super) fn ack_up_to(&self, handle: Handle) {
+        self.change(|inner| inner.resume.ack_up_to(handle));
+    }
+
+    /// Nothing if the ack is confirmed already.
+    pub(super) fn ack_confirmed(
+        &self,
+        handle: Handle,
+    ) -> Option<oneshot::Receiver<Result<(), AckError>>> {
+        self.change(|inner| {
+            let (sender, receiver) = oneshot::channel();
+            match inner.resume.ack(handle) {
+                Acked::Done => return None,
+                // Whoever waits for it is gone only if the future was dropped.
+                Acked::Stale => drop(sender.send(Err(AckError::Stale))),
+                // Dropping the sender says that the subscriber has ended.
+                Acked::Queued if inner.ended => {}
+                Acked::Queued => {
+                    let key = (handle.topic, handle.sequence);
+                    inner.confirmations.entry(key).or_default().push(sender);
+                    inner.urgent = true;
+                }
+            }
+            Some(receiver)
+        })
+    }
+
+    pub(super) fn nack(&self, handle: Handle, nack: Nack) {
+        let Nack { delay, reason } = nack;
+        self.hand_back(
+            handle,
+            Nacked { attempt: handle.attempt, delay, reason, showing: handle.showing },
+        );
+    }
+
+    pub(super) fn release(&self, handle: Handle) {
+        self.hand_back(
+            handle,
+            Nacked {
+                attempt: 0,
+                delay: Some(limits::RELEASE_DELAY),
+                reason: "released".to_owned(),
+                showing: handle.showing,
+            },
+        );
+    }
+
+    fn hand_back(&self, handle: Handle, nacked: Nacked) {
+        self.change(|inner| {
+            inner.urgent |= inner.resume.nack(handle, nacked);
+        });
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut Inner) -> T) -> T {
+        let mut inner = self.lock();
+        let before = inner.resume.queued();
+        let result = change(&mut inner);
+        self.after_change(inner, before);
+        result
+    }
+
+    /// Wakes the session if it has something new to think about: not for each ack.
+    fn after_change(&self, inner: MutexGuard<'_, Inner>, before: usize) {
+        let queued = inner.resume.queued();
+        let first = before == 0 && queued > 0;
+        if first || queued >= limits::ACK_BATCH || inner.urgent || inner.stop.is_some() {
+            self.wake.notify_one();
+        }
+    }
+
+    pub(super) fn position(&self) -> Position {
+        let inner = self.lock();
+        let topics = inner.resume.topics().map(|topic| TopicPosition {
+            topic: Arc::clone(&topic.name),
+            epoch: topic.epoch,
+            last_delivered: topic.last_shown,
+            acked_floor: topic.done.floor(),
+            head: topic.head,
+            caught_up: topic.caught_up(),
+        });
+        let topics: Vec<_> = topics.collect();
+        let caught_up = inner.welcomed && topics.iter().all(|topic| topic.caught_up);
+        Position { topics, caught_up }
+    }
+
+    /// Waits until the server has taken the subscriber in, or has refused it.
+    pub(super) async fn opened(&self) -> Option<SubscribeError> {
+        self.wait_until(|core| {
+            let inner = core.lock();
+            inner.welcomed || inner.ended
+        })
+        .await;
+        self.lock().error.take()
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.lock().ended
+    }
+
+    pub(super) async fn wait_until(&self, condition: impl Fn(&Self) -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            // Registered before looking, so that no change falls between.
+            changed.as_mut().enable();
+            if condition(self) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    pub(super) fn request_stop(&self, drain: Drain, within: Duration) {
+        {
+            let mut inner = self.lock();
+            if inner.ended {
+                return;
+            }
+            let asked = Stopping::new(drain, within);
+            inner.stop = Some(inner.stop.map_or(asked, |earlier| earlier.sooner(asked)));
+            if let Some(consumer) = inner.consumer.take() {
+                consumer.wake();
+            }
+        }
+        self.wake.notify_one();
+        self.changed.notify_waiters();
+    }
+
+    // For the session.
+
+    /// Something arrived that the application may be waiting for.
+    pub(super) fn arrived(&self, inner: &mut Inner, settled: Settled) {
+        for (topic, ranges) in settled.confirmed {
+            for range in ranges {
+                inner.resolve((topic, *range.start()), (topic, *range.end()), Ok(()));
+            }
+        }
+        for topic in settled.stale {
+            inner.resolve((topic, 0), (topic, u64::MAX), Err(AckError::Stale));
+        }
+        if let Some(consumer) = inner.consumer.take() {
+            consumer.wake();
+        }
+        self.changed.notify_waiters();
+    }
+
+    pub(super) fn welcomed(&self, inner: &mut Inner) {
+        inner.welcomed = true;
+        self.arrived(inner, Settled::default());
+    }
+
+    /// The session is over, for good.
+    pub(super) fn end(&self, error: Option<SubscribeError>) {
+        let cause = error.as_ref().map(|error| match error {
+            SubscribeError::Refused(error) => Cause::Server(error.clone()),
+            SubscribeError::Protocol(_) | SubscribeError::Decode { .. } => {
+                Cause::Protocol(error.to_string())
+            }
+        });
+        {
+            let mut inner = self.lock();
+            inner.ended = true;
+            inner.error = error;
+            inner.confirmations.clear();
+            self.arrived(&mut inner, Settled::default());
+        }
+        self.state.set(ConnectionState::Closed { cause: cause.map(Arc::new) });
+    }
+}
+
+impl Inner {
+    fn resolve(
+        &mut self,
+        first: (TopicKey, u64),
+        last: (TopicKey, u64),
+        result: Result<(), AckError>,
+    ) {
+        if self.confirmations.is_empty() {
+            return;
+        }
+        let keys: Vec<_> = self.confirmations.range(first..=last).map(|(key, _)| *key).collect();
+        for waiter in keys.into_iter().filter_map(|key| self.confirmations.remove(&key)).flatten() {
+            // Whoever waited may have stopped waiting.
+            let _ = waiter.send(result);
+        }
+    }
+}

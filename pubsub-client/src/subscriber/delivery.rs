@@ -1,0 +1,183 @@
+//! A message in the application's hands.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::core::Core;
+use super::resume::Handle;
+use crate::error::AckError;
+use crate::message::ReceivedMessage;
+
+/// A message that was delivered and waits for its ack.
+///
+/// It derefs to the [`ReceivedMessage`]. Dropping it without [`ack`](Self::ack) or
+/// [`nack`](Self::nack) *releases* it: it comes again after a second, without being counted as a
+/// failure. It stays valid across disconnects and server restarts.
+///
+/// After a nack or release of message n, all unacked messages after n are shown again, in order,
+/// even those already handed out; what the application still does with the older deliveries of
+/// these counts, if it is an ack.
+///
+/// In a reader there is nothing to ack: acks and nacks do nothing.
+#[derive(Debug)]
+#[must_use = "a delivery that is dropped is released, and comes again"]
+pub struct Delivery {
+    message: ReceivedMessage,
+    acker: Acker,
+}
+
+impl Delivery {
+    pub(super) fn new(message: ReceivedMessage, core: Option<Arc<Core>>, handle: Handle) -> Self {
+        Self { message, acker: Acker { core, handle } }
+    }
+
+    /// Acks the message: it was processed, and is never to be delivered again.
+    ///
+    /// Does not block. Acks are sent together, at the latest after 10 ms or 256 of them, and
+    /// sent again after a reconnect until the server has confirmed them. If the process dies
+    /// before, the message comes again.
+    pub fn ack(self) {
+        self.acker.ack();
+    }
+
+    /// Acks the message and waits until the ack is on the server's disk.
+    ///
+    /// Waits through disconnects. If the future is dropped, the ack is still on its way.
+    ///
+    /// # Errors
+    ///
+    /// The ack has no meaning any more, or the subscriber ended first.
+    pub async fn ack_confirmed(self) -> Result<(), AckError> {
+        self.acker.ack_confirmed().await
+    }
+
+    /// Acks the message and all earlier ones of the same topic that the application holds.
+    pub fn ack_up_to(self) {
+        self.acker.ack_up_to();
+    }
+
+    /// Hands the message back as failed: it comes again, and counts as another attempt.
+    pub fn nack(self, nack: Nack) {
+        self.acker.nack(nack);
+    }
+
+    /// Takes the message out, to ack it later and elsewhere.
+    pub fn split(self) -> (ReceivedMessage, Acker) {
+        (self.message, self.acker)
+    }
+
+    pub(super) fn handle(&self) -> Handle {
+        self.acker.handle
+    }
+}
+
+impl Deref for Delivery {
+    type Target = ReceivedMessage;
+
+    fn deref(&self) -> &ReceivedMessage {
+        &self.message
+    }
+}
+
+/// The right to ack or nack a message, without the message. Dropping it releases the message, as
+/// with a [`Delivery`].
+#[must_use = "an acker that is dropped releases its message, which comes again"]
+pub struct Acker {
+    /// Nothing in a reader, and once the message is acked or nacked.
+    core: Option<Arc<Core>>,
+    handle: Handle,
+}
+
+impl Acker {
+    /// As [`Delivery::ack`].
+    pub fn ack(mut self) {
+        if let Some(core) = self.core.take() {
+            core.ack(self.handle);
+        }
+    }
+
+    /// As [`Delivery::ack_confirmed`].
+    ///
+    /// # Errors
+    ///
+    /// The ack has no meaning any more, or the subscriber ended first.
+    pub async fn ack_confirmed(mut self) -> Result<(), AckError> {
+        let Some(core) = self.core.take() else { return Ok(()) };
+        let confirmation = core.ack_confirmed(self.handle);
+        drop(core);
+        match confirmation {
+            Some(confirmation) => confirmation.await.unwrap_or(Err(AckError::Closed)),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`Delivery::ack_up_to`].
+    pub fn ack_up_to(mut self) {
+        if let Some(core) = self.core.take() {
+            core.ack_up_to(self.handle);
+        }
+    }
+
+    /// As [`Delivery::nack`].
+    pub fn nack(mut self, nack: Nack) {
+        if let Some(core) = self.core.take() {
+            core.nack(self.handle, nack);
+        }
+    }
+}
+
+impl fmt::Debug for Acker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Acker").field("sequence", &self.handle.sequence).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Acker {
+    fn drop(&mut self) {
+        if let Some(core) = self.core.take() {
+            core.release(self.handle);
+        }
+    }
+}
+
+/// How a message is handed back.
+///
+/// ```
+/// use std::time::Duration;
+/// use pubsub_client::Nack;
+///
+/// let nack = Nack::after(Duration::from_secs(30)).because("the mail server is down");
+/// # let _ = nack;
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Nack {
+    pub(super) delay: Option<Duration>,
+    pub(super) reason: String,
+}
+
+impl Nack {
+    /// The message comes again after the server's backoff: 1 s after the first failure, doubling
+    /// up to 60 s.
+    pub fn backoff() -> Self {
+        Self::default()
+    }
+
+    /// The message comes again at once.
+    pub fn now() -> Self {
+        Self::after(Duration::ZERO)
+    }
+
+    /// The message comes again after this delay.
+    pub fn after(delay: Duration) -> Self {
+        Self { delay: Some(delay), reason: String::new() }
+    }
+
+    /// Says why, for the people who look at the message later.
+    #[must_use]
+    pub fn because(mut self, reason: impl Into<String>) -> Self {
+        self.reason = reason.into();
+        self
+    }
+}

@@ -1,0 +1,184 @@
+//! Receiving.
+
+mod builder;
+mod convert;
+mod core;
+mod dedup;
+mod delivery;
+mod resume;
+#[cfg(test)]
+mod resume_model;
+mod run;
+mod session;
+mod stop;
+mod topic;
+mod typed;
+
+use std::ops::RangeInclusive;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::Stream;
+
+pub use self::builder::{Start, SubscriberBuilder, SubscriptionKind};
+pub(crate) use self::convert::{kind as kind_to_wire, start as start_to_wire};
+pub(crate) use self::core::Core;
+pub use self::delivery::{Acker, Delivery, Nack};
+pub use self::stop::{Drain, StopReport, Stopper};
+pub use self::typed::{TypedDelivery, TypedEvent, TypedSubscriber};
+use crate::error::SubscribeError;
+use crate::state::StateWatch;
+
+/// A consumer of a subscription, or a reader: a stream of messages.
+///
+/// Made by [`Client::subscriber`](crate::Client::subscriber) or
+/// [`Client::reader`](crate::Client::reader).
+///
+/// A disconnect or a server restart does not show in the stream: the subscriber reconnects, and
+/// goes on with exactly the messages that the application has not seen. Deliveries handed out
+/// before stay valid. The [state](Self::state) tells.
+///
+/// Each topic comes in the order of its log; the topics take turns. Nothing is handed out while
+/// another consumer of the subscription is active, and after the connection has been lost for
+/// longer than the server reserves messages for this consumer (30 s): then another may have them.
+///
+/// When the subscriber is dropped it hands back what the application has not seen, and lives on
+/// in the background until the deliveries it has handed out are settled and their acks confirmed,
+/// for 30 s at most. Use [`stopper`](Self::stopper) to wait for that.
+#[derive(Debug)]
+pub struct Subscriber {
+    core: Arc<Core>,
+}
+
+impl Subscriber {
+    /// The next message or event. Cancel-safe. Nothing once the subscriber is stopped, or after
+    /// a terminal error.
+    pub async fn next(&mut self) -> Option<Result<Event, SubscribeError>> {
+        std::future::poll_fn(|context| self.core.poll(context, |_| true)).await
+    }
+
+    /// A subscriber whose payloads are decoded.
+    pub fn typed<T, C>(self, codec: C) -> TypedSubscriber<T, C> {
+        TypedSubscriber::new(self, codec)
+    }
+
+    /// Stops this subscriber, from anywhere.
+    pub fn stopper(&self) -> Stopper {
+        Stopper::new(Arc::clone(&self.core))
+    }
+
+    /// The state of its connection.
+    pub fn state(&self) -> StateWatch {
+        self.core.state.watch()
+    }
+
+    /// Where it is in each topic.
+    pub fn position(&self) -> Position {
+        self.core.position()
+    }
+
+    /// Waits until the application was handed everything that was published until now, as far as
+    /// the server has told: it tells with each message and heartbeat. Also returns when the
+    /// subscriber ends.
+    pub async fn caught_up(&self) {
+        self.core.wait_until(|core| core.position().caught_up || core.has_ended()).await;
+    }
+}
+
+impl Stream for Subscriber {
+    type Item = Result<Event, SubscribeError>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.core.poll(context, |_| true)
+    }
+}
+
+impl Drop for Subscriber {
+    fn drop(&mut self) {
+        /// A handler that takes longer than this after its subscriber is gone is shown its
+        /// message again elsewhere.
+        const LINGER: Duration = Duration::from_secs(30);
+        self.core.request_stop(Drain::Finish, LINGER);
+    }
+}
+
+/// What a subscriber yields.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event {
+    /// A message.
+    Message(Delivery),
+    /// Messages that this subscription will never receive, told in the place where they would
+    /// have come.
+    Gap(Gap),
+}
+
+impl Event {
+    /// The message, if it is one.
+    pub fn into_message(self) -> Option<Delivery> {
+        match self {
+            Self::Message(delivery) => Some(delivery),
+            Self::Gap(_) => None,
+        }
+    }
+}
+
+/// Messages that a subscription will never receive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Gap {
+    /// The topic.
+    pub topic: Arc<str>,
+    /// The epoch of the topic.
+    pub epoch: u64,
+    /// The messages.
+    pub range: RangeInclusive<u64>,
+    /// Why.
+    pub reason: GapReason,
+}
+
+/// Why messages will never be received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GapReason {
+    /// Retention removed them.
+    Retention,
+    /// Their topic was deleted.
+    TopicDeleted,
+    /// They failed their checksum, and an operator let them go.
+    DataLoss,
+    /// An operator purged them.
+    Purged,
+    /// A reason that this version of the client does not know.
+    Other,
+}
+
+/// Where a subscriber is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Position {
+    /// Where it is in each topic.
+    pub topics: Vec<TopicPosition>,
+    /// Whether it has handed out everything that it knows of.
+    pub caught_up: bool,
+}
+
+/// Where a subscriber is in a topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TopicPosition {
+    /// The topic.
+    pub topic: Arc<str>,
+    /// Its epoch.
+    pub epoch: u64,
+    /// The message that was handed out last; 0 if none was.
+    pub last_delivered: u64,
+    /// All messages up to here are known to be received or released.
+    pub acked_floor: u64,
+    /// The last message of the topic that is known of.
+    pub head: u64,
+    /// Whether everything up to `head` was handed out.
+    pub caught_up: bool,
+}

@@ -1,0 +1,457 @@
+//! What a subscriber knows, and how it goes on after a disconnect. Pure: no I/O, no clock.
+//!
+//! The hello of every connection says what this side holds, and what it has acked and nacked
+//! without a confirmation; the server delivers exactly the rest. So a disconnect shows nothing
+//! twice and loses nothing, and nothing is decided by "the last id received".
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Bound::{Excluded, Unbounded};
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use super::topic::{Joined, Missing, Nacked, Next, Position, Topic, TopicKey};
+
+/// The wire's word for the reason of a gap.
+const TOPIC_DELETED: i32 = pubsub_proto::v1::GapReason::TopicDeleted as i32;
+
+/// The stream contradicts itself: a frame was lost, or one side has a bug. Attaching again puts
+/// it right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Broken(pub(super) String);
+
+/// The right to ack or nack one showing of one message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Handle {
+    pub(super) topic: TopicKey,
+    pub(super) sequence: u64,
+    pub(super) showing: u64,
+    pub(super) attempt: u32,
+}
+
+/// The next thing for the application.
+#[derive(Debug)]
+pub(super) enum Shown<M> {
+    Message { handle: Handle, topic: Arc<str>, epoch: u64, message: M },
+    Gap { topic: Arc<str>, epoch: u64, missing: Missing },
+}
+
+/// Acks and nacks of one topic.
+#[derive(Clone, Debug)]
+pub(super) struct TopicBatch {
+    pub(super) key: TopicKey,
+    pub(super) number: u32,
+    pub(super) cursor_generation: u64,
+    pub(super) acks: Vec<RangeInclusive<u64>>,
+    pub(super) nacks: Vec<(u64, Nacked)>,
+}
+
+/// What has become of earlier acks.
+#[derive(Debug, Default)]
+pub(super) struct Settled {
+    /// These are on the server's disk.
+    pub(super) confirmed: Vec<(TopicKey, Vec<RangeInclusive<u64>>)>,
+    /// Handles of these topics name nothing any more.
+    pub(super) stale: Vec<TopicKey>,
+}
+
+#[derive(Debug)]
+struct SentBatch {
+    number: u64,
+    topics: Vec<SentTopic>,
+}
+
+#[derive(Debug)]
+struct SentTopic {
+    key: TopicKey,
+    acks: Vec<RangeInclusive<u64>>,
+    /// Sequences and showings.
+    nacks: Vec<(u64, u64)>,
+}
+
+/// The state of a subscriber over all its topics and connections. `M` is a message.
+#[derive(Debug)]
+pub(super) struct Resume<M> {
+    /// A reader has no acks: taking a message is all there is.
+    reader: bool,
+    topics: BTreeMap<TopicKey, Topic<M>>,
+    by_number: BTreeMap<u32, TopicKey>,
+    ready: BTreeSet<TopicKey>,
+    /// The topic that was served last, so that the others come next.
+    served: TopicKey,
+    keys: u64,
+    showings: u64,
+    queued: usize,
+    // Of the present stream:
+    deliveries: u64,
+    batches: u64,
+    sent: VecDeque<SentBatch>,
+}
+
+impl<M> Resume<M> {
+    pub(super) fn new(reader: bool) -> Self {
+        Self {
+            reader,
+            topics: BTreeMap::new(),
+            by_number: BTreeMap::new(),
+            ready: BTreeSet::new(),
+            served: TopicKey(0),
+            keys: 0,
+            showings: 0,
+            queued: 0,
+            deliveries: 0,
+            batches: 0,
+            sent: VecDeque::new(),
+        }
+    }
+
+    /// A new stream is being opened: what its hello says.
+    pub(super) fn hello(&mut self) -> Vec<Position> {
+        self.by_number.clear();
+        self.deliveries = 0;
+        self.batches = 0;
+        self.queued = 0;
+        self.sent.clear();
+        let mut topics = Vec::new();
+        let mut positions = Vec::new();
+        for (key, topic) in self.topics.iter_mut().filter(|(_, topic)| !topic.left) {
+            let position = if self.reader { topic.reader_position() } else { topic.position() };
+            let nacks = position.nacked.iter().map(|(seq, nack)| (*seq, nack.showing)).collect();
+            topics.push(SentTopic { key: *key, acks: position.acked.clone(), nacks });
+            positions.push(position);
+        }
+        self.sent.push_back(SentBatch { number: 0, topics });
+        self.refresh_all();
+        positions
+    }
+
+    /// The server took the hello in: what it carried is confirmed.
+    pub(super) fn welcome(&mut self, joined: Vec<Joined>) -> Settled {
+        let mut settled = Settled::default();
+        let before: Vec<TopicKey> = self.topics.keys().copied().collect();
+        let mut kept = BTreeSet::new();
+        for joined in joined {
+            kept.insert(self.join(joined, &mut settled));
+        }
+        for key in before.into_iter().filter(|key| !kept.contains(key)) {
+            self.miss(key);
+            self.leave(key, &mut settled);
+        }
+        let confirmed = self.confirm(0);
+        settled.confirmed.extend(confirmed.confirmed);
+        self.refresh_all();
+        settled
+    }
+
+    fn join(&mut self, joined: Joined, settled: &mut Settled) -> TopicKey {
+        let same_name = |topic: &Topic<M>| topic.name == joined.name && !topic.left;
+        let known = self.topics.iter().find(|(_, topic)| same_name(topic)).map(|(key, _)| *key);
+        if let Some(key) = known
+            && let Some(topic) = self.topics.get_mut(&key)
+        {
+            if topic.epoch == joined.epoch && topic.cursor_generation == joined.cursor_generation {
+                topic.resume(&joined);
+                self.by_number.insert(joined.number, key);
+                return key;
+            }
+            if topic.epoch == joined.epoch {
+                // A seek: nothing of what was known has a meaning any more.
+                self.remove(key, settled);
+            } else {
+                self.miss(key);
+                self.leave(key, settled);
+            }
+        }
+        self.keys += 1;
+        let key = TopicKey(self.keys);
+        self.by_number.insert(joined.number, key);
+        self.topics.insert(key, Topic::new(&joined));
+        key
+    }
+
+    fn remove(&mut self, key: TopicKey, settled: &mut Settled) {
+        self.topics.remove(&key);
+        self.ready.remove(&key);
+        self.by_number.retain(|_, other| *other != key);
+        settled.stale.push(key);
+    }
+
+    /// A topic was deleted while nobody was there to be told: what is known to have been in it
+    /// and has not arrived never will.
+    fn miss(&mut self, key: TopicKey) {
+        let Some(topic) = self.topics.get_mut(&key).filter(|topic| !topic.left) else { return };
+        let first = topic.last_received + 1;
+        if first <= topic.head {
+            let range = first..=topic.head;
+            topic.receive_gap(&Missing { range, reason: TOPIC_DELETED });
+        }
+    }
+
+    fn leave(&mut self, key: TopicKey, settled: &mut Settled) {
+        let Some(topic) = self.topics.get_mut(&key) else { return };
+        topic.leave();
+        self.by_number.retain(|_, other| *other != key);
+        settled.stale.push(key);
+        self.refresh(key);
+    }
+
+    /// The server's data is not what it was: nothing that is known has a meaning.
+    pub(super) fn forget(&mut self) -> Settled {
+        let stale = self.topics.keys().copied().collect();
+        self.topics.clear();
+        self.by_number.clear();
+        self.ready.clear();
+        self.sent.clear();
+        self.queued = 0;
+        Settled { confirmed: Vec::new(), stale }
+    }
+
+    pub(super) fn joined(&mut self, joined: Joined) -> Settled {
+        let mut settled = Settled::default();
+        self.join(joined, &mut settled);
+        settled
+    }
+
+    pub(super) fn left(&mut self, number: u32) -> Result<Settled, Broken> {
+        let mut settled = Settled::default();
+        let key = self.key(number)?;
+        self.leave(key, &mut settled);
+        Ok(settled)
+    }
+
+    /// A seek moved the position in a topic.
+    pub(super) fn repositioned(&mut self, joined: Joined) -> Settled {
+        let mut settled = Settled::default();
+        if let Some(key) = self.by_number.get(&joined.number).copied() {
+            self.remove(key, &mut settled);
+        }
+        self.join(joined, &mut settled);
+        settled
+    }
+
+    /// Messages arrive. Says how many of them are to be shown.
+    pub(super) fn deliver(
+        &mut self,
+        number: u32,
+        first: u64,
+        generation: u32,
+        messages: impl ExactSizeIterator<Item = (u64, (u32, u64, M))>,
+    ) -> Result<usize, Broken> {
+        if first != self.deliveries + 1 {
+            let expected = self.deliveries + 1;
+            return Err(Broken(format!("delivery {first} came instead of {expected}")));
+        }
+        self.deliveries += messages.len() as u64;
+        let key = self.key(number)?;
+        let topic = self.topic(key)?;
+        if generation > topic.generation {
+            return Err(Broken(format!("a rewind of topic {number} is missing")));
+        }
+        if generation < topic.generation {
+            return Ok(0);
+        }
+        let mut shown = 0;
+        let mut again = 0;
+        for (sequence, item) in messages {
+            let done = topic.done.contains(sequence);
+            again += usize::from(done);
+            shown += usize::from(topic.receive(sequence, item));
+        }
+        self.queued += again;
+        self.refresh(key);
+        Ok(shown)
+    }
+
+    pub(super) fn rewind(&mut self, number: u32, from: u64, to: u32) -> Result<(), Broken> {
+        let key = self.key(number)?;
+        let topic = self.topic(key)?;
+        if to <= topic.generation {
+            return Err(Broken(format!("topic {number} was rewound to an older generation")));
+        }
+        topic.rewind(from, to);
+        self.refresh(key);
+        Ok(())
+    }
+
+    pub(super) fn gap(&mut self, number: u32, missing: &Missing) -> Result<bool, Broken> {
+        let key = self.key(number)?;
+        let news = self.topic(key)?.receive_gap(missing);
+        self.refresh(key);
+        Ok(news)
+    }
+
+    pub(super) fn head(&mut self, number: u32, head: u64) {
+        if let Ok(topic) = self.key(number).and_then(|key| self.topic(key)) {
+            topic.head = topic.head.max(head);
+        }
+    }
+
+    /// The server says how many messages it has sent on this stream.
+    pub(super) fn check_deliveries(&self, sent: u64) -> Result<(), Broken> {
+        let seen = self.deliveries;
+        if sent <= seen {
+            return Ok(());
+        }
+        Err(Broken(format!("{sent} messages were sent on this stream and {seen} arrived")))
+    }
+
+    /// Batches up to this one are on the server's disk.
+    pub(super) fn confirm(&mut self, number: u64) -> Settled {
+        let mut settled = Settled::default();
+        while self.sent.front().is_some_and(|batch| batch.number <= number) {
+            let Some(batch) = self.sent.pop_front() else { break };
+            for SentTopic { key, acks, nacks } in batch.topics {
+                let Some(topic) = self.topics.get_mut(&key) else { continue };
+                topic.confirm(&acks, &nacks);
+                settled.confirmed.push((key, acks));
+                self.refresh(key);
+            }
+        }
+        settled
+    }
+
+    /// Takes the next thing to show: the oldest of a topic, the topics by turns. `allowed` says
+    /// which topics may be served.
+    pub(super) fn take(&mut self, allowed: impl Fn(TopicKey) -> bool) -> Option<Shown<M>> {
+        let after = self.ready.range((Excluded(self.served), Unbounded));
+        let key = *after.chain(self.ready.range(..=self.served)).find(|key| allowed(**key))?;
+        let topic = self.topics.get_mut(&key)?;
+        self.showings += 1;
+        let showing = self.showings;
+        let next = topic.take(showing, self.reader)?;
+        let (name, epoch) = (Arc::clone(&topic.name), topic.epoch);
+        self.served = key;
+        self.queued += usize::from(self.reader);
+        self.refresh(key);
+        Some(match next {
+            Next::Message { sequence, attempt, message } => {
+                let handle = Handle { topic: key, sequence, showing, attempt };
+                Shown::Message { handle, topic: name, epoch, message }
+            }
+            Next::Gap(missing) => Shown::Gap { topic: name, epoch, missing },
+        })
+    }
+
+    /// Acks a message. Says what that means for someone who waits for the confirmation.
+    pub(super) fn ack(&mut self, handle: Handle) -> Acked {
+        let Some(topic) = self.topics.get_mut(&handle.topic).filter(|topic| !topic.left) else {
+            return Acked::Stale;
+        };
+        let news = topic.ack(handle.sequence);
+        let done = topic.done.contains(handle.sequence);
+        self.queued += usize::from(news);
+        self.refresh(handle.topic);
+        if done { Acked::Done } else { Acked::Queued }
+    }
+
+    /// Acks a message and all before it that are in the application's hands.
+    pub(super) fn ack_up_to(&mut self, handle: Handle) {
+        let topic = self.topics.get(&handle.topic);
+        let all = topic.map(|topic| topic.outstanding_up_to(handle.sequence)).unwrap_or_default();
+        for sequence in all {
+            self.ack(Handle { sequence, ..handle });
+        }
+        self.ack(handle);
+    }
+
+    /// Hands a message back, if the handle still has a say in it.
+    pub(super) fn nack(&mut self, handle: Handle, nacked: Nacked) -> bool {
+        let Some(topic) = self.topics.get_mut(&handle.topic) else { return false };
+        let done = topic.nack(handle.sequence, nacked);
+        self.queued += usize::from(done);
+        self.refresh(handle.topic);
+        done
+    }
+
+    /// How many acks and nacks wait to be sent.
+    pub(super) fn queued(&self) -> usize {
+        self.queued
+    }
+
+    /// The next batch of acks and nacks, with its number.
+    pub(super) fn batch(&mut self) -> Option<(u64, Vec<TopicBatch>)> {
+        self.queued = 0;
+        let mut batch = Vec::new();
+        for (key, topic) in &mut self.topics {
+            let Some(number) = topic.number.filter(|_| topic.has_unsent()) else { continue };
+            let cursor_generation = topic.cursor_generation;
+            let (acks, nacks) = topic.unsent();
+            if self.reader {
+                // A server keeps nothing of a reader, and so has nothing to confirm.
+                topic.confirm(&acks, &[]);
+            }
+            batch.push(TopicBatch { key: *key, number, cursor_generation, acks, nacks });
+        }
+        if batch.is_empty() {
+            return None;
+        }
+        self.batches += 1;
+        let sent = |topic: &TopicBatch| {
+            let nacks = topic.nacks.iter().map(|(seq, nack)| (*seq, nack.showing)).collect();
+            SentTopic { key: topic.key, acks: topic.acks.clone(), nacks }
+        };
+        if !self.reader {
+            let topics = batch.iter().map(sent).collect();
+            self.sent.push_back(SentBatch { number: self.batches, topics });
+        }
+        Some((self.batches, batch))
+    }
+
+    pub(super) fn topics(&self) -> impl Iterator<Item = &Topic<M>> {
+        self.topics.values()
+    }
+
+    /// How many messages are in the application's hands.
+    pub(super) fn outstanding(&self) -> usize {
+        self.topics.values().map(Topic::outstanding).sum()
+    }
+
+    /// How many messages are held, here or in the application's hands.
+    pub(super) fn held(&self) -> usize {
+        self.topics.values().map(Topic::held).sum()
+    }
+
+    pub(super) fn is_unconfirmed(&self) -> bool {
+        self.topics.values().any(Topic::is_unconfirmed)
+    }
+
+    pub(super) fn unconfirmed(&self) -> u64 {
+        self.topics.values().map(Topic::unconfirmed).sum()
+    }
+
+    fn key(&self, number: u32) -> Result<TopicKey, Broken> {
+        let unknown = || Broken(format!("topic {number} is not part of this session"));
+        self.by_number.get(&number).copied().ok_or_else(unknown)
+    }
+
+    fn topic(&mut self, key: TopicKey) -> Result<&mut Topic<M>, Broken> {
+        self.topics.get_mut(&key).ok_or_else(|| Broken("a topic is missing".to_owned()))
+    }
+
+    fn refresh(&mut self, key: TopicKey) {
+        if self.topics.get(&key).is_some_and(Topic::is_over) {
+            self.topics.remove(&key);
+        }
+        if self.topics.get(&key).is_some_and(Topic::is_ready) {
+            self.ready.insert(key);
+        } else {
+            self.ready.remove(&key);
+        }
+    }
+
+    fn refresh_all(&mut self) {
+        for key in self.topics.keys().copied().collect::<Vec<_>>() {
+            self.refresh(key);
+        }
+    }
+}
+
+/// What an ack means for someone who waits for its confirmation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Acked {
+    /// It was confirmed before.
+    Done,
+    /// The confirmation will come.
+    Queued,
+    /// It has no meaning any more.
+    Stale,
+}

@@ -1,0 +1,91 @@
+//! The common loop: a handler for each message.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+
+use futures_util::FutureExt as _;
+use tokio::task::JoinSet;
+
+use super::topic::TopicKey;
+use super::{Acker, Event, Nack, Subscriber};
+use crate::error::SubscribeError;
+use crate::message::ReceivedMessage;
+
+impl Subscriber {
+    /// Runs the handler for each message, up to `concurrency` at once, until the subscriber is
+    /// [stopped](Self::stopper).
+    ///
+    /// At most one message of each topic is in a handler, so that each topic is processed in its
+    /// order: concurrency is over topics. A message is acked when its handler returns `Ok`. When
+    /// it returns an error or panics, the message is nacked with the error as the reason, and
+    /// comes again, after the server's backoff, before anything later of its topic.
+    ///
+    /// Gaps are logged as warnings; to act on them, use [`next`](Self::next).
+    ///
+    /// # Errors
+    ///
+    /// The server has ended the session for good. Handlers that run are waited for.
+    pub async fn run<H, F, E>(
+        mut self,
+        concurrency: usize,
+        handler: H,
+    ) -> Result<(), SubscribeError>
+    where
+        H: Fn(ReceivedMessage) -> F,
+        F: Future<Output = Result<(), E>> + Send + 'static,
+        E: fmt::Display + Send + 'static,
+    {
+        let mut handlers = JoinSet::new();
+        let mut busy = BTreeSet::new();
+        let result = loop {
+            // A handler that finishes frees its topic, so that there may be a next message.
+            let event = tokio::select! {
+                event = self.next_of(&busy), if handlers.len() < concurrency.max(1) => event,
+                Some(Ok(topic)) = handlers.join_next() => {
+                    busy.remove(&topic);
+                    continue;
+                }
+            };
+            match event {
+                None => break Ok(()),
+                Some(Err(error)) => break Err(error),
+                Some(Ok(Event::Gap(gap))) => tracing::warn!(?gap, "messages will never come"),
+                Some(Ok(Event::Message(delivery))) => {
+                    let topic = delivery.handle().topic;
+                    let (message, acker) = delivery.split();
+                    let handler = settle(handler(message), acker);
+                    busy.insert(topic);
+                    handlers.spawn(async move {
+                        handler.await;
+                        topic
+                    });
+                }
+            }
+        };
+        while handlers.join_next().await.is_some() {}
+        result
+    }
+
+    async fn next_of(
+        &mut self,
+        busy: &BTreeSet<TopicKey>,
+    ) -> Option<Result<Event, SubscribeError>> {
+        std::future::poll_fn(|context| self.core.poll(context, |topic| !busy.contains(&topic)))
+            .await
+    }
+}
+
+/// Acks or nacks, as the handler ends.
+async fn settle<F, E>(handler: F, acker: Acker)
+where
+    F: Future<Output = Result<(), E>>,
+    E: fmt::Display,
+{
+    match AssertUnwindSafe(handler).catch_unwind().await {
+        Ok(Ok(())) => acker.ack(),
+        Ok(Err(error)) => acker.nack(Nack::backoff().because(error.to_string())),
+        Err(_) => acker.nack(Nack::backoff().because("the handler panicked")),
+    }
+}

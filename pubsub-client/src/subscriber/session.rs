@@ -1,0 +1,423 @@
+//! The task of a subscriber: attaches, and attaches again.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use pubsub_proto::v1 as pb;
+use pubsub_proto::v1::subscribe_request::Frame as Request;
+use pubsub_proto::v1::subscribe_response::Frame;
+use pubsub_proto::v1::subscriber_service_client::SubscriberServiceClient;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::convert;
+use super::core::{Core, Gate};
+use super::resume::{Broken, Settled};
+use super::topic::Missing;
+use crate::error::{Cause, Reason, SubscribeError};
+use crate::limits;
+use crate::liveness::Liveness;
+use crate::message::duration;
+use crate::reconnect::Reconnect;
+use crate::state::ConnectionState;
+use crate::transport::{Link, Responses};
+
+type Requests = mpsc::Sender<pb::SubscribeRequest>;
+
+/// Streams that contradict themselves, in a row and without anything delivered between, before
+/// the subscriber gives up: by then it is no lost frame but a bug.
+const MAX_PROTOCOL_ERRORS: u32 = 10;
+/// How long a server may take to see a goodbye.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// How one connection ended.
+#[derive(Debug)]
+enum End {
+    /// As the application wished.
+    Stopped,
+    /// As the server wished, before a restart.
+    Advised { reason: String, after: Duration },
+    /// By failure.
+    Lost(Cause),
+}
+
+impl From<Cause> for End {
+    fn from(cause: Cause) -> Self {
+        Self::Lost(cause)
+    }
+}
+
+impl From<Broken> for End {
+    fn from(Broken(detail): Broken) -> Self {
+        Self::Lost(Cause::Protocol(detail))
+    }
+}
+
+/// Runs until the subscriber is stopped or refused.
+pub(super) async fn run(core: Arc<Core>) {
+    let error = tokio::select! {
+        error = keep_attached(&core) => error,
+        () = core.stop_overdue() => None,
+    };
+    core.end(error);
+}
+
+async fn keep_attached(core: &Core) -> Option<SubscribeError> {
+    let policy = core.client.retry;
+    let env = Arc::clone(&core.client.env);
+    let mut reconnect = Reconnect::new(policy, env, MAX_PROTOCOL_ERRORS);
+    loop {
+        // A panic is a bug, and still no reason to lose messages: the state is kept, and the
+        // next connection puts it right.
+        let attached = AssertUnwindSafe(attach(core, &mut reconnect)).catch_unwind().await;
+        let delay = match attached.unwrap_or(End::Lost(Cause::Panicked)) {
+            End::Stopped => return None,
+            End::Advised { reason, after } => reconnect.advised(&reason, after, &core.state),
+            End::Lost(cause) => {
+                if let Some(error) = terminal(core, &cause) {
+                    return Some(error);
+                }
+                match reconnect.lost(cause, &core.state) {
+                    Ok(delay) => delay,
+                    Err(cause) => return Some(SubscribeError::Protocol(cause.to_string())),
+                }
+            }
+        };
+        tokio::select! {
+            () = sleep(delay) => {}
+            // Nothing is left that a connection would be needed for.
+            () = left_alone(core) => return None,
+        }
+    }
+}
+
+async fn left_alone(core: &Core) {
+    while !core.may_leave(Instant::now()) {
+        core.wake.notified().await;
+    }
+}
+
+/// What ends the subscriber. Everything else is tried again.
+#[expect(clippy::wildcard_enum_match_arm, reason = "new reasons are tried again, too")]
+fn terminal(core: &Core, cause: &Cause) -> Option<SubscribeError> {
+    let Cause::Server(error) = cause else { return None };
+    match error.reason() {
+        Reason::InvalidArgument
+        | Reason::UnsupportedProtocol
+        | Reason::TopicNotFound
+        | Reason::SubscriptionNotFound
+        | Reason::SubscriptionMismatch
+        | Reason::SubscriptionDeleted
+        | Reason::Superseded => Some(SubscribeError::Refused(error.clone())),
+        // The position is the application's, and means nothing in another history.
+        Reason::Diverged if core.settings.is_reader() => {
+            Some(SubscribeError::Refused(error.clone()))
+        }
+        Reason::Diverged => {
+            tracing::warn!(
+                what = convert::describe(&core.settings),
+                "the server's data is not what it was; going on from what it knows"
+            );
+            let mut inner = core.lock();
+            inner.boot.clear();
+            inner.epoch = 0;
+            inner.gate = Gate::Closed;
+            let settled = inner.resume.forget();
+            core.arrived(&mut inner, settled);
+            None
+        }
+        _ => None,
+    }
+}
+
+/// One connection, from the hello to its end.
+async fn attach(core: &Core, reconnect: &mut Reconnect) -> End {
+    let hello_at = Instant::now();
+    let call = |channel, requests| async move {
+        SubscriberServiceClient::new(channel)
+            .max_decoding_message_size(pubsub_proto::MAX_FRAME_BYTES)
+            .max_encoding_message_size(pubsub_proto::MAX_FRAME_BYTES)
+            .subscribe(requests)
+            .await
+    };
+    let opened = core.client.dialer.open(convert::hello(core), call).await;
+    let (link, first) = match opened {
+        Ok(opened) => opened,
+        Err(cause) => return End::Lost(cause),
+    };
+    let live = Liveness::new(core.settings.heartbeat, hello_at, Instant::now());
+    let mut session = Session { core, reconnect, live, grace: None, ack_due: None, drain: None };
+    match session.first(first) {
+        Ok(()) => session.run(link).await,
+        Err(end) => end,
+    }
+}
+
+/// One connection after its hello was answered.
+#[derive(Debug)]
+struct Session<'a> {
+    core: &'a Core,
+    reconnect: &'a mut Reconnect,
+    live: Liveness,
+    /// How long the server keeps messages for a lost session; known when active.
+    grace: Option<Duration>,
+    ack_due: Option<Instant>,
+    drain: Option<Draining>,
+}
+
+#[derive(Debug)]
+struct Draining {
+    deadline: Instant,
+    reason: String,
+    after: Duration,
+}
+
+impl Session<'_> {
+    fn first(&mut self, response: pb::SubscribeResponse) -> Result<(), End> {
+        match response.frame {
+            Some(Frame::Welcome(_) | Frame::Standby(_)) => self.frame(response),
+            _ => Err(Broken("the first frame is neither welcome nor standby".to_owned()).into()),
+        }
+    }
+
+    async fn run(mut self, link: Link<pb::SubscribeRequest, pb::SubscribeResponse>) -> End {
+        let Link { requests, mut responses } = link;
+        loop {
+            let now = Instant::now();
+            if self.core.may_leave(now) {
+                return self.leave(&requests, responses).await;
+            }
+            let (send, wake) = match self.due(now) {
+                Ok(due) => due,
+                Err(end) => return end,
+            };
+            let step = tokio::select! {
+                response = responses.next() => match response {
+                    Ok(response) => self.frame(response),
+                    Err(cause) => Err(cause.into()),
+                },
+                permit = requests.reserve(), if send => match permit {
+                    Ok(permit) => {
+                        self.send(permit);
+                        Ok(())
+                    }
+                    // The stream is at its end; its responses say why.
+                    Err(_) => match responses.next().await {
+                        Ok(response) => self.frame(response),
+                        Err(cause) => Err(cause.into()),
+                    },
+                },
+                () = self.core.wake.notified() => Ok(()),
+                () = sleep_until(wake) => Ok(()),
+            };
+            if let Err(end) = step {
+                return end;
+            }
+        }
+    }
+
+    /// Whether there is something to send, and when to look again otherwise.
+    fn due(&mut self, now: Instant) -> Result<(bool, Instant), End> {
+        if let Some(silence) = self.live.dead(now) {
+            return Err(End::Lost(Cause::Silence(silence)));
+        }
+        let mut wake = self.live.wake_at(now);
+        let inner = self.core.lock();
+        let queued = if self.grace.is_some() { inner.resume.queued() } else { 0 };
+        if let Some(drain) = &self.drain {
+            let finished = queued == 0 && !inner.resume.is_unconfirmed();
+            if finished || now >= drain.deadline {
+                let (reason, after) = (drain.reason.clone(), drain.after);
+                return Err(End::Advised { reason, after });
+            }
+            wake = wake.min(drain.deadline);
+        }
+        let mut send = self.live.ping_is_due(now);
+        if queued > 0 {
+            let due = *self.ack_due.get_or_insert(now + limits::ACK_LINGER);
+            send |= queued >= limits::ACK_BATCH || inner.urgent || now >= due;
+            wake = if now >= due { wake } else { wake.min(due) };
+        }
+        if let Some(stop) = &inner.stop {
+            wake = wake.min(stop.last_call);
+            send |= queued > 0;
+        }
+        Ok((send, wake))
+    }
+
+    fn send(&mut self, permit: mpsc::Permit<'_, pb::SubscribeRequest>) {
+        let now = Instant::now();
+        if self.live.ping_is_due(now) {
+            let nonce = self.live.ping(now);
+            permit.send(convert::request(Request::Ping(pb::Ping { nonce })));
+            return;
+        }
+        self.ack_due = None;
+        let mut inner = self.core.lock();
+        inner.urgent = false;
+        if let Some((number, topics)) = inner.resume.batch() {
+            permit.send(convert::acks(number, topics));
+        }
+    }
+
+    /// Says goodbye, and waits for the server to have heard it.
+    async fn leave(
+        &mut self,
+        requests: &Requests,
+        mut responses: Responses<pb::SubscribeResponse>,
+    ) -> End {
+        self.core.state.set(ConnectionState::Draining);
+        let goodbye = async {
+            let sent = requests.send(convert::request(Request::Goodbye(pb::Goodbye {}))).await;
+            if sent.is_ok() {
+                // Acks that are confirmed meanwhile still count.
+                while let Ok(response) = responses.next().await {
+                    if let Some(Frame::Confirm(_)) = response.frame
+                        && self.frame(response).is_err()
+                    {
+                        break;
+                    }
+                }
+            }
+        };
+        // Not heard: then the server notices by itself.
+        let _ = timeout(GOODBYE, goodbye).await;
+        End::Stopped
+    }
+
+    fn frame(&mut self, response: pb::SubscribeResponse) -> Result<(), End> {
+        self.live.frame(Instant::now());
+        let Some(frame) = response.frame else {
+            return Err(Broken("a frame of an unknown kind came".to_owned()).into());
+        };
+        match frame {
+            Frame::Welcome(welcome) => self.welcome(welcome),
+            Frame::Standby(standby) => self.standby(standby),
+            Frame::Deliver(deliver) => self.deliver(deliver)?,
+            Frame::Confirm(confirm) => {
+                let settled = self.core.lock().resume.confirm(confirm.number);
+                self.reconnect.progress();
+                self.settle(settled);
+            }
+            Frame::Heartbeat(heartbeat) => self.heartbeat(heartbeat)?,
+            Frame::Rewind(rewind) => {
+                let mut inner = self.core.lock();
+                inner.resume.rewind(rewind.topic, rewind.from, rewind.generation)?;
+                self.core.arrived(&mut inner, Settled::default());
+            }
+            Frame::Gap(gap) => {
+                let range = gap.range.unwrap_or_default();
+                let missing = Missing { range: range.first..=range.last, reason: gap.reason };
+                let mut inner = self.core.lock();
+                if inner.resume.gap(gap.topic, &missing)? {
+                    self.core.arrived(&mut inner, Settled::default());
+                }
+            }
+            Frame::Joined(joined) => {
+                let joined = convert::joined(joined.topic.unwrap_or_default());
+                let settled = self.core.lock().resume.joined(joined);
+                self.settle(settled);
+            }
+            Frame::Left(left) => {
+                let settled = self.core.lock().resume.left(left.topic)?;
+                self.settle(settled);
+            }
+            Frame::Repositioned(moved) => {
+                let joined = convert::joined(moved.topic.unwrap_or_default());
+                let settled = self.core.lock().resume.repositioned(joined);
+                self.settle(settled);
+            }
+            Frame::Drain(drain) => self.drain(drain),
+        }
+        Ok(())
+    }
+
+    fn settle(&self, settled: Settled) {
+        self.core.arrived(&mut self.core.lock(), settled);
+    }
+
+    fn welcome(&mut self, welcome: pb::SubscribeWelcome) {
+        if let Some(interval) = duration(welcome.heartbeat_interval) {
+            self.live.set_interval(interval, Instant::now());
+        }
+        self.grace = Some(duration(welcome.grace).unwrap_or_default());
+        self.reconnect.connected();
+        {
+            let mut inner = self.core.lock();
+            inner.boot = welcome.boot_id;
+            inner.epoch = welcome.subscription_epoch;
+            let topics = welcome.topics.into_iter().map(convert::joined).collect();
+            let settled = inner.resume.welcome(topics);
+            inner.gate = self.gate();
+            self.core.arrived(&mut inner, settled);
+            self.core.welcomed(&mut inner);
+        }
+        self.core.state.set(ConnectionState::Connected);
+    }
+
+    fn standby(&mut self, standby: pb::Standby) {
+        self.reconnect.connected();
+        {
+            let mut inner = self.core.lock();
+            inner.gate = Gate::Closed;
+            self.core.welcomed(&mut inner);
+        }
+        self.core.state.set(ConnectionState::Standby { active: standby.active_consumer });
+    }
+
+    /// Until when nobody else can have what is buffered here.
+    fn gate(&self) -> Gate {
+        match self.grace {
+            _ if self.core.settings.is_reader() => Gate::Open,
+            Some(grace) => Gate::Until(self.live.answered() + grace),
+            None => Gate::Closed,
+        }
+    }
+
+    fn deliver(&mut self, deliver: pb::Deliver) -> Result<(), End> {
+        let limit = self.core.settings.max_messages as usize + limits::CREDIT_SLACK;
+        let pb::Deliver { topic, first_delivery, generation, messages } = deliver;
+        let mut inner = self.core.lock();
+        let messages = messages.into_iter().map(convert::item);
+        if inner.resume.deliver(topic, first_delivery, generation, messages)? > 0 {
+            self.reconnect.progress();
+            self.core.arrived(&mut inner, Settled::default());
+        }
+        let held = inner.resume.held();
+        if held > limit {
+            return Err(Broken(format!("{held} messages were sent without credit")).into());
+        }
+        Ok(())
+    }
+
+    fn heartbeat(&mut self, heartbeat: pb::SubscriberHeartbeat) -> Result<(), End> {
+        self.live.answer(heartbeat.echoed_nonce);
+        let mut inner = self.core.lock();
+        inner.resume.check_deliveries(heartbeat.last_delivery)?;
+        for head in heartbeat.heads {
+            inner.resume.head(head.topic, head.head);
+        }
+        let gate = self.gate();
+        let reopened = gate != inner.gate;
+        inner.gate = gate;
+        if reopened {
+            self.core.arrived(&mut inner, Settled::default());
+        }
+        Ok(())
+    }
+
+    fn drain(&mut self, drain: pb::Drain) {
+        let now = Instant::now();
+        if !self.reconnect.takes_advice(now) {
+            return;
+        }
+        self.core.state.set(ConnectionState::Draining);
+        self.drain = Some(Draining {
+            deadline: now + duration(drain.deadline).unwrap_or_default(),
+            reason: drain.reason,
+            after: duration(drain.reconnect_after).unwrap_or_default(),
+        });
+    }
+}

@@ -1,0 +1,203 @@
+//! Publishers, across whatever happens to their connections.
+
+use std::time::Duration;
+
+use pubsub_client::{
+    ConnectionState, EnqueueError, Message, Outcome, PublishErrorKind, Reason, Start, TopicConfig,
+};
+
+use crate::harness::{World, next, number, receive, silence, soon};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[tokio::test]
+async fn a_published_message_has_an_id_and_arrives() {
+    let world = World::new().await;
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    let message = Message::new("1").with_attribute("a", "b").with_ordering_key("k");
+    let receipt = soon(publisher.publish(message)).await.unwrap();
+    assert_eq!((receipt.id.sequence, receipt.duplicate), (1, false));
+
+    let mut subscriber = world.subscription("s").open().await.unwrap();
+    let delivery = next(&mut subscriber).await;
+    assert_eq!(delivery.id, receipt.id);
+    assert_eq!(delivery.attributes["a"], "b");
+    assert_eq!(delivery.ordering_key.as_deref(), Some("k"));
+    assert_eq!(delivery.attempt, 1);
+    assert_eq!(delivery.publish_time, receipt.publish_time);
+    soon(delivery.ack_confirmed()).await.unwrap();
+}
+
+#[tokio::test]
+async fn tickets_resolve_in_order_with_the_ids_of_the_log() {
+    let world = World::new().await;
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    let mut tickets = Vec::new();
+    for number in 0..2000_u64 {
+        tickets.push(publisher.enqueue(number.to_string()).await.unwrap());
+    }
+    soon(publisher.flush()).await.unwrap();
+    for (sequence, ticket) in (1..).zip(tickets) {
+        assert_eq!(ticket.await.unwrap().id.sequence, sequence);
+    }
+}
+
+#[tokio::test]
+async fn cuts_and_restarts_lose_nothing_duplicate_nothing_and_keep_the_order() {
+    const COUNT: u64 = 3000;
+    let mut world = World::new().await;
+    let publisher = world.client.publisher("t").window_messages(200).open().await.unwrap();
+    let publishing = tokio::task::spawn({
+        let publisher = publisher.clone();
+        async move {
+            let mut tickets = Vec::new();
+            for number in 1..=COUNT {
+                tickets.push(publisher.enqueue(number.to_string()).await.unwrap());
+                if number % 50 == 0 {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
+            for (sequence, ticket) in (1..).zip(tickets) {
+                assert_eq!(ticket.await.unwrap().id.sequence, sequence);
+            }
+        }
+    });
+    for round in 0..8 {
+        tokio::time::sleep(Duration::from_millis(40)).await;
+        if round == 4 {
+            world.stop_server().await;
+            world.start_server().await;
+        } else {
+            world.proxy.cut();
+        }
+    }
+    soon(publishing).await.unwrap();
+    let mut subscriber = world.subscription("s").open().await.unwrap();
+    let received = receive(&mut subscriber, usize::try_from(COUNT).unwrap()).await;
+    assert_eq!(received, (1..=COUNT).collect::<Vec<_>>());
+    silence(&mut subscriber).await;
+}
+
+#[tokio::test]
+async fn nothing_fails_while_the_server_is_away_but_what_has_a_deadline() {
+    let mut world = World::new().await;
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    world.stop_server().await;
+    let mut state = publisher.state();
+    soon(state.wait_for(ConnectionState::is_reconnecting)).await.unwrap();
+    let patient = publisher.enqueue("patient").await.unwrap();
+    let hasty = Message::new("hasty").with_deadline(SECOND / 10).with_idempotency_key("k");
+    let hasty = soon(publisher.publish(hasty)).await.unwrap_err();
+    assert!(matches!(hasty.kind(), PublishErrorKind::DeadlineElapsed));
+    assert_eq!(hasty.outcome(), Outcome::NotPersisted);
+    assert_eq!(hasty.idempotency_key(), Some("k"));
+    world.start_server().await;
+    assert_eq!(soon(patient).await.unwrap().id.sequence, 1);
+    soon(state.wait_for(ConnectionState::is_connected)).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_idempotency_key_outlives_the_publisher() {
+    let world = World::new().await;
+    let keyed = |payload: &str| Message::new(payload.to_owned()).with_idempotency_key("k");
+    let first = world.client.publisher("t").open().await.unwrap();
+    let receipt = soon(first.publish(keyed("a"))).await.unwrap();
+    let second = world.client.publisher("t").open().await.unwrap();
+    let again = soon(second.publish(keyed("a"))).await.unwrap();
+    assert_eq!((&again.id, again.duplicate), (&receipt.id, true));
+    let other = soon(second.publish(keyed("b"))).await.unwrap_err();
+    assert_eq!(other.reason(), Some(Reason::IdempotencyKeyReused));
+    assert_eq!(other.outcome(), Outcome::NotPersisted);
+    assert_eq!(soon(second.publish("c")).await.unwrap().id.sequence, 2);
+}
+
+#[tokio::test]
+async fn a_missing_topic_is_an_error_at_once() {
+    let world = World::new().await;
+    let error = soon(world.client.publisher("missing").open()).await.unwrap_err();
+    assert_eq!(error.reason(), Some(Reason::TopicNotFound));
+    let lazy = world.client.publisher("missing").open_lazy();
+    let error = soon(lazy.publish("x")).await.unwrap_err();
+    assert_eq!(error.reason(), Some(Reason::TopicNotFound));
+    assert_eq!(error.outcome(), Outcome::NotPersisted);
+    assert!(lazy.state().get().is_closed());
+}
+
+#[tokio::test]
+async fn the_window_is_a_limit_and_a_larger_message_is_admitted_alone() {
+    let mut world = World::new().await;
+    let publisher = world.client.publisher("t").window_bytes(1000).open().await.unwrap();
+    world.stop_server().await;
+    let small = publisher.enqueue(vec![0; 500]).await.unwrap();
+    let full = publisher.try_enqueue(vec![0; 600]).unwrap_err();
+    assert!(matches!(full, EnqueueError::Full { .. }), "{full}");
+    assert_eq!(full.into_message().unwrap().payload.len(), 600);
+    let mut reserving = Box::pin(publisher.reserve(5000));
+    assert!(tokio::time::timeout(SECOND / 10, &mut reserving).await.is_err());
+    world.start_server().await;
+    let permit = soon(reserving).await.unwrap();
+    soon(small).await.unwrap();
+    let alone = permit.enqueue(vec![0; 4000]).unwrap();
+    soon(alone).await.unwrap();
+    let too_large = publisher.try_enqueue(vec![0; 2_000_000]).unwrap_err();
+    assert!(matches!(too_large, EnqueueError::TooLarge { .. }), "{too_large}");
+}
+
+#[tokio::test]
+async fn closing_reports_what_is_unresolved_and_dropping_flushes() {
+    let mut world = World::new().await;
+    let dropped = world.client.publisher("t").open().await.unwrap();
+    let ticket = dropped.enqueue("dropped").await.unwrap();
+    drop(dropped);
+    assert_eq!(soon(ticket).await.unwrap().id.sequence, 1);
+
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    let clone = publisher.clone();
+    world.stop_server().await;
+    let ticket = publisher.enqueue("left").await.unwrap();
+    let error = soon(publisher.close(SECOND / 5)).await.unwrap_err();
+    assert_eq!(error.outcome(), Outcome::NotPersisted);
+    assert_eq!(error.unresolved()[0].message.payload, "left");
+    assert!(matches!(ticket.await.unwrap_err().kind(), PublishErrorKind::Closed));
+    let closed = soon(clone.enqueue("late")).await.unwrap_err();
+    assert!(matches!(closed, EnqueueError::Closed { .. }));
+    assert_eq!(closed.into_message().unwrap().payload, "late");
+}
+
+#[tokio::test]
+async fn shutdown_flushes_and_reports() {
+    let mut world = World::new().await;
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    let ticket = publisher.enqueue("flushed").await.unwrap();
+    let report = soon(world.client.clone().shutdown(5 * SECOND)).await;
+    assert!(report.is_clean(), "{report:?}");
+    soon(ticket).await.unwrap();
+
+    let other = world.other_client().await;
+    let publisher = other.publisher("t").open().await.unwrap();
+    world.stop_server().await;
+    drop(publisher.enqueue("left").await.unwrap());
+    let report = soon(other.shutdown(SECOND / 5)).await;
+    assert_eq!(report.unpublished.len(), 1);
+    assert_eq!(report.unpublished[0].0, "t");
+}
+
+#[tokio::test]
+async fn a_recreated_topic_fails_the_publisher_unless_it_may_go_on() {
+    let world = World::new().await;
+    let admin = world.client.admin();
+    let strict = world.client.publisher("t").open().await.unwrap();
+    let lenient = world.client.publisher("t");
+    let lenient = lenient.on_recreated(pubsub_client::OnRecreated::Continue).open().await.unwrap();
+    soon(strict.publish("1")).await.unwrap();
+    soon(lenient.publish("2")).await.unwrap();
+    admin.delete_topic("t").await.unwrap();
+    admin.create_topic("t", TopicConfig::new()).await.unwrap();
+    world.proxy.cut();
+    let error = soon(strict.publish("3")).await.unwrap_err();
+    assert!(matches!(error.kind(), PublishErrorKind::TopicRecreated), "{error}");
+    let receipt = soon(lenient.publish("4")).await.unwrap();
+    assert_eq!(receipt.id.sequence, 1);
+    let mut reader = world.client.reader(["t"]).start(Start::Earliest).open().await.unwrap();
+    assert_eq!(number(&next(&mut reader).await), 4);
+}

@@ -1,0 +1,146 @@
+//! Moving messages from the log to the active session, as far as its credit goes.
+
+use tokio::time::Instant;
+
+use super::error::BrokerError;
+use super::session::{Credit, Deliver, Event, GapReason};
+use super::subscription::Subscription;
+use crate::limits;
+use crate::record::{Epoch, StoredMessage};
+use crate::storage::{ReadError, ReadLimit};
+
+impl Subscription {
+    /// Sends one frame, if there is something to send and room for it. Answers whether there may
+    /// be more.
+    pub(super) async fn deliver(&mut self) -> bool {
+        self.serve_pulls().await;
+        for _ in 0..self.turns.len() {
+            let Some(session) = &mut self.active else {
+                return false;
+            };
+            if !session.has_room() {
+                return true;
+            }
+            let credit = session.credit;
+            let next = self.next_read(credit, credit.messages);
+            let Some((epoch, from, limit)) = next else {
+                return false;
+            };
+            let messages = self.read(epoch, from, limit).await;
+            let fits = messages.first().is_none_or(|first| first.body.len() <= limit.bytes);
+            if fits || self.topics.get(&epoch).is_some_and(|topic| topic.delivery.held() == 0) {
+                self.send(epoch, limit, messages);
+                return true;
+            }
+            // The message has to wait for credit; another topic's may be smaller.
+        }
+        false
+    }
+
+    pub(super) fn send(&mut self, epoch: Epoch, limit: ReadLimit, messages: Vec<StoredMessage>) {
+        let topic = self.topics.get_mut(&epoch);
+        let (Some(topic), Some(session)) = (topic, &mut self.active) else {
+            return;
+        };
+        let mut out = Vec::with_capacity(messages.len());
+        let mut bytes = 0;
+        for message in messages {
+            let size = message.body.len();
+            if bytes + size > limit.bytes && !out.is_empty() {
+                break;
+            }
+            if let Some(attempt) = topic.delivery.offer(&message, &self.record.name) {
+                bytes += size;
+                out.push((message, attempt));
+            }
+        }
+        if out.is_empty() {
+            return;
+        }
+        let first_delivery = session.last_delivery + 1;
+        session.last_delivery += out.len() as u64;
+        session.tell(Event::Deliver(Deliver {
+            topic: topic.number,
+            first_delivery,
+            generation: topic.delivery.generation(),
+            messages: out,
+        }));
+    }
+
+    /// Which topic's turn it is, from where and how much, within the credit. A topic with nothing
+    /// out always gets one message, so that no other topic can starve it.
+    pub(super) fn next_read(
+        &mut self,
+        credit: Credit,
+        window: u64,
+    ) -> Option<(Epoch, u64, ReadLimit)> {
+        let now = Instant::now();
+        let out: u64 = self.topics.values().map(|topic| topic.delivery.held() as u64).sum();
+        let bytes: u64 = self.topics.values().map(|topic| topic.delivery.held_bytes()).sum();
+        for _ in 0..self.turns.len() {
+            self.turns.rotate_left(1);
+            let epoch = *self.turns.back()?;
+            let Some(topic) = self.topics.get_mut(&epoch) else {
+                continue;
+            };
+            if topic.damaged.is_some() {
+                continue;
+            }
+            let alone = topic.delivery.held() == 0;
+            let messages = credit.messages.saturating_sub(out).max(u64::from(alone));
+            let bytes = credit.bytes.saturating_sub(bytes).max(u64::from(alone));
+            if messages == 0 || bytes == 0 {
+                continue;
+            }
+            let Some((from, room)) = topic.delivery.wants(window, now) else {
+                continue;
+            };
+            let messages = usize::try_from(messages.min(room)).unwrap_or(usize::MAX);
+            let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+            let limit = ReadLimit {
+                messages: messages.min(limits::MAX_FRAME_MESSAGES),
+                bytes: bytes.min(limits::FRAME_BYTES),
+            };
+            return Some((epoch, from, limit));
+        }
+        None
+    }
+
+    /// Reads a topic; what cannot be read is told, and empty.
+    pub(super) async fn read(
+        &mut self,
+        epoch: Epoch,
+        from: u64,
+        limit: ReadLimit,
+    ) -> Vec<StoredMessage> {
+        let error = match self.storage.read(epoch, from, limit).await {
+            Ok(messages) => return messages,
+            Err(error) => error,
+        };
+        let Some(topic) = self.topics.get_mut(&epoch) else {
+            return Vec::new();
+        };
+        match error {
+            ReadError::Trimmed { first } => {
+                if let Some((from, to)) = topic.delivery.lose_below(first)
+                    && let Some(session) = &mut self.active
+                {
+                    session.tell(Event::Gap(topic.number, from, to, GapReason::Retention));
+                }
+            }
+            // The broker is about to tell.
+            ReadError::NoTopic => topic.damaged = Some(from),
+            ReadError::DataLoss { .. } | ReadError::Storage(_) => {
+                tracing::error!(topic = %topic.name, from, %error, "cannot read");
+                topic.damaged = Some(from);
+                let error = BrokerError::read(&topic.name, error);
+                let others = self.topics.values().any(|topic| topic.damaged.is_none());
+                // With other topics to go on with the session goes on; the description tells.
+                if let Some(session) = self.active.as_mut().filter(|_| !others) {
+                    session.tell(Event::Ended(error));
+                }
+            }
+        }
+        Vec::new()
+    }
+}

@@ -1,0 +1,178 @@
+//! Pulling: messages taken one call at a time, under a lease instead of a session.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::delivery::Nack;
+use super::error::BrokerError;
+use super::session::{Credit, Lease, Leased, Pull};
+use super::subscription::{Subscription, Topic};
+use crate::limits;
+use crate::names::ConsumerId;
+use crate::record::Epoch;
+
+/// The leases of one subscription, all of one consumer, and the pulls that wait for messages.
+#[derive(Debug, Default)]
+pub(super) struct Leases {
+    consumer: Option<ConsumerId>,
+    next_pull: u64,
+    pulls: BTreeMap<u64, PullLease>,
+    waiting: VecDeque<Waiting>,
+}
+
+#[derive(Debug)]
+struct PullLease {
+    until: Instant,
+    messages: BTreeSet<Lease>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    pull: Pull,
+    until: Instant,
+    reply: oneshot::Sender<Result<Vec<Leased>, BrokerError>>,
+}
+
+/// Pulls that may wait at one subscription.
+const MAX_WAITING: usize = 64;
+
+impl Leases {
+    /// Who holds leases.
+    pub(super) fn holder(&self) -> Option<ConsumerId> {
+        self.consumer.clone().filter(|_| !self.pulls.is_empty())
+    }
+
+    /// A streaming session takes over: leases end.
+    pub(super) fn clear(&mut self) {
+        self.pulls.clear();
+    }
+
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        let leases = self.pulls.values().map(|pull| pull.until);
+        leases.chain(self.waiting.iter().map(|waiting| waiting.until)).min()
+    }
+
+    /// Forgets leases of messages that are not held any more.
+    pub(super) fn forget_settled(&mut self, topics: &BTreeMap<Epoch, Topic>) {
+        self.pulls.retain(|_, pull| {
+            pull.messages.retain(|lease| {
+                let topic = topics.get(&lease.topic);
+                topic.is_some_and(|topic| topic.delivery.holds(lease.sequence))
+            });
+            !pull.messages.is_empty()
+        });
+    }
+}
+
+impl Subscription {
+    pub(super) fn on_pull(
+        &mut self,
+        pull: Pull,
+        reply: oneshot::Sender<Result<Vec<Leased>, BrokerError>>,
+    ) {
+        if let Some(active) = self.other_holder(&pull.consumer) {
+            let _ = reply.send(Err(BrokerError::SubscriptionBusy { active }));
+        } else if self.leases.waiting.len() >= MAX_WAITING {
+            let limit = MAX_WAITING as u64;
+            let _ = reply.send(Err(BrokerError::LimitReached { what: "waiting pulls", limit }));
+        } else {
+            let until = Instant::now() + pull.wait;
+            self.leases.waiting.push_back(Waiting { pull, until, reply });
+        }
+    }
+
+    /// Answers the pulls for which there is something, or whose time is over.
+    pub(super) async fn serve_pulls(&mut self) {
+        while let Some(waiting) = self.leases.waiting.pop_front() {
+            if waiting.reply.is_closed() {
+                continue;
+            }
+            if let Some(active) = self.other_holder(&waiting.pull.consumer) {
+                let _ = waiting.reply.send(Err(BrokerError::SubscriptionBusy { active }));
+                continue;
+            }
+            let leased = self.take(&waiting.pull).await;
+            if leased.is_empty() && waiting.until > Instant::now() {
+                self.leases.waiting.push_front(waiting);
+                return;
+            }
+            let _ = waiting.reply.send(Ok(leased));
+        }
+    }
+
+    async fn take(&mut self, pull: &Pull) -> Vec<Leased> {
+        self.leases.next_pull += 1;
+        let number = self.leases.next_pull;
+        let window = u64::from(limits::MAX_OUTSTANDING_MESSAGES);
+        let credit = Credit { messages: window, bytes: limits::MAX_OUTSTANDING_BYTES };
+        let mut leased = Vec::new();
+        let mut bytes = 0;
+        while leased.len() < pull.max_messages && bytes < limits::FRAME_BYTES {
+            let Some((epoch, from, mut limit)) = self.next_read(credit, window) else {
+                break;
+            };
+            limit.messages = limit.messages.min(pull.max_messages - leased.len());
+            let messages = self.read(epoch, from, limit).await;
+            let me = self.name().clone();
+            let Some(topic) = self.topics.get_mut(&epoch) else {
+                break;
+            };
+            for message in messages {
+                let Some(attempt) = topic.delivery.offer(&message, &me) else {
+                    continue;
+                };
+                let sequence = message.sequence;
+                let lease = Lease { topic: epoch, sequence, attempt, pull: number };
+                bytes += message.body.len();
+                leased.push(Leased { topic: topic.name.clone(), lease, message });
+            }
+        }
+        if !leased.is_empty() {
+            let until = Instant::now() + pull.lease;
+            let messages = leased.iter().map(|leased| leased.lease).collect();
+            self.leases.consumer = Some(pull.consumer.clone());
+            self.leases.pulls.insert(number, PullLease { until, messages });
+        }
+        leased
+    }
+
+    /// Hands messages back whose leases hold still.
+    pub(super) fn on_release(&mut self, leases: &[Lease], delay: Option<Duration>) {
+        let now = Instant::now();
+        let pulls = &self.leases.pulls;
+        let valid: Vec<Lease> = leases
+            .iter()
+            .filter(|lease| {
+                pulls.get(&lease.pull).is_some_and(|pull| pull.messages.contains(lease))
+            })
+            .copied()
+            .collect();
+        self.fail_leases(&valid, delay, now);
+    }
+
+    /// Ends the leases whose time is over, as failures. Answers whether there were any.
+    pub(super) fn expire_leases(&mut self, now: Instant) -> bool {
+        let expired = |pull: &PullLease| pull.until <= now;
+        let leases: Vec<Lease> = (self.leases.pulls.values())
+            .filter(|pull| expired(pull))
+            .flat_map(|pull| pull.messages.iter().copied())
+            .collect();
+        self.leases.pulls.retain(|_, pull| !expired(pull));
+        self.fail_leases(&leases, None, now);
+        !leases.is_empty()
+    }
+
+    fn fail_leases(&mut self, leases: &[Lease], delay: Option<Duration>, now: Instant) {
+        for lease in leases {
+            let Some(topic) = self.topics.get_mut(&lease.topic) else {
+                continue;
+            };
+            let Lease { sequence, attempt, .. } = *lease;
+            topic.delivery.nack(&Nack { sequence, attempt, delay }, now);
+        }
+        self.leases.forget_settled(&self.topics);
+    }
+}

@@ -1,0 +1,248 @@
+//! The domain: topics, publishers, subscriptions. It knows neither the wire nor the engine.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::env::SharedEnv;
+use crate::limits;
+use crate::names::{SubscriptionName, TopicName};
+use crate::record::{CursorRecord, Epoch, SubscriptionRecord, TopicRecord, Uuid};
+use crate::storage::{Health, Storage, StorageError, TopicStats};
+
+mod consumers;
+mod delivering;
+pub mod delivery;
+pub mod error;
+mod lease;
+pub mod publisher;
+mod receipts;
+mod retention;
+mod saving;
+pub mod session;
+pub mod subscription;
+mod subscriptions;
+mod topics;
+
+pub use error::{BrokerError, Code};
+pub use receipts::ReceiptAnswer;
+pub use subscriptions::{Consume, NewSubscription, Start, Stream};
+pub use topics::TopicInfo;
+
+use session::{Command, SessionId};
+use subscription::{Keeper, Subscription, TopicStart};
+
+/// The broker; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Broker {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    storage: Arc<dyn Storage>,
+    env: SharedEnv,
+    state: Mutex<State>,
+    /// Held while topics and subscriptions are created and deleted: one at a time, so that
+    /// patterns and topics cannot miss each other.
+    admin: tokio::sync::Mutex<()>,
+    /// Bytes between arrival and commit.
+    uncommitted: Arc<Semaphore>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    next_id: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    topics: BTreeMap<TopicName, Arc<Topic>>,
+    subscriptions: BTreeMap<SubscriptionName, Handle>,
+    readers: BTreeMap<SessionId, Handle>,
+}
+
+/// A topic that exists.
+#[derive(Debug)]
+struct Topic {
+    record: TopicRecord,
+    head: watch::Receiver<u64>,
+    /// The durable floors of the subscriptions that listen.
+    floors: Mutex<BTreeMap<SubscriptionName, Arc<AtomicU64>>>,
+}
+
+/// The way to a subscription's task.
+#[derive(Clone, Debug)]
+struct Handle {
+    record: Arc<SubscriptionRecord>,
+    commands: mpsc::Sender<Command>,
+}
+
+/// Commands that may wait for a subscription's task: it is never away for longer than a read or
+/// a commit, and whoever sends more waits.
+const COMMAND_QUEUE: usize = 64;
+
+impl Broker {
+    /// Goes on where the storage was left.
+    ///
+    /// # Errors
+    ///
+    /// If the catalog cannot be read.
+    pub async fn start(storage: Arc<dyn Storage>, env: SharedEnv) -> Result<Self, StorageError> {
+        let catalog = storage.catalog().await?;
+        let uncommitted = Arc::new(Semaphore::new(limits::MAX_UNCOMMITTED_BYTES));
+        let inner = Inner {
+            storage,
+            env,
+            state: Mutex::default(),
+            admin: tokio::sync::Mutex::default(),
+            uncommitted,
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            next_id: AtomicU64::new(1),
+        };
+        let broker = Self { inner: Arc::new(inner) };
+        let topics = catalog.topics.into_iter().filter_map(|record| {
+            let topic = broker.add_topic(record)?;
+            Some((topic.record.epoch, topic))
+        });
+        let topics: BTreeMap<Epoch, Arc<Topic>> = topics.collect();
+        for (record, cursors) in catalog.subscriptions {
+            let starts = cursors.into_iter().filter_map(|(epoch, cursor)| {
+                topics.get(&epoch).map(|topic| topic.start(&record.name, cursor))
+            });
+            let starts = starts.collect();
+            broker.run_subscription(record, starts);
+        }
+        broker.spawn_retention();
+        Ok(broker)
+    }
+
+    /// Saves the positions and ends all tasks. Streams must have ended before.
+    pub async fn close(&self) {
+        {
+            let mut state = self.state();
+            state.subscriptions.clear();
+            state.readers.clear();
+        }
+        self.inner.stop.cancel();
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+
+    /// This start of the server.
+    pub fn boot_id(&self) -> Uuid {
+        self.inner.storage.boot_id()
+    }
+
+    /// Whether the storage takes writes.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.inner.storage.health()
+    }
+
+    /// The name of the storage engine.
+    pub fn engine(&self) -> &'static str {
+        self.inner.storage.capabilities().name
+    }
+
+    /// How many topics and subscriptions there are.
+    pub fn counts(&self) -> (usize, usize) {
+        let state = self.state();
+        (state.topics.len(), state.subscriptions.len())
+    }
+
+    /// Refuses a client that has seen another history than this storage has.
+    pub(crate) fn check_boot(&self, boot: Option<Uuid>) -> Result<(), BrokerError> {
+        match boot {
+            Some(boot) if !self.inner.storage.knows_boot(boot) => Err(BrokerError::Diverged),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.inner.state.lock().expect("no holder of this lock panics")
+    }
+
+    fn next_id(&self) -> u64 {
+        self.inner.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn topic(&self, name: &TopicName) -> Result<Arc<Topic>, BrokerError> {
+        let topic = self.state().topics.get(name).cloned();
+        topic.ok_or_else(|| BrokerError::TopicNotFound(name.clone()))
+    }
+
+    fn stats(&self, topic: &Topic) -> TopicStats {
+        self.inner.storage.stats(topic.record.epoch).unwrap_or_default()
+    }
+
+    /// Makes a topic known that is in the storage.
+    fn add_topic(&self, record: TopicRecord) -> Option<Arc<Topic>> {
+        let head = self.inner.storage.head(record.epoch)?;
+        let topic = Arc::new(Topic { record, head, floors: Mutex::default() });
+        self.state().topics.insert(topic.record.name.clone(), Arc::clone(&topic));
+        Some(topic)
+    }
+
+    /// Starts the task of a subscription that is in the storage.
+    fn run_subscription(&self, record: SubscriptionRecord, topics: Vec<TopicStart>) -> Handle {
+        let name = record.name.clone();
+        let handle = self.spawn(record, Keeper::Server, topics);
+        self.state().subscriptions.insert(name, handle.clone());
+        handle
+    }
+
+    fn spawn(&self, record: SubscriptionRecord, keeper: Keeper, topics: Vec<TopicStart>) -> Handle {
+        let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
+        let handle = Handle { record: Arc::new(record.clone()), commands };
+        let storage = Arc::clone(&self.inner.storage);
+        let task = Subscription::new(record, keeper, storage, topics);
+        self.inner.tasks.spawn(task.run(receiver));
+        handle
+    }
+}
+
+impl Topic {
+    /// The start of a subscription in this topic.
+    fn start(&self, subscription: &SubscriptionName, cursor: CursorRecord) -> TopicStart {
+        let floor = Arc::new(AtomicU64::new(cursor.floor));
+        self.floors().insert(subscription.clone(), Arc::clone(&floor));
+        self.start_unregistered(cursor, floor)
+    }
+
+    /// The start of a reader, which holds nothing back from retention.
+    fn reader_start(&self, cursor: CursorRecord) -> TopicStart {
+        self.start_unregistered(cursor, Arc::default())
+    }
+
+    fn start_unregistered(&self, cursor: CursorRecord, floor: Arc<AtomicU64>) -> TopicStart {
+        let name = self.record.name.clone();
+        TopicStart { name, epoch: self.record.epoch, cursor, head: self.head.clone(), floor }
+    }
+
+    fn floors(&self) -> MutexGuard<'_, BTreeMap<SubscriptionName, Arc<AtomicU64>>> {
+        self.floors.lock().expect("no holder of this lock panics")
+    }
+
+    /// The lowest floor, with whose it is.
+    fn lowest_floor(&self) -> Option<(SubscriptionName, u64)> {
+        let floors = self.floors();
+        let floors = floors.iter().map(|(name, floor)| (floor.load(Ordering::Acquire), name));
+        floors.min().map(|(floor, name)| (name.clone(), floor))
+    }
+}
+
+impl Handle {
+    async fn ask<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+    ) -> Result<T, BrokerError> {
+        let (reply, answer) = oneshot::channel();
+        // Either fails if the task has ended: the subscription was deleted or the server stops.
+        let gone = || BrokerError::SubscriptionDeleted(self.record.name.clone());
+        self.commands.send(command(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())
+    }
+}

@@ -1,0 +1,246 @@
+//! Publishing: limits, recipients and back-pressure, then the log.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::error::BrokerError;
+use super::{Broker, Topic};
+use crate::limits;
+use crate::names::TopicName;
+use crate::record::{Epoch, NewMessage, Uuid};
+use crate::storage::{
+    Append, AppendOutcome, Health, Item, OpenPublisher, PublisherRef, Refusal, RefusalReason, Run,
+    Ticket,
+};
+
+/// A publisher wants to open a stream.
+#[derive(Clone, Debug)]
+pub struct Open {
+    /// The topic.
+    pub topic: TopicName,
+    /// The epoch of the topic that it knows, if it has been here before.
+    pub known_epoch: Option<Epoch>,
+    /// The boot of the server that it knows, if it has been here before.
+    pub known_boot: Option<Uuid>,
+    /// The publisher.
+    pub producer: Uuid,
+    /// How often it started over.
+    pub producer_epoch: u32,
+    /// Results below this sequence are not needed any more.
+    pub resolved_below: u64,
+}
+
+/// An open publisher stream.
+#[derive(Debug)]
+pub struct Publisher {
+    broker: Broker,
+    topic: Arc<Topic>,
+    publisher: PublisherRef,
+    last_sequence: Option<u64>,
+}
+
+/// Messages with dense publisher sequences.
+#[derive(Debug)]
+pub struct Batch {
+    /// The sequence of the first message.
+    pub first_sequence: u64,
+    /// Results below this sequence are not needed any more.
+    pub resolved_below: u64,
+    /// The messages, or why they are refused.
+    pub items: Vec<Item>,
+}
+
+/// Publishes on their way to the disk. Resolves when their fate is durable.
+#[derive(Debug)]
+pub struct Pending {
+    ticket: Ticket<AppendOutcome>,
+    /// Given back when the commit is done.
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Broker {
+    /// Opens a publisher's stream, and fences its earlier ones.
+    ///
+    /// # Errors
+    ///
+    /// If the topic is not there or not the one the publisher knows, or the publisher may not.
+    pub async fn open_publisher(&self, open: Open) -> Result<Publisher, BrokerError> {
+        self.check_boot(open.known_boot)?;
+        let topic = self.topic(&open.topic)?;
+        let epoch = topic.record.epoch;
+        if open.known_epoch.is_some_and(|known| known != epoch) {
+            return Err(BrokerError::TopicRecreated(open.topic));
+        }
+        let stream = self.next_id();
+        let publisher = PublisherRef { id: open.producer, epoch: open.producer_epoch, stream };
+        let resolved_below = open.resolved_below;
+        let request = OpenPublisher { topic: epoch, publisher, resolved_below };
+        let opened = self.inner.storage.open_publisher(request).await?.into_inner();
+        let last_sequence = opened?;
+        Ok(Publisher { broker: self.clone(), topic, publisher, last_sequence })
+    }
+
+    /// Publishes outside of a publisher session.
+    ///
+    /// # Errors
+    ///
+    /// If nothing of it is stored.
+    pub async fn publish(
+        &self,
+        topic: &TopicName,
+        items: Vec<Item>,
+    ) -> Result<(Epoch, Vec<Run>), BrokerError> {
+        let topic = self.topic(topic)?;
+        let batch = Batch { first_sequence: 1, resolved_below: 0, items };
+        self.check_room(&topic, &batch)?;
+        let semaphore = Arc::clone(&self.inner.uncommitted);
+        let permit = semaphore.acquire_many_owned(batch.permits()).await;
+        let permit = permit.expect("it is never closed");
+        let runs = self.append(&topic, None, batch, permit).await?;
+        Ok((topic.record.epoch, runs))
+    }
+
+    /// Whether a batch can be taken now.
+    fn check_room(&self, topic: &Topic, batch: &Batch) -> Result<(), BrokerError> {
+        match &*self.inner.storage.health().borrow() {
+            Health::Ok => {}
+            Health::DiskFull => return Err(BrokerError::DiskFull),
+            Health::Failed(_) => return Err(BrokerError::Unavailable("the storage has failed")),
+        }
+        let stats = self.stats(topic);
+        let limit = topic.record.config.max_bytes;
+        if stats.bytes + batch.bytes() as u64 <= limit || batch.bytes() == 0 {
+            return Ok(());
+        }
+        let cause = match topic.lowest_floor() {
+            Some((name, floor)) if floor < stats.head => {
+                let behind = stats.head - floor;
+                format!("subscription {name} has not acked {behind} messages")
+            }
+            Some(_) | None => "old messages are being removed".to_owned(),
+        };
+        self.trim_for_space(topic);
+        let topic = topic.record.name.clone();
+        Err(BrokerError::TopicFull { topic, limit, cause })
+    }
+
+    /// Hands a batch to the log.
+    fn append(
+        &self,
+        topic: &Topic,
+        publisher: Option<PublisherRef>,
+        mut batch: Batch,
+        permit: OwnedSemaphorePermit,
+    ) -> Pending {
+        for item in &mut batch.items {
+            if let Item::Store(message) = item
+                && let Err(refusal) = self.check(topic, message)
+            {
+                *item = Item::Refuse(refusal);
+            }
+        }
+        let Batch { first_sequence, resolved_below, items } = batch;
+        let topic = topic.record.epoch;
+        let append = Append { topic, publisher, first_sequence, resolved_below, items };
+        Pending { ticket: self.inner.storage.append(append), _permit: permit }
+    }
+
+    fn check(&self, topic: &Topic, message: &NewMessage) -> Result<(), Refusal> {
+        let limit = topic.record.config.max_message_bytes;
+        if message.body.len() as u64 > limit {
+            let size = message.body.len();
+            return Err(Refusal {
+                reason: RefusalReason::TooLarge,
+                detail: format!("the message has {size} bytes, and the topic allows {limit}"),
+            });
+        }
+        if message.recipients.is_empty() {
+            return Ok(());
+        }
+        let floors = topic.floors();
+        match message.recipients.iter().find(|name| !floors.contains_key(name)) {
+            None => Ok(()),
+            Some(unknown) => Err(Refusal {
+                reason: RefusalReason::UnknownRecipient,
+                detail: format!("recipient {unknown} is no subscription of this topic"),
+            }),
+        }
+    }
+}
+
+impl Publisher {
+    /// The topic's epoch.
+    pub fn topic_epoch(&self) -> Epoch {
+        self.topic.record.epoch
+    }
+
+    /// The last sequence that was decided when the stream was opened.
+    pub fn last_sequence(&self) -> Option<u64> {
+        self.last_sequence
+    }
+
+    /// The largest message.
+    pub fn max_message_bytes(&self) -> u64 {
+        self.topic.record.config.max_message_bytes
+    }
+
+    /// How long idempotency keys are remembered.
+    pub fn idempotency_window(&self) -> Duration {
+        self.topic.record.config.idempotency_window
+    }
+
+    /// Whether a batch can be taken now. Replays always can: their answers are stored.
+    ///
+    /// # Errors
+    ///
+    /// If the disk or the topic is full.
+    pub fn check_room(&self, batch: &Batch) -> Result<(), BrokerError> {
+        let last = batch.first_sequence + batch.items.len() as u64 - 1;
+        if self.last_sequence.is_some_and(|decided| last <= decided) {
+            return Ok(());
+        }
+        self.broker.check_room(&self.topic, batch)
+    }
+
+    /// Hands a batch to the log. Batches take effect in the order of the calls.
+    ///
+    /// # Errors
+    ///
+    /// Gives the batch back if too much is waiting for its commit. It has to be tried again when
+    /// earlier batches are answered, or a little later.
+    pub fn try_publish(&self, batch: Batch) -> Result<Pending, Batch> {
+        let semaphore = Arc::clone(&self.broker.inner.uncommitted);
+        match semaphore.try_acquire_many_owned(batch.permits()) {
+            Ok(permit) => Ok(self.broker.append(&self.topic, Some(self.publisher), batch, permit)),
+            Err(_) => Err(batch),
+        }
+    }
+}
+
+impl Batch {
+    fn permits(&self) -> u32 {
+        let bytes = self.bytes() + self.items.len() * limits::MESSAGE_OVERHEAD_BYTES;
+        u32::try_from(bytes.min(limits::MAX_UNCOMMITTED_BYTES)).expect("the limit fits")
+    }
+
+    fn bytes(&self) -> usize {
+        let stored = self.items.iter().map(|item| match item {
+            Item::Store(message) => message.body.len(),
+            Item::Refuse(_) => 0,
+        });
+        stored.sum()
+    }
+}
+
+impl Future for Pending {
+    type Output = Result<Vec<Run>, BrokerError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.ticket).poll(cx).map(|result| Ok(result?.into_inner()?))
+    }
+}

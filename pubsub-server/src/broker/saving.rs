@@ -1,0 +1,155 @@
+//! Making the positions of a subscription durable, and confirming what they stand for.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::error::BrokerError;
+use super::session::{Event, SessionId};
+use super::subscription::{Keeper, Subscription};
+use crate::record::Epoch;
+use crate::storage::{Change, CommitError, Committed, Ticket, Urgency};
+
+/// Whoever waits for something to be durable.
+pub(super) type Waiter = oneshot::Sender<Result<(), BrokerError>>;
+
+/// How long to wait after a failed commit.
+const SAVE_RETRY: Duration = Duration::from_millis(500);
+
+/// A commit of positions under way.
+pub(super) struct Save {
+    ticket: Ticket<()>,
+    floors: Vec<(Epoch, u64)>,
+    confirms: Vec<(SessionId, u64)>,
+    waiters: Vec<Waiter>,
+}
+
+impl Subscription {
+    /// Starts a commit of what has changed, unless one is under way: the next one takes
+    /// everything that comes meanwhile.
+    pub(super) fn start_save(&mut self) {
+        if self.save.is_some() || self.retry_save.is_some_and(|at| at > Instant::now()) {
+            return;
+        }
+        self.retry_save = None;
+        let confirms: Vec<_> = (self.active.iter().chain(&self.standby))
+            .filter(|session| session.acks_taken > session.acks_confirmed)
+            .map(|session| (session.id, session.acks_taken))
+            .collect();
+        let (changes, floors) = self.collect_changes();
+        let waiters = std::mem::take(&mut self.waiters);
+        if changes.is_empty() {
+            self.confirm(&confirms);
+            answer(waiters, Ok(()));
+            return;
+        }
+        let urgency = if waiters.is_empty() { Urgency::Soon } else { Urgency::Now };
+        let ticket = self.storage.apply(changes, urgency);
+        self.save = Some(Save { ticket, floors, confirms, waiters });
+    }
+
+    pub(super) fn collect_changes(&mut self) -> (Vec<Change>, Vec<(Epoch, u64)>) {
+        let mut changes = Vec::new();
+        let mut floors = Vec::new();
+        let kept = self.keeper == Keeper::Server;
+        if std::mem::take(&mut self.record_changed) && kept {
+            changes.push(Change::PutSubscription(self.record.clone()));
+        }
+        for (epoch, topic) in &mut self.topics {
+            if topic.delivery.take_dirty() && kept {
+                let cursor = topic.delivery.cursor().clone();
+                floors.push((*epoch, cursor.floor));
+                let subscription = self.record.epoch;
+                changes.push(Change::PutCursor { subscription, topic: *epoch, cursor });
+            }
+        }
+        (changes, floors)
+    }
+
+    pub(super) fn on_saved(&mut self, result: Result<Committed<()>, CommitError>) {
+        let Some(save) = self.save.take() else { return };
+        match result {
+            Ok(_committed) => {
+                for (epoch, floor) in save.floors {
+                    if let Some(topic) = self.topics.get(&epoch) {
+                        topic.floor.store(floor, Ordering::Release);
+                    }
+                }
+                self.confirm(&save.confirms);
+                answer(save.waiters, Ok(()));
+            }
+            Err(error) => {
+                self.save_again();
+                // The sessions reconnect and carry over what was not confirmed.
+                for session in self.active.iter_mut().chain(&mut self.standby) {
+                    session.tell(Event::Ended(error.clone().into()));
+                }
+                answer(save.waiters, Err(error.into()));
+            }
+        }
+    }
+
+    /// What a failed commit may not have saved is to be saved before anything is confirmed.
+    fn save_again(&mut self) {
+        self.retry_save = Some(Instant::now() + SAVE_RETRY);
+        self.record_changed = true;
+        for topic in self.topics.values_mut() {
+            topic.delivery.mark_dirty();
+        }
+    }
+
+    pub(super) fn confirm(&mut self, confirms: &[(SessionId, u64)]) {
+        for (id, number) in confirms {
+            if let Some(session) = self.session(*id) {
+                session.acks_confirmed = session.acks_confirmed.max(*number);
+                session.tell(Event::Confirm(*number));
+            }
+        }
+    }
+
+    /// Waits until everything that has changed so far is durable.
+    pub(super) async fn settle_saves(&mut self) -> Result<(), CommitError> {
+        if self.save.is_some() {
+            let result = saved(&mut self.save).await;
+            let failed = result.as_ref().err().cloned();
+            self.on_saved(result);
+            failed.map_or(Ok(()), Err)?;
+        }
+        self.retry_save = None;
+        let (changes, floors) = self.collect_changes();
+        if !changes.is_empty() {
+            let ticket = self.storage.apply(changes, Urgency::Now);
+            self.save = Some(Save { ticket, floors, confirms: Vec::new(), waiters: Vec::new() });
+            let result = saved(&mut self.save).await;
+            let failed = result.as_ref().err().cloned();
+            self.on_saved(result);
+            failed.map_or(Ok(()), Err)?;
+        }
+        Ok(())
+    }
+
+    /// Saves what is left, at the end.
+    pub(super) async fn finish(&mut self) {
+        let result = self.settle_saves().await;
+        if let Err(error) = &result {
+            tracing::debug!(subscription = %self.record.name, %error, "positions not saved");
+        }
+        answer(std::mem::take(&mut self.waiters), result.map_err(BrokerError::from));
+    }
+}
+
+pub(super) fn answer(waiters: Vec<Waiter>, result: Result<(), BrokerError>) {
+    for waiter in waiters {
+        let _ = waiter.send(result.clone());
+    }
+}
+
+/// The result of a commit under way.
+pub(super) async fn saved(save: &mut Option<Save>) -> Result<Committed<()>, CommitError> {
+    match save {
+        Some(save) => (&mut save.ticket).await,
+        None => std::future::pending().await,
+    }
+}

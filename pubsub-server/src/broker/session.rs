@@ -1,0 +1,290 @@
+//! What passes between a consumer's stream and the task of its subscription.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use super::delivery::{Claim, Nack, Rewound};
+use super::error::BrokerError;
+use super::subscription::AdminCommand;
+use crate::names::{ConsumerId, TopicName};
+use crate::record::{ConsumerRecord, Epoch, Sequences, StoredMessage};
+
+/// Tells the sessions of one server apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionId(pub u64);
+
+/// A consumer wants to attach.
+#[derive(Debug)]
+pub struct Attach {
+    /// Who.
+    pub consumer: ConsumerRecord,
+    /// The epoch of the subscription that it knows, if it has been attached before.
+    pub known_epoch: Option<Epoch>,
+    /// What it brings along, by topic.
+    pub claims: BTreeMap<Epoch, Claim>,
+    /// How much it takes.
+    pub credit: Credit,
+    /// How often it wants a sign of life.
+    pub heartbeat: Duration,
+}
+
+/// How much may be out with a session.
+#[derive(Clone, Copy, Debug)]
+pub struct Credit {
+    /// Messages.
+    pub messages: u64,
+    /// Bytes, beside one message of any size.
+    pub bytes: u64,
+}
+
+/// What a consumer's stream asks of the subscription.
+#[derive(Debug)]
+pub enum Command {
+    /// Attach a session; its events go to the sender.
+    Attach(SessionId, Box<Attach>, mpsc::Sender<Event>),
+    /// Acks and nacks.
+    Acks(SessionId, AckBatch),
+    /// A sign of life, to be answered.
+    Ping(SessionId, u64),
+    /// The consumer leaves for good.
+    Goodbye(SessionId),
+    /// Take messages under a lease.
+    Pull(Pull, oneshot::Sender<Result<Vec<Leased>, BrokerError>>),
+    /// Hand leased messages back.
+    Release(Vec<Lease>, Option<Duration>, oneshot::Sender<Result<(), BrokerError>>),
+    /// Ack outside of a session.
+    Ack(BTreeMap<Epoch, Sequences>, oneshot::Sender<Result<(), BrokerError>>),
+    /// Something an administrator asks.
+    Admin(AdminCommand),
+}
+
+/// Acks and nacks of one frame.
+#[derive(Debug)]
+pub struct AckBatch {
+    /// Its number in the stream.
+    pub number: u64,
+    /// By topic number.
+    pub topics: Vec<TopicAcks>,
+}
+
+/// Acks and nacks of one topic.
+#[derive(Debug)]
+pub struct TopicAcks {
+    /// The number of the topic in the session.
+    pub topic: u32,
+    /// The generation of the cursor that this refers to.
+    pub cursor_generation: u64,
+    /// Received.
+    pub acked: Sequences,
+    /// Handed back.
+    pub nacked: Vec<Nack>,
+}
+
+/// Asks for messages under a lease.
+#[derive(Debug)]
+pub struct Pull {
+    /// Who.
+    pub consumer: ConsumerId,
+    /// At most.
+    pub max_messages: usize,
+    /// How long to wait for the first one.
+    pub wait: Duration,
+    /// For how long.
+    pub lease: Duration,
+}
+
+/// The right to nack a pulled message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Lease {
+    /// The message's topic.
+    pub topic: Epoch,
+    /// The message.
+    pub sequence: u64,
+    /// Which showing of it.
+    pub attempt: u32,
+    /// The pull that took it.
+    pub pull: u64,
+}
+
+/// A message under a lease.
+#[derive(Debug)]
+pub struct Leased {
+    /// The name of its topic.
+    pub topic: TopicName,
+    /// The lease.
+    pub lease: Lease,
+    /// The message.
+    pub message: StoredMessage,
+}
+
+/// What the subscription tells a consumer's stream.
+#[derive(Debug)]
+pub enum Event {
+    /// The session is active.
+    Welcome(Welcome),
+    /// Another consumer is active.
+    Standby(ConsumerId),
+    /// Messages.
+    Deliver(Deliver),
+    /// Acks up to this number are durable.
+    Confirm(u64),
+    /// A sign of life.
+    Heartbeat(Heartbeat),
+    /// A topic is shown again.
+    Rewind(u32, Rewound),
+    /// Messages that will never come.
+    Gap(u32, u64, u64, GapReason),
+    /// A topic joined.
+    Joined(SessionTopic),
+    /// A topic left.
+    Left(u32),
+    /// A seek moved the position.
+    Repositioned(SessionTopic),
+    /// The session is over.
+    Ended(BrokerError),
+}
+
+/// A session is active.
+#[derive(Debug)]
+pub struct Welcome {
+    /// The subscription's epoch, `None` for a reader.
+    pub epoch: Option<Epoch>,
+    /// The topics so far.
+    pub topics: Vec<SessionTopic>,
+}
+
+/// A topic of a session.
+#[derive(Debug)]
+pub struct SessionTopic {
+    /// Its number in the session.
+    pub number: u32,
+    /// Its name.
+    pub name: TopicName,
+    /// Its incarnation.
+    pub epoch: Epoch,
+    /// The floor.
+    pub floor: u64,
+    /// The head.
+    pub head: u64,
+    /// The generation of the cursor.
+    pub cursor_generation: u64,
+    /// Claimed, and not wanted any more.
+    pub dropped: Sequences,
+}
+
+/// Messages of one topic.
+#[derive(Debug)]
+pub struct Deliver {
+    /// The number of the topic.
+    pub topic: u32,
+    /// The number of the first message in the stream, from 1.
+    pub first_delivery: u64,
+    /// The delivery generation.
+    pub generation: u32,
+    /// The messages with their attempts.
+    pub messages: Vec<(StoredMessage, u32)>,
+}
+
+/// A sign of life.
+#[derive(Debug)]
+pub struct Heartbeat {
+    /// The nonce of the last ping, 0 if there was none.
+    pub nonce: u64,
+    /// The number of the last message sent.
+    pub last_delivery: u64,
+    /// Topic numbers with their heads.
+    pub heads: Vec<(u32, u64)>,
+}
+
+/// Why messages will never come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GapReason {
+    /// Retention removed them.
+    Retention,
+    /// Their topic is gone.
+    TopicDeleted,
+}
+
+/// One attached stream, as the subscription's task sees it.
+#[derive(Debug)]
+pub(super) struct Session {
+    pub(super) id: SessionId,
+    pub(super) consumer: ConsumerRecord,
+    pub(super) claims: BTreeMap<Epoch, Claim>,
+    pub(super) credit: Credit,
+    pub(super) heartbeat: Duration,
+    pub(super) next_heartbeat: Instant,
+    pub(super) last_nonce: u64,
+    pub(super) last_delivery: u64,
+    /// The highest batch of acks that was taken, and the highest that was confirmed.
+    pub(super) acks_taken: u64,
+    pub(super) acks_confirmed: u64,
+    events: mpsc::Sender<Event>,
+    /// Events that found the channel full, to be sent before anything else.
+    backlog: VecDeque<Event>,
+}
+
+/// More control events than this in a session's backlog mean that its peer provokes them without
+/// reading.
+const MAX_BACKLOG: usize = 1024;
+
+impl Session {
+    pub(super) fn new(id: SessionId, attach: Attach, events: mpsc::Sender<Event>) -> Self {
+        Self {
+            id,
+            consumer: attach.consumer,
+            claims: attach.claims,
+            credit: attach.credit,
+            heartbeat: attach.heartbeat,
+            next_heartbeat: Instant::now() + attach.heartbeat,
+            last_nonce: 0,
+            last_delivery: 0,
+            acks_taken: 0,
+            acks_confirmed: 0,
+            events,
+            backlog: VecDeque::new(),
+        }
+    }
+
+    /// Sends an event without waiting, behind those that wait already.
+    pub(super) fn tell(&mut self, event: Event) {
+        self.backlog.push_back(event);
+        self.flush();
+        if self.backlog.len() > MAX_BACKLOG {
+            // The stream ends when its sender is dropped; the client comes back.
+            self.events = mpsc::channel(1).0;
+            self.backlog.clear();
+        }
+    }
+
+    /// Sends what waits, as far as there is room. Answers whether all is sent.
+    pub(super) fn flush(&mut self) -> bool {
+        while let Some(event) = self.backlog.pop_front() {
+            match self.events.try_send(event) {
+                Ok(()) => {}
+                Err(mpsc::error::TrySendError::Full(event)) => {
+                    self.backlog.push_front(event);
+                    return false;
+                }
+                Err(mpsc::error::TrySendError::Closed(_)) => {
+                    self.backlog.clear();
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Whether the stream has room for a frame now.
+    pub(super) fn has_room(&mut self) -> bool {
+        self.flush() && self.events.capacity() > 0 && !self.events.is_closed()
+    }
+
+    /// The sender, to wait for room.
+    pub(super) fn sender(&self) -> mpsc::Sender<Event> {
+        self.events.clone()
+    }
+}

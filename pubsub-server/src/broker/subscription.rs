@@ -1,0 +1,379 @@
+//! The task of one subscription: it owns the positions, knows who consumes, and moves messages
+//! from the log to the active consumer as far as its credit goes.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures_util::stream::{BoxStream, SelectAll};
+use futures_util::{FutureExt as _, StreamExt as _};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+use tokio_stream::wrappers::WatchStream;
+
+use super::delivery::{Delivery, Receipt};
+use super::error::BrokerError;
+use super::lease::Leases;
+use super::saving::{Save, Waiter, saved};
+use super::session::{Command, Event, GapReason, Session, SessionTopic};
+use crate::limits;
+use crate::names::{ConsumerId, SubscriptionName, TopicName};
+use crate::record::{CursorRecord, Epoch, Sequences, SubscriptionRecord};
+use crate::storage::Storage;
+
+/// What administrators, and the broker itself, ask of a subscription.
+#[derive(Debug)]
+pub enum AdminCommand {
+    /// A topic that it listens to was created.
+    TopicCreated(TopicStart),
+    /// A topic was deleted.
+    TopicDeleted(Epoch),
+    /// Move the position: by topic, the next message to be shown.
+    Seek(Vec<(Epoch, u64)>, oneshot::Sender<Result<(), BrokerError>>),
+    /// Tell how things stand.
+    Describe(oneshot::Sender<Description>),
+    /// Tell what is known of a message.
+    Receipt(Epoch, u64, oneshot::Sender<Option<Receipt>>),
+    /// End.
+    Delete(oneshot::Sender<()>),
+}
+
+/// A topic with the position to start from.
+#[derive(Debug)]
+pub struct TopicStart {
+    pub(super) name: TopicName,
+    pub(super) epoch: Epoch,
+    pub(super) cursor: CursorRecord,
+    pub(super) head: watch::Receiver<u64>,
+    /// Where the task publishes its durable floor, for retention.
+    pub(super) floor: Arc<AtomicU64>,
+}
+
+/// How things stand with a subscription.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// Its record.
+    pub record: SubscriptionRecord,
+    /// Whether its consumer is connected.
+    pub connected: bool,
+    /// Who stands by.
+    pub standby: Vec<ConsumerId>,
+    /// Its positions.
+    pub positions: Vec<Position>,
+}
+
+/// How things stand in one topic.
+#[derive(Clone, Debug)]
+pub struct Position {
+    /// The topic.
+    pub topic: TopicName,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// The floor.
+    pub floor: u64,
+    /// The head.
+    pub head: u64,
+    /// Messages not done.
+    pub backlog: u64,
+    /// Messages with the consumer.
+    pub outstanding: u64,
+    /// The first one not done.
+    pub oldest_unacked: Option<u64>,
+    /// What keeps the topic from being delivered.
+    pub waits_for: Option<String>,
+}
+
+#[derive(Debug)]
+pub(super) struct Topic {
+    pub(super) name: TopicName,
+    pub(super) number: u32,
+    pub(super) delivery: Delivery,
+    /// The durable floor, for retention.
+    pub(super) floor: Arc<AtomicU64>,
+    /// The head that the session knows.
+    pub(super) told_head: u64,
+    /// The message that cannot be read.
+    pub(super) damaged: Option<u64>,
+}
+
+/// Whether the server keeps the positions, or the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keeper {
+    Server,
+    Client,
+}
+
+pub(super) struct Subscription {
+    pub(super) record: SubscriptionRecord,
+    pub(super) keeper: Keeper,
+    pub(super) storage: Arc<dyn Storage>,
+    pub(super) topics: BTreeMap<Epoch, Topic>,
+    /// The numbers of the topics, which sessions use instead of their names.
+    pub(super) numbers: BTreeMap<u32, Epoch>,
+    heads: SelectAll<BoxStream<'static, (Epoch, u64)>>,
+    /// The order in which topics take their turns.
+    pub(super) turns: VecDeque<Epoch>,
+    pub(super) next_number: u32,
+    pub(super) active: Option<Session>,
+    pub(super) standby: VecDeque<Session>,
+    /// Until when the consumer on record, which is not connected, keeps its place.
+    pub(super) grace: Option<Instant>,
+    pub(super) leases: Leases,
+    pub(super) record_changed: bool,
+    pub(super) save: Option<Save>,
+    /// Not before then is a commit tried again that has failed.
+    pub(super) retry_save: Option<Instant>,
+    pub(super) waiters: Vec<Waiter>,
+    pub(super) ended: bool,
+}
+
+impl Subscription {
+    pub(super) fn new(
+        record: SubscriptionRecord,
+        keeper: Keeper,
+        storage: Arc<dyn Storage>,
+        topics: Vec<TopicStart>,
+    ) -> Self {
+        let grace = record.consumer.as_ref().map(|_| Instant::now() + limits::GRACE);
+        let mut this = Self {
+            record,
+            keeper,
+            storage,
+            topics: BTreeMap::new(),
+            numbers: BTreeMap::new(),
+            heads: SelectAll::new(),
+            turns: VecDeque::new(),
+            next_number: 1,
+            active: None,
+            standby: VecDeque::new(),
+            grace,
+            leases: Leases::default(),
+            record_changed: false,
+            save: None,
+            retry_save: None,
+            waiters: Vec::new(),
+            ended: false,
+        };
+        for start in topics {
+            this.join(start);
+        }
+        this
+    }
+
+    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        let mut more = false;
+        while !self.ended {
+            let deadline = self.next_deadline();
+            let sender = self.active.as_ref().map(Session::sender);
+            // In order: what frees credit and attaches consumers, what confirms, what there is to
+            // deliver. Delivering comes last, or a long backlog would keep acks waiting.
+            tokio::select! {
+                biased;
+                command = commands.recv() => match command {
+                    Some(command) => self.on_command(command).await,
+                    None => break,
+                },
+                result = saved(&mut self.save) => self.on_saved(result),
+                () = closed(sender.as_ref()) => self.on_lost().await,
+                Some((epoch, head)) = self.heads.next() => self.on_head(epoch, head),
+                () = tokio::time::sleep_until(deadline) => self.on_time().await,
+                () = room(sender.as_ref()), if more => {}
+            }
+            self.start_save();
+            more = self.deliver().await;
+        }
+        self.finish().await;
+    }
+
+    async fn on_command(&mut self, command: Command) {
+        // Who sent it may have seen a later head than this task has.
+        while let Some(Some((epoch, head))) = self.heads.next().now_or_never() {
+            self.on_head(epoch, head);
+        }
+        match command {
+            Command::Attach(id, attach, events) => {
+                self.on_attach(Session::new(id, *attach, events)).await;
+            }
+            Command::Acks(id, batch) => self.on_acks(id, batch),
+            Command::Ping(id, nonce) => self.on_ping(id, nonce),
+            Command::Goodbye(id) => self.on_goodbye(id).await,
+            Command::Ack(acked, reply) => {
+                for (epoch, sequences) in acked {
+                    if let Some(topic) = self.topics.get_mut(&epoch) {
+                        topic.delivery.ack(&sequences);
+                    }
+                }
+                self.leases.forget_settled(&self.topics);
+                self.waiters.push(reply);
+                self.promote_if_free().await;
+            }
+            Command::Pull(pull, reply) => self.on_pull(pull, reply),
+            Command::Release(leases, delay, reply) => {
+                self.on_release(&leases, delay);
+                self.waiters.push(reply);
+            }
+            Command::Admin(command) => self.on_admin(command).await,
+        }
+    }
+
+    async fn on_admin(&mut self, command: AdminCommand) {
+        match command {
+            AdminCommand::TopicCreated(start) => {
+                let epoch = self.join(start);
+                let joined = self.topics.get(&epoch).map(|topic| topic.describe(epoch));
+                if let (Some(session), Some(joined)) = (&mut self.active, joined) {
+                    session.tell(Event::Joined(joined));
+                }
+            }
+            AdminCommand::TopicDeleted(epoch) => self.on_topic_deleted(epoch),
+            AdminCommand::Seek(targets, reply) => {
+                self.seek(targets);
+                self.waiters.push(reply);
+            }
+            AdminCommand::Describe(reply) => {
+                let _ = reply.send(self.describe());
+            }
+            AdminCommand::Receipt(epoch, sequence, reply) => {
+                if self.settle_saves().await.is_err() {
+                    return;
+                }
+                let topic = self.topics.get(&epoch);
+                let _ = reply.send(topic.map(|topic| topic.delivery.receipt(sequence)));
+            }
+            AdminCommand::Delete(reply) => {
+                let error = BrokerError::SubscriptionDeleted(self.record.name.clone());
+                for session in self.active.iter_mut().chain(&mut self.standby) {
+                    session.tell(Event::Ended(error.clone()));
+                }
+                // From here on nothing is saved: it would come back from the dead.
+                self.keeper = Keeper::Client;
+                self.ended = true;
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    fn join(&mut self, start: TopicStart) -> Epoch {
+        let TopicStart { name, epoch, cursor, head, floor } = start;
+        floor.store(cursor.floor, Ordering::Release);
+        let delivery = Delivery::new(cursor, *head.borrow());
+        let (number, told_head) = (self.next_number, delivery.head());
+        self.next_number += 1;
+        self.numbers.insert(number, epoch);
+        let topic = Topic { name, number, delivery, floor, told_head, damaged: None };
+        self.topics.insert(epoch, topic);
+        self.turns.push_back(epoch);
+        self.heads.push(WatchStream::new(head).map(move |head| (epoch, head)).boxed());
+        epoch
+    }
+
+    fn on_head(&mut self, epoch: Epoch, head: u64) {
+        if let Some(topic) = self.topics.get_mut(&epoch) {
+            topic.delivery.on_head(head);
+        }
+    }
+
+    fn on_topic_deleted(&mut self, epoch: Epoch) {
+        let Some(topic) = self.topics.remove(&epoch) else {
+            return;
+        };
+        self.numbers.remove(&topic.number);
+        self.turns.retain(|turn| *turn != epoch);
+        let Some(session) = &mut self.active else {
+            return;
+        };
+        if let Some(first) = topic.delivery.oldest_unsettled() {
+            let head = topic.delivery.head();
+            session.tell(Event::Gap(topic.number, first, head, GapReason::TopicDeleted));
+        }
+        session.tell(Event::Left(topic.number));
+    }
+
+    fn seek(&mut self, targets: Vec<(Epoch, u64)>) {
+        for (epoch, to) in targets {
+            let Some(topic) = self.topics.get_mut(&epoch) else {
+                continue;
+            };
+            topic.delivery.seek(to);
+            topic.damaged = None;
+            if let Some(session) = &mut self.active {
+                session.tell(Event::Repositioned(topic.describe(epoch)));
+            }
+        }
+        self.leases.forget_settled(&self.topics);
+    }
+
+    pub(super) fn name(&self) -> &SubscriptionName {
+        &self.record.name
+    }
+
+    fn describe(&self) -> Description {
+        let now = Instant::now();
+        Description {
+            record: self.record.clone(),
+            connected: self.active.is_some(),
+            standby: (self.standby.iter())
+                .filter(|session| !session.sender().is_closed())
+                .map(|session| session.consumer.id.clone())
+                .collect(),
+            positions: (self.topics.iter())
+                .map(|(epoch, topic)| topic.position(*epoch, now))
+                .collect(),
+        }
+    }
+}
+
+impl Topic {
+    pub(super) fn describe(&self, epoch: Epoch) -> SessionTopic {
+        let cursor = self.delivery.cursor();
+        SessionTopic {
+            number: self.number,
+            name: self.name.clone(),
+            epoch,
+            floor: cursor.floor,
+            head: self.delivery.head(),
+            cursor_generation: cursor.generation,
+            dropped: Sequences::new(),
+        }
+    }
+
+    fn position(&self, epoch: Epoch, now: Instant) -> Position {
+        let waits_for = match (self.damaged, self.delivery.ready_at(now)) {
+            (Some(sequence), _) => Some(format!("message {sequence} is damaged on disk")),
+            (None, Some(at)) => {
+                let seconds = (at - now).as_secs_f32();
+                Some(format!("a failed message is shown again in {seconds:.1} s"))
+            }
+            (None, None) => None,
+        };
+        Position {
+            topic: self.name.clone(),
+            epoch,
+            floor: self.delivery.cursor().floor,
+            head: self.delivery.head(),
+            backlog: self.delivery.backlog(),
+            outstanding: self.delivery.held() as u64,
+            oldest_unacked: self.delivery.oldest_unsettled(),
+            waits_for,
+        }
+    }
+}
+
+/// Resolves when the stream has dropped its end.
+async fn closed(sender: Option<&mpsc::Sender<Event>>) {
+    match sender {
+        Some(sender) => sender.closed().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Resolves when the stream has room for a frame.
+async fn room(sender: Option<&mpsc::Sender<Event>>) {
+    match sender {
+        Some(sender) => {
+            // An error means that the stream is gone, which the loop notices by itself.
+            let _ = sender.reserve().await;
+        }
+        None => std::future::pending().await,
+    }
+}

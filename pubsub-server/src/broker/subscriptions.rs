@@ -1,0 +1,458 @@
+//! Creating, describing, moving and deleting subscriptions, and attaching consumers to them.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use super::delivery::{Claim, starting_at};
+use super::error::BrokerError;
+use super::session::{Attach, Command, Event, Lease, Leased, Pull, SessionId};
+use super::subscription::{AdminCommand, Description, Keeper, TopicStart};
+use super::{Broker, Handle, Topic};
+use crate::limits;
+use crate::names::{SubscriptionName, TopicName, TopicPattern};
+use crate::record::{Epoch, Sequences, SubscriptionKind, SubscriptionRecord, Timestamp, Uuid};
+use crate::storage::{Change, Urgency};
+
+/// Where a new subscription or reader starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Before the first message that is stored.
+    Earliest,
+    /// After the last message.
+    Latest,
+    /// At a message.
+    Sequence(u64),
+    /// At the first message stored at or after a time.
+    Time(Timestamp),
+}
+
+/// A subscription to be created.
+#[derive(Clone, Debug)]
+pub struct NewSubscription {
+    /// Its name.
+    pub name: SubscriptionName,
+    /// What it listens to.
+    pub topics: Vec<TopicPattern>,
+    /// How it spreads its messages.
+    pub kind: SubscriptionKind,
+    /// Where it starts.
+    pub start: Start,
+}
+
+/// A consumer wants to consume.
+#[derive(Debug)]
+pub struct Consume {
+    /// The subscription; `None` for a reader.
+    pub subscription: Option<SubscriptionName>,
+    /// What it listens to; may be empty if it exists.
+    pub topics: Vec<TopicPattern>,
+    /// How it spreads its messages.
+    pub kind: SubscriptionKind,
+    /// Where it starts, if it is new.
+    pub start: Start,
+    /// Whether it may be created.
+    pub must_exist: bool,
+    /// The boot of the server that the consumer knows, if it has been here before.
+    pub known_boot: Option<Uuid>,
+    /// What it knows of each topic, by name and epoch, with the highest sequence received.
+    pub positions: Vec<(TopicName, Epoch, Claim, u64)>,
+    /// The rest.
+    pub attach: Attach,
+}
+
+/// A consumer's stream, attached or standing by. Dropping it is a lost connection.
+#[derive(Debug)]
+pub struct Stream {
+    /// Which session.
+    pub id: SessionId,
+    /// To the subscription.
+    pub commands: mpsc::Sender<Command>,
+    /// From the subscription.
+    pub events: mpsc::Receiver<Event>,
+}
+
+/// Frames that may wait for a stream's peer. The messages in them are bounded by the credit.
+const EVENT_QUEUE: usize = 16;
+
+impl Broker {
+    /// Creates a subscription. Answers whether it was created, or was there already.
+    ///
+    /// # Errors
+    ///
+    /// If it exists and may not, or differs, or means a topic that does not exist.
+    pub async fn create_subscription(
+        &self,
+        new: NewSubscription,
+        if_not_exists: bool,
+    ) -> Result<(Description, bool), BrokerError> {
+        let (handle, created) = self.find_or_create(&new).await?;
+        if !created && !if_not_exists {
+            return Err(BrokerError::SubscriptionExists(new.name));
+        }
+        Ok((self.ask_description(&handle).await?, created))
+    }
+
+    async fn find_or_create(&self, new: &NewSubscription) -> Result<(Handle, bool), BrokerError> {
+        let _admin = self.inner.admin.lock().await;
+        if let Some(handle) = self.find(&new.name) {
+            handle.check_same(&new.topics, new.kind)?;
+            return Ok((handle, false));
+        }
+        self.check_patterns(&new.topics)?;
+        if self.state().subscriptions.len() >= limits::MAX_SUBSCRIPTIONS {
+            let limit = limits::MAX_SUBSCRIPTIONS as u64;
+            return Err(BrokerError::LimitReached { what: "subscriptions", limit });
+        }
+        let env = &self.inner.env;
+        let record = SubscriptionRecord {
+            name: new.name.clone(),
+            epoch: env.epoch(),
+            kind: new.kind,
+            topics: new.topics.clone(),
+            created_at: env.now(),
+            consumer: None,
+        };
+        let mut changes = vec![Change::PutSubscription(record.clone())];
+        let mut starts = Vec::new();
+        for topic in self.matching(&new.topics) {
+            let cursor = starting_at(self.resolve(&topic, new.start).await?);
+            let epoch = topic.record.epoch;
+            let subscription = record.epoch;
+            changes.push(Change::PutCursor { subscription, topic: epoch, cursor: cursor.clone() });
+            starts.push((topic, cursor));
+        }
+        self.inner.storage.apply(changes, Urgency::Now).await?.into_inner();
+        let name = &record.name;
+        let starts = starts.into_iter().map(|(topic, cursor)| topic.start(name, cursor)).collect();
+        Ok((self.run_subscription(record, starts), true))
+    }
+
+    /// Every name must exist, or a typing error would wait for ever; a pattern may match nothing
+    /// yet.
+    fn check_patterns(&self, patterns: &[TopicPattern]) -> Result<(), BrokerError> {
+        if patterns.is_empty() {
+            let rule = "a new subscription needs the topics it listens to";
+            return Err(BrokerError::Invalid(rule.to_owned()));
+        }
+        for name in patterns.iter().filter_map(TopicPattern::as_name) {
+            self.topic(name)?;
+        }
+        Ok(())
+    }
+
+    fn matching(&self, patterns: &[TopicPattern]) -> Vec<Arc<Topic>> {
+        let state = self.state();
+        let topics = state.topics.values();
+        topics
+            .filter(|topic| patterns.iter().any(|pattern| pattern.matches(&topic.record.name)))
+            .cloned()
+            .collect()
+    }
+
+    /// The first message to be shown.
+    async fn resolve(&self, topic: &Topic, start: Start) -> Result<u64, BrokerError> {
+        let stats = self.stats(topic);
+        let name = &topic.record.name;
+        match start {
+            Start::Earliest => Ok(stats.first),
+            Start::Latest => Ok(stats.head + 1),
+            Start::Sequence(sequence) if (1..=stats.head + 1).contains(&sequence) => Ok(sequence),
+            Start::Sequence(sequence) => {
+                Err(BrokerError::BeyondHead { topic: name.clone(), sequence, head: stats.head })
+            }
+            Start::Time(time) => {
+                let found = self.inner.storage.find(topic.record.epoch, time).await;
+                found.map_err(|error| BrokerError::read(name, error))
+            }
+        }
+    }
+
+    /// Attaches a consumer. The first event is a welcome, or that it stands by, or the end.
+    ///
+    /// # Errors
+    ///
+    /// If the subscription is not there, or another one than the consumer knows or means.
+    pub async fn consume(&self, consume: Consume) -> Result<Stream, BrokerError> {
+        self.check_boot(consume.known_boot)?;
+        let id = SessionId(self.next_id());
+        let handle = match &consume.subscription {
+            Some(name) => self.subscription_for(name, &consume).await?,
+            None => self.new_reader(id, &consume).await?,
+        };
+        let known_epoch = consume.attach.known_epoch;
+        if consume.subscription.is_some()
+            && known_epoch.is_some_and(|known| known != handle.record.epoch)
+        {
+            return Err(BrokerError::SubscriptionDeleted(handle.record.name.clone()));
+        }
+        let mut attach = consume.attach;
+        for (topic, epoch, claim, last_received) in consume.positions {
+            self.check_received(&topic, epoch, last_received)?;
+            attach.claims.insert(epoch, claim);
+        }
+        let (sender, events) = mpsc::channel(EVENT_QUEUE);
+        let command = Command::Attach(id, Box::new(attach), sender);
+        let gone = |_| BrokerError::SubscriptionDeleted(handle.record.name.clone());
+        handle.commands.send(command).await.map_err(gone)?;
+        Ok(Stream { id, commands: handle.commands, events })
+    }
+
+    /// A client that has received what the topic does not have has seen another history.
+    fn check_received(
+        &self,
+        name: &TopicName,
+        epoch: Epoch,
+        last_received: u64,
+    ) -> Result<(), BrokerError> {
+        match self.topic(name) {
+            Ok(topic) if topic.record.epoch == epoch && *topic.head.borrow() < last_received => {
+                Err(BrokerError::Diverged)
+            }
+            Ok(_) | Err(_) => Ok(()),
+        }
+    }
+
+    async fn subscription_for(
+        &self,
+        name: &SubscriptionName,
+        consume: &Consume,
+    ) -> Result<Handle, BrokerError> {
+        let first_time = consume.attach.known_epoch.is_none();
+        match self.find(name) {
+            Some(handle) => {
+                handle.check_same(&consume.topics, consume.kind)?;
+                Ok(handle)
+            }
+            None if !first_time => Err(BrokerError::SubscriptionDeleted(name.clone())),
+            None if consume.must_exist || consume.topics.is_empty() => {
+                Err(BrokerError::SubscriptionNotFound(name.clone()))
+            }
+            None => {
+                let new = NewSubscription {
+                    name: name.clone(),
+                    topics: consume.topics.clone(),
+                    kind: consume.kind,
+                    start: consume.start,
+                };
+                Ok(self.find_or_create(&new).await?.0)
+            }
+        }
+    }
+
+    /// A reader goes on after what it has received. A topic that it does not know although it has
+    /// been here before was created meanwhile.
+    async fn new_reader(&self, id: SessionId, consume: &Consume) -> Result<Handle, BrokerError> {
+        let _admin = self.inner.admin.lock().await;
+        self.check_patterns(&consume.topics)?;
+        let env = &self.inner.env;
+        let record = SubscriptionRecord {
+            name: SubscriptionName::parse("reader").expect("it is a valid name"),
+            epoch: env.epoch(),
+            kind: SubscriptionKind::Exclusive,
+            topics: consume.topics.clone(),
+            created_at: env.now(),
+            consumer: None,
+        };
+        let mut starts: Vec<TopicStart> = Vec::new();
+        for topic in self.matching(&consume.topics) {
+            let known =
+                consume.positions.iter().find(|(_, epoch, ..)| *epoch == topic.record.epoch);
+            let first = match known {
+                Some((_, _, _, last_received)) => (last_received + 1).min(*topic.head.borrow() + 1),
+                None if consume.known_boot.is_some() => 1,
+                None => self.resolve(&topic, consume.start).await?,
+            };
+            starts.push(topic.reader_start(starting_at(first)));
+        }
+        let handle = self.spawn(record, Keeper::Client, starts);
+        let mut state = self.state();
+        state.readers.retain(|_, reader| !reader.commands.is_closed());
+        state.readers.insert(id, handle.clone());
+        Ok(handle)
+    }
+
+    /// Takes messages under a lease.
+    ///
+    /// # Errors
+    ///
+    /// If the subscription is not there, or another consumer has it.
+    pub async fn pull(
+        &self,
+        name: &SubscriptionName,
+        pull: Pull,
+    ) -> Result<Vec<Leased>, BrokerError> {
+        self.existing(name)?.ask(|reply| Command::Pull(pull, reply)).await?
+    }
+
+    /// Acks messages, durably.
+    ///
+    /// # Errors
+    ///
+    /// If the subscription is not there, or a message lies beyond the head.
+    pub async fn acknowledge(
+        &self,
+        name: &SubscriptionName,
+        acked: BTreeMap<(TopicName, Epoch), Sequences>,
+    ) -> Result<(), BrokerError> {
+        let handle = self.existing(name)?;
+        for ((topic, epoch), sequences) in &acked {
+            self.check_acked(topic, *epoch, sequences)?;
+        }
+        let acked = acked.into_iter().map(|((_, epoch), sequences)| (epoch, sequences)).collect();
+        handle.ask(|reply| Command::Ack(acked, reply)).await?
+    }
+
+    fn check_acked(
+        &self,
+        name: &TopicName,
+        epoch: Epoch,
+        sequences: &Sequences,
+    ) -> Result<(), BrokerError> {
+        let topic = self.topic(name)?;
+        if topic.record.epoch != epoch {
+            return Err(BrokerError::TopicRecreated(name.clone()));
+        }
+        let (head, last) = (*topic.head.borrow(), sequences.last().map_or(0, |range| *range.end()));
+        if last > head {
+            return Err(BrokerError::BeyondHead { topic: name.clone(), sequence: last, head });
+        }
+        Ok(())
+    }
+
+    /// Hands pulled messages back.
+    ///
+    /// # Errors
+    ///
+    /// If the subscription is not there.
+    pub async fn release(
+        &self,
+        name: &SubscriptionName,
+        leases: Vec<Lease>,
+        delay: Option<Duration>,
+    ) -> Result<(), BrokerError> {
+        self.existing(name)?.ask(|reply| Command::Release(leases, delay, reply)).await?
+    }
+
+    /// Moves a subscription, in one topic or in all.
+    ///
+    /// # Errors
+    ///
+    /// If the subscription does not listen to the topic, or the position does not exist.
+    pub async fn seek(
+        &self,
+        name: &SubscriptionName,
+        topic: Option<&TopicName>,
+        to: Start,
+    ) -> Result<Description, BrokerError> {
+        let handle = self.existing(name)?;
+        let topics = match topic {
+            Some(topic) if !handle.listens_to(topic) => {
+                let text = format!("subscription {name} does not listen to topic {topic}");
+                return Err(BrokerError::Invalid(text));
+            }
+            Some(topic) => vec![self.topic(topic)?],
+            None => self.matching(&handle.record.topics),
+        };
+        let mut targets = Vec::with_capacity(topics.len());
+        for topic in topics {
+            targets.push((topic.record.epoch, self.resolve(&topic, to).await?));
+        }
+        handle.ask(|reply| Command::Admin(AdminCommand::Seek(targets, reply))).await??;
+        self.ask_description(&handle).await
+    }
+
+    /// Deletes a subscription; its sessions end.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub async fn delete_subscription(&self, name: &SubscriptionName) -> Result<(), BrokerError> {
+        let _admin = self.inner.admin.lock().await;
+        let handle = self.existing(name)?;
+        // Its task first: whatever that has asked to be saved comes before the deletion.
+        handle.ask(|reply| Command::Admin(AdminCommand::Delete(reply))).await?;
+        let topics: Vec<_> = {
+            let mut state = self.state();
+            state.subscriptions.remove(name);
+            state.topics.values().cloned().collect()
+        };
+        for topic in topics {
+            topic.floors().remove(name);
+        }
+        let change = Change::DeleteSubscription(handle.record.epoch);
+        self.inner.storage.apply(vec![change], Urgency::Now).await?.into_inner();
+        Ok(())
+    }
+
+    /// Describes a subscription.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub async fn describe(&self, name: &SubscriptionName) -> Result<Description, BrokerError> {
+        self.ask_description(&self.existing(name)?).await
+    }
+
+    /// The subscriptions after a name, in order.
+    pub async fn list_subscriptions(
+        &self,
+        after: Option<&SubscriptionName>,
+        limit: usize,
+    ) -> Vec<Description> {
+        let handles: Vec<Handle> = {
+            let state = self.state();
+            let after = after.map_or(Bound::Unbounded, Bound::Excluded);
+            let range = state.subscriptions.range((after, Bound::Unbounded));
+            range.take(limit).map(|(_, handle)| handle.clone()).collect()
+        };
+        let mut descriptions = Vec::with_capacity(handles.len());
+        for handle in handles {
+            // One that was deleted meanwhile is left out.
+            descriptions.extend(self.ask_description(&handle).await);
+        }
+        descriptions
+    }
+
+    async fn ask_description(&self, handle: &Handle) -> Result<Description, BrokerError> {
+        handle.ask(|reply| Command::Admin(AdminCommand::Describe(reply))).await
+    }
+
+    pub(super) fn find(&self, name: &SubscriptionName) -> Option<Handle> {
+        self.state().subscriptions.get(name).cloned()
+    }
+
+    pub(super) fn existing(&self, name: &SubscriptionName) -> Result<Handle, BrokerError> {
+        self.find(name).ok_or_else(|| BrokerError::SubscriptionNotFound(name.clone()))
+    }
+}
+
+impl Handle {
+    /// Refuses settings that differ from those of the subscription; no topics mean those it has.
+    fn check_same(
+        &self,
+        topics: &[TopicPattern],
+        kind: SubscriptionKind,
+    ) -> Result<(), BrokerError> {
+        let mismatch = |field, present| {
+            let name = self.record.name.clone();
+            Err(BrokerError::SubscriptionMismatch { name, field, present })
+        };
+        if self.record.kind != kind {
+            return mismatch("kind", format!("{:?}", self.record.kind));
+        }
+        let sorted = |topics: &[TopicPattern]| {
+            let mut texts: Vec<String> = topics.iter().map(|t| t.as_str().to_owned()).collect();
+            texts.sort();
+            texts.dedup();
+            texts
+        };
+        if !topics.is_empty() && sorted(topics) != sorted(&self.record.topics) {
+            return mismatch("topics", sorted(&self.record.topics).join(", "));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,150 @@
+//! Creating, describing and deleting topics.
+
+use std::ops::Bound;
+use std::sync::Arc;
+
+use super::error::BrokerError;
+use super::session::Command;
+use super::subscription::AdminCommand;
+use super::{Broker, Handle, Topic};
+use crate::limits;
+use crate::names::{SubscriptionName, TopicName};
+use crate::record::{CursorRecord, TopicConfig, TopicRecord};
+use crate::storage::{Change, TopicStats, Urgency};
+
+/// How things stand with a topic.
+#[derive(Clone, Debug)]
+pub struct TopicInfo {
+    /// Its record.
+    pub record: TopicRecord,
+    /// What it holds.
+    pub stats: TopicStats,
+    /// Who listens.
+    pub subscriptions: Vec<SubscriptionName>,
+}
+
+impl Broker {
+    /// Creates a topic, which the subscriptions whose patterns match it join in the same commit.
+    /// Answers whether it was created, or was there already.
+    ///
+    /// # Errors
+    ///
+    /// If it exists and may not, or a limit is reached.
+    pub async fn create_topic(
+        &self,
+        name: TopicName,
+        config: TopicConfig,
+        if_not_exists: bool,
+    ) -> Result<(TopicInfo, bool), BrokerError> {
+        check_config(&config)?;
+        let _admin = self.inner.admin.lock().await;
+        if let Ok(present) = self.topic(&name) {
+            let error = BrokerError::TopicExists(name);
+            return if_not_exists.then(|| (self.info(&present), false)).ok_or(error);
+        }
+        if self.state().topics.len() >= limits::MAX_TOPICS {
+            let limit = limits::MAX_TOPICS as u64;
+            return Err(BrokerError::LimitReached { what: "topics", limit });
+        }
+        let env = &self.inner.env;
+        let record = TopicRecord { name, epoch: env.epoch(), config, created_at: env.now() };
+        let listeners = self.listeners(&record.name);
+        let mut changes = vec![Change::CreateTopic(record.clone())];
+        changes.extend(listeners.iter().map(|(listener, _)| Change::PutCursor {
+            subscription: listener.record.epoch,
+            topic: record.epoch,
+            cursor: CursorRecord::default(),
+        }));
+        self.inner.storage.apply(changes, Urgency::Now).await?.into_inner();
+        let topic = self.add_topic(record).ok_or(BrokerError::Unavailable("the topic is gone"))?;
+        for (listener, reader) in listeners {
+            let cursor = CursorRecord::default();
+            let start = match reader {
+                true => topic.reader_start(cursor),
+                false => topic.start(&listener.record.name, cursor),
+            };
+            // A task that has ended does not need to know.
+            let _ = listener.commands.send(Command::Admin(AdminCommand::TopicCreated(start))).await;
+        }
+        Ok((self.info(&topic), true))
+    }
+
+    /// Deletes a topic with its messages.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub async fn delete_topic(&self, name: &TopicName) -> Result<(), BrokerError> {
+        let _admin = self.inner.admin.lock().await;
+        let topic = self.topic(name)?;
+        let epoch = topic.record.epoch;
+        let change = Change::DeleteTopic(epoch);
+        self.inner.storage.apply(vec![change], Urgency::Now).await?.into_inner();
+        self.state().topics.remove(name);
+        for (listener, _) in self.listeners(name) {
+            let _ = listener.commands.send(Command::Admin(AdminCommand::TopicDeleted(epoch))).await;
+        }
+        Ok(())
+    }
+
+    /// Describes a topic.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn get_topic(&self, name: &TopicName) -> Result<TopicInfo, BrokerError> {
+        self.topic(name).map(|topic| self.info(&topic))
+    }
+
+    /// The topics after a name, in order.
+    pub fn list_topics(&self, after: Option<&TopicName>, limit: usize) -> Vec<TopicInfo> {
+        let topics: Vec<Arc<Topic>> = {
+            let state = self.state();
+            let after = after.map_or(Bound::Unbounded, Bound::Excluded);
+            state
+                .topics
+                .range((after, Bound::Unbounded))
+                .take(limit)
+                .map(|(_, t)| t.clone())
+                .collect()
+        };
+        topics.iter().map(|topic| self.info(topic)).collect()
+    }
+
+    fn info(&self, topic: &Topic) -> TopicInfo {
+        TopicInfo {
+            record: topic.record.clone(),
+            stats: self.stats(topic),
+            subscriptions: topic.floors().keys().cloned().collect(),
+        }
+    }
+
+    /// The subscriptions and readers that mean this topic; `true` marks readers.
+    fn listeners(&self, name: &TopicName) -> Vec<(Handle, bool)> {
+        let state = self.state();
+        let subscriptions = state.subscriptions.values().map(|handle| (handle, false));
+        let readers = state.readers.values().map(|handle| (handle, true));
+        subscriptions
+            .chain(readers)
+            .filter(|(handle, _)| handle.listens_to(name))
+            .map(|(handle, reader)| (handle.clone(), reader))
+            .collect()
+    }
+}
+
+impl Handle {
+    pub(super) fn listens_to(&self, name: &TopicName) -> bool {
+        self.record.topics.iter().any(|pattern| pattern.matches(name))
+    }
+}
+
+fn check_config(config: &TopicConfig) -> Result<(), BrokerError> {
+    let limit = limits::MAX_MESSAGE_BYTES;
+    if !(1..=limit).contains(&config.max_message_bytes) {
+        return Err(BrokerError::Invalid(format!("max_message_bytes must be 1 to {limit}")));
+    }
+    if config.idempotency_window > limits::IDEMPOTENCY_WINDOW {
+        return Err(BrokerError::Invalid("idempotency_window must be at most 7 days".to_owned()));
+    }
+    Ok(())
+}

@@ -1,0 +1,101 @@
+//! Every bound of the server and why it has that number.
+
+use std::time::Duration;
+
+/// Names of topics, subscriptions and consumers, in bytes: what a log line and a table key carry
+/// without a thought.
+pub const MAX_NAME_BYTES: usize = 128;
+/// Topics of one server.
+pub const MAX_TOPICS: usize = 20_000;
+/// Subscriptions of one server.
+pub const MAX_SUBSCRIPTIONS: usize = 10_000;
+/// Names and patterns of one subscription, and topics of one session.
+pub const MAX_PATTERNS: usize = 1_000;
+/// Consumers that stand by for one subscription.
+pub const MAX_STANDBY: usize = 64;
+
+/// The default for the largest message of a topic, as encoded.
+pub const DEFAULT_MESSAGE_BYTES: u64 = 1024 * 1024;
+/// The largest message that a topic can be set to allow.
+pub const MAX_MESSAGE_BYTES: u64 = 16 * 1024 * 1024;
+/// Attributes of a message.
+pub const MAX_ATTRIBUTES: usize = 64;
+/// Bytes of all attribute names and values of a message.
+pub const MAX_ATTRIBUTE_BYTES: usize = 8 * 1024;
+/// Ordering keys, idempotency keys and content types, in bytes.
+pub const MAX_KEY_BYTES: usize = 128;
+/// Recipients of a message.
+pub const MAX_RECIPIENTS: usize = 64;
+/// Messages of one batch or unary publish.
+pub const MAX_BATCH_MESSAGES: usize = 512;
+
+/// Messages of one publisher that may be unanswered: what its row has to remember.
+pub const MAX_IN_FLIGHT_MESSAGES: u32 = 10_000;
+/// Bytes of one publisher that may be unanswered, beside one message of any size.
+pub const MAX_IN_FLIGHT_BYTES: u64 = 32 * 1024 * 1024;
+/// Bytes of all messages between their arrival and their commit.
+pub const MAX_UNCOMMITTED_BYTES: usize = 128 * 1024 * 1024;
+/// What a message costs in memory beside its bytes, roughly.
+pub const MESSAGE_OVERHEAD_BYTES: usize = 256;
+/// Groups waiting for the committer.
+pub const MAX_QUEUED_GROUPS: usize = 8_192;
+/// Bytes of one commit: above this a commit's duration shows up in everybody's latency.
+pub const MAX_COMMIT_BYTES: usize = 4 * 1024 * 1024;
+
+/// Publisher sessions remembered: about 100 bytes each.
+pub const MAX_PUBLISHERS: u64 = 200_000;
+/// How long a publisher session is remembered after its last use.
+pub const SESSION_HORIZON: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Idempotency keys remembered: about 100 bytes each. When it is reached publishes with a key
+/// are refused; none is forgotten early.
+pub const MAX_IDEMPOTENCY_KEYS: u64 = 4_000_000;
+/// The longest idempotency window, and the default.
+pub const IDEMPOTENCY_WINDOW: Duration = Duration::from_secs(7 * 24 * 3600);
+/// The default retention of messages that everyone has received.
+pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
+/// The default for the bytes of one topic.
+pub const DEFAULT_TOPIC_BYTES: u64 = 10 * 1024 * 1024 * 1024;
+
+/// Messages that may be out with one session.
+pub const MAX_OUTSTANDING_MESSAGES: u32 = 10_000;
+/// Bytes that may be out with one session.
+pub const MAX_OUTSTANDING_BYTES: u64 = 64 * 1024 * 1024;
+/// Messages of one deliver frame.
+pub const MAX_FRAME_MESSAGES: usize = 512;
+/// Bytes of one deliver frame, beside one message of any size.
+pub const FRAME_BYTES: usize = 256 * 1024;
+/// Ranges of received messages kept for one subscription and topic; older ones are merged into
+/// "trimmed".
+pub const MAX_RECEIVED_RANGES: usize = 10_000;
+/// Boots remembered in the ledger.
+pub const MAX_BOOTS: usize = 10_000;
+
+/// How long an ack that nothing else carries may wait for company.
+pub const ACK_LINGER: Duration = Duration::from_millis(10);
+/// How long a lost session keeps its place.
+pub const GRACE: Duration = Duration::from_secs(30);
+/// The heartbeat interval unless the client asks for another.
+pub const HEARTBEAT: Duration = Duration::from_secs(10);
+/// The shortest heartbeat interval a client can ask for.
+pub const MIN_HEARTBEAT: Duration = Duration::from_secs(1);
+/// The longest heartbeat interval a client can ask for.
+pub const MAX_HEARTBEAT: Duration = Duration::from_secs(60);
+/// How long a peer may be silent, in heartbeats, before its stream is given up.
+pub const DEAD_AFTER_HEARTBEATS: f64 = 2.5;
+/// The first delay before a nacked message is shown again; it doubles.
+pub const MIN_BACKOFF: Duration = Duration::from_secs(1);
+/// The longest delay before a nacked message is shown again.
+pub const MAX_BACKOFF: Duration = Duration::from_secs(60);
+/// The lease of a pull unless it asks for another.
+pub const PULL_LEASE: Duration = Duration::from_secs(60);
+
+/// Connections of one server.
+pub const MAX_CONNECTIONS: usize = 10_000;
+/// Streams of one connection.
+pub const MAX_CONCURRENT_STREAMS: u32 = 128;
+/// Bytes that hyper buffers for one stream that its peer does not read.
+pub const MAX_SEND_BUFFER_BYTES: usize = 64 * 1024;
+/// Bytes of the headers of one request.
+pub const MAX_HEADER_LIST_BYTES: u32 = 16 * 1024;
+/// How long the frames in flight may take when the server drains.
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(3);

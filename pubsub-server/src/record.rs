@@ -1,0 +1,174 @@
+//! What the server stores: messages, topics, subscriptions and their positions.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rangemap::{RangeInclusiveMap, RangeInclusiveSet};
+use serde::{Deserialize, Serialize};
+
+use crate::names::{ConsumerId, SubscriptionName, TopicName, TopicPattern};
+
+/// A set of message sequences.
+pub type Sequences = RangeInclusiveSet<u64>;
+
+/// Milliseconds since 1970 by the server's clock, which never goes back.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+pub struct Timestamp(pub u64);
+
+impl Timestamp {
+    /// The time that has passed since `earlier`; zero if it lies ahead.
+    pub fn since(self, earlier: Timestamp) -> Duration {
+        Duration::from_millis(self.0.saturating_sub(earlier.0))
+    }
+}
+
+/// One incarnation of a topic or subscription: a random number other than 0, so that deleting
+/// and recreating a name, even on a fresh disk, never brings an old id back.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Epoch(pub u64);
+
+impl fmt::Debug for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+/// A random identity: of a publisher, of a boot, of a consumer's process.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Uuid(pub [u8; 16]);
+
+impl fmt::Debug for Uuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
+/// A message as it waits to be stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewMessage {
+    /// The encoded message; the storage does not look inside.
+    pub body: Bytes,
+    /// The subscriptions it is for; empty for all.
+    pub recipients: Vec<SubscriptionName>,
+    /// The application's identity for it.
+    pub key: Option<IdempotencyKey>,
+}
+
+/// An idempotency key, as hashes: fixed size on disk, and nothing of the application's in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct IdempotencyKey {
+    /// Hash of the key.
+    pub key: [u8; 16],
+    /// Hash of what is published under it. The same key with another hash is a conflict.
+    pub content: [u8; 32],
+}
+
+/// A message as stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredMessage {
+    /// Its place in the topic, from 1.
+    pub sequence: u64,
+    /// When it was stored. Never decreases along a topic.
+    pub published_at: Timestamp,
+    /// The subscriptions it is for; empty for all.
+    pub recipients: Vec<SubscriptionName>,
+    /// The encoded message.
+    pub body: Bytes,
+}
+
+/// A topic as stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicRecord {
+    /// Its name.
+    pub name: TopicName,
+    /// Its incarnation, which keys everything that belongs to it.
+    pub epoch: Epoch,
+    /// Its settings.
+    pub config: TopicConfig,
+    /// When it was created.
+    pub created_at: Timestamp,
+}
+
+/// The settings of a topic.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicConfig {
+    /// How long messages are kept after every subscription has received them.
+    pub retention: Duration,
+    /// How many bytes it may hold.
+    pub max_bytes: u64,
+    /// The largest message, as encoded.
+    pub max_message_bytes: u64,
+    /// How long idempotency keys are remembered.
+    pub idempotency_window: Duration,
+}
+
+/// A subscription as stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SubscriptionRecord {
+    /// Its name.
+    pub name: SubscriptionName,
+    /// Its incarnation, which keys its cursors.
+    pub epoch: Epoch,
+    /// How it spreads its messages.
+    pub kind: SubscriptionKind,
+    /// What it listens to.
+    pub topics: Vec<TopicPattern>,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// The consumer that was active last and has not said goodbye: it has its grace after a
+    /// restart of the server.
+    pub consumer: Option<ConsumerRecord>,
+}
+
+/// How a subscription spreads its messages over consumers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SubscriptionKind {
+    /// One active consumer sees each topic in order; others stand by.
+    Exclusive,
+}
+
+/// One connection of a consumer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsumerRecord {
+    /// Its stable name.
+    pub id: ConsumerId,
+    /// Its process.
+    pub instance: Uuid,
+    /// The number of the connection within that process.
+    pub attach: u64,
+}
+
+/// The position of a subscription in a topic.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CursorRecord {
+    /// All messages up to here are received, released, or before the start.
+    pub floor: u64,
+    /// Beyond the floor: what the floor will pass, because it is acked or not for this
+    /// subscription.
+    pub done: Sequences,
+    /// Received for good, over the whole life of the subscription: what receipts answer from.
+    pub received: Sequences,
+    /// Let go without an ack, and how.
+    pub released: RangeInclusiveMap<u64, Release>,
+    /// Messages up to here were there before the subscription.
+    pub start: u64,
+    /// Receipts are known for messages beyond here only.
+    pub receipts_from: u64,
+    /// Raised by every seek.
+    pub generation: u64,
+    /// How often a message has failed.
+    pub failures: BTreeMap<u64, u32>,
+}
+
+/// How a message was let go without an ack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Release {
+    /// A seek passed it.
+    Seek,
+    /// It was lost to retention, a purge or damage, and the subscription was told.
+    Gap,
+}

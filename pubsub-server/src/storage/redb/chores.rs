@@ -1,0 +1,320 @@
+//! Housekeeping between commits, in pieces that hold nobody up.
+
+use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use ::redb::{Key, ReadableTable, Table, Value};
+
+use super::group::Effects;
+use super::rows::{self, Head, decode_header, encode};
+use super::sealing::release;
+use super::state::{State, Topic};
+use super::tables::{GARBAGE_SUBSCRIPTION, Row, Tables, Trouble, decoded, get, put};
+use super::writer::Writer;
+use crate::limits;
+use crate::record::{Epoch, Uuid};
+use crate::storage::admission::{KeyRow, Publisher};
+use crate::storage::clock::{self, Age};
+
+/// Rows that one piece removes or looks at.
+const PIECE_ROWS: usize = 1_000;
+/// Bytes of messages that one piece removes: it has to read them.
+const PIECE_BYTES: usize = 4 * 1024 * 1024;
+/// How often all publishers are looked at, in milliseconds.
+const SWEEP_EVERY: u64 = 10 * 60 * 1000;
+
+/// What there is to do.
+#[derive(Debug, Default)]
+pub(super) struct Chores {
+    /// Topics with rows that may be trimmed.
+    trims: BTreeSet<Epoch>,
+    /// Whether something deleted has rows left.
+    garbage: bool,
+    /// Where the scan for cursors of a deleted subscription goes on.
+    cursor_scan: Option<(u64, u64)>,
+    /// Where the sweep of publishers goes on.
+    sweep: Option<(u64, u128)>,
+    next_sweep: Age,
+    /// No key expires earlier.
+    next_expiry: Age,
+}
+
+impl Chores {
+    /// Everything may have been left undone.
+    pub(super) fn after_open(state: &State) -> Self {
+        Self { trims: state.topics.keys().copied().collect(), garbage: true, ..Self::default() }
+    }
+
+    pub(super) fn note(&mut self, effects: &Effects) {
+        self.trims.extend(&effects.trimmed);
+        self.garbage |= effects.garbage;
+    }
+
+    pub(super) fn trim_later(&mut self, topic: Epoch) {
+        self.trims.insert(topic);
+    }
+}
+
+impl Writer {
+    /// Does one piece of something, and says whether it did.
+    pub(super) fn do_chore(&mut self) -> bool {
+        let age = self.now().age;
+        self.seal(age) || self.trim() || self.collect_garbage() || self.expire_keys(age) || self.sweep(age)
+    }
+
+    /// Removes rows of which all messages are trimmed.
+    fn trim(&mut self) -> bool {
+        while let Some(topic) = self.chores.trims.first().copied() {
+            let surplus = self.state.topics.get(&topic).is_some_and(has_surplus);
+            let piece = surplus
+                .then(|| self.transact(|tables, state| trim_piece(tables, state, topic)));
+            if let Some(doomed) = piece.flatten() {
+                self.show_topic(topic);
+                doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
+                self.sealing.doomed.extend(doomed);
+                return true;
+            }
+            self.chores.trims.remove(&topic);
+        }
+        false
+    }
+
+    /// Removes rows of deleted topics and subscriptions.
+    fn collect_garbage(&mut self) -> bool {
+        if !self.chores.garbage {
+            return false;
+        }
+        let scan = self.chores.cursor_scan;
+        let piece = self.transact(|tables, state| garbage_piece(tables, state, scan));
+        self.chores.garbage = piece.is_some();
+        self.chores.cursor_scan = piece.flatten();
+        self.chores.garbage
+    }
+
+    /// Removes idempotency keys whose time is over.
+    fn expire_keys(&mut self, age: Age) -> bool {
+        if self.chores.next_expiry > age {
+            return false;
+        }
+        let did = self.transact(|tables, _| expiry_piece(tables, age)).is_some();
+        if !did {
+            // Nothing is due; a key that comes later lives longer than this.
+            self.chores.next_expiry = age.after(1_000);
+        }
+        did
+    }
+
+    /// Removes publishers that were not used for long.
+    fn sweep(&mut self, age: Age) -> bool {
+        if self.chores.sweep.is_none() && self.chores.next_sweep > age {
+            return false;
+        }
+        let from = self.chores.sweep.unwrap_or_default();
+        let mut next = None;
+        self.transact(|tables, state| {
+            let (removed, end) = sweep_piece(tables, state, from, age)?;
+            next = end;
+            Ok((removed > 0).then_some(()))
+        });
+        self.chores.sweep = next;
+        self.chores.next_sweep = age.after(SWEEP_EVERY);
+        next.is_some()
+    }
+}
+
+/// Whether the hot file or a sealed one may hold what nobody reads there.
+fn has_surplus(topic: &Topic) -> bool {
+    let Some(head) = topic.head else { return false };
+    head.collected < head.first.max(topic.hot_from())
+        || topic.segments.first().is_some_and(|segment| segment.last < head.first)
+}
+
+/// Removes trimmed segments and some rows that are trimmed or sealed; `Some` if something was
+/// done, with the files that are not used any more.
+fn trim_piece(
+    tables: &mut Tables<'_>,
+    state: &mut State,
+    epoch: Epoch,
+) -> Result<Option<Vec<u64>>, Trouble> {
+    let Some(topic) = state.topics.get(&epoch) else { return Ok(None) };
+    let Some(mut head) = topic.head else { return Ok(None) };
+    // Kept here for when the segments are gone.
+    head.sealed_below = topic.hot_from();
+    let trimmed = topic.segments.partition_point(|segment| segment.last < head.first);
+    let (trimmed, kept) = topic.segments.split_at(trimmed);
+    let (trimmed, kept) = (trimmed.to_vec(), Arc::new(kept.to_vec()));
+    let mut doomed = Vec::new();
+    for segment in &trimmed {
+        head.bytes = head.bytes.saturating_sub(segment.bytes);
+        doomed.extend(release(tables, state, epoch, segment)?);
+    }
+    let removed = trim_rows(tables, epoch, &mut head)?;
+    if removed == 0 && trimmed.is_empty() {
+        return Ok(None);
+    }
+    put(&mut tables.heads, epoch.0, encode(&head))?;
+    if let Some(topic) = state.topics.get_mut(&epoch) {
+        topic.head = Some(head);
+        topic.segments = kept;
+    }
+    Ok(Some(doomed))
+}
+
+/// Removes the first rows of the hot file that are trimmed or sealed.
+fn trim_rows(tables: &mut Tables<'_>, topic: Epoch, head: &mut Head) -> Result<usize, Trouble> {
+    let below = head.first.max(head.sealed_below);
+    let mut removed = Vec::new();
+    let mut read = 0;
+    for entry in tables.messages.range((topic.0, 0)..(topic.0, below))? {
+        let (key, row) = entry?;
+        let (_, base) = key.value();
+        match decode_header(topic, base, row.value()) {
+            Ok(header) if header.end() > below => break,
+            Ok(header) => {
+                // Those of sealed rows count with their segment.
+                if header.end() > head.sealed_below {
+                    head.bytes = head.bytes.saturating_sub(u64::from(header.bytes));
+                }
+                head.collected = header.end();
+            }
+            // Nobody can read it. How far it reached shows in the row that follows it.
+            Err(damaged) => tracing::warn!(%damaged, ?topic, base, "a trimmed row was damaged"),
+        }
+        removed.push(base);
+        read += row.value().len();
+        if removed.len() >= PIECE_ROWS || read >= PIECE_BYTES {
+            break;
+        }
+    }
+    for base in &removed {
+        tables.messages.remove((topic.0, *base))?;
+    }
+    Ok(removed.len())
+}
+
+/// Removes some rows of what is deleted; `Some` if something was done, with the place where a
+/// scan goes on.
+#[expect(clippy::type_complexity, reason = "the outer one is for `transact`")]
+fn garbage_piece(
+    tables: &mut Tables<'_>,
+    state: &mut State,
+    scan: Option<(u64, u64)>,
+) -> Result<Option<Option<(u64, u64)>>, Trouble> {
+    let Some((kind, epoch)) = tables.garbage.first()?.map(|(key, _)| key.value()) else {
+        return Ok(None);
+    };
+    if kind == GARBAGE_SUBSCRIPTION {
+        let from = scan.unwrap_or_default();
+        let (seen, cursors) = cursors_of(tables, from, epoch)?;
+        for key in cursors {
+            tables.cursors.remove(key)?;
+        }
+        if seen.is_some() {
+            return Ok(Some(seen));
+        }
+    } else {
+        let rows = |low, high| (epoch, low)..=(epoch, high);
+        let keys = (epoch, 0)..=(epoch, u128::MAX);
+        let publishers = remove_some(&mut tables.publishers, keys.clone())?;
+        state.publisher_rows = state.publisher_rows.saturating_sub(publishers as u64);
+        let removed = publishers
+            + remove_some(&mut tables.messages, rows(0, u64::MAX))?
+            + remove_some(&mut tables.cursors, rows(0, u64::MAX))?
+            + remove_some(&mut tables.keys, keys)?;
+        if removed > 0 {
+            return Ok(Some(None));
+        }
+    }
+    tables.garbage.remove((kind, epoch))?;
+    Ok(Some(None))
+}
+
+/// The cursors of a subscription among the next ones, and where the next ones begin.
+#[expect(clippy::type_complexity, reason = "a place and places")]
+fn cursors_of(
+    tables: &Tables<'_>,
+    from: (u64, u64),
+    subscription: u64,
+) -> Result<(Option<(u64, u64)>, Vec<(u64, u64)>), Trouble> {
+    let mut found = Vec::new();
+    for (seen, entry) in tables.cursors.range(from..)?.enumerate() {
+        let key = entry?.0.value();
+        if seen >= PIECE_ROWS {
+            return Ok((Some(key), found));
+        }
+        if key.1 == subscription {
+            found.push(key);
+        }
+    }
+    Ok((None, found))
+}
+
+/// Removes the first rows of a range.
+fn remove_some<K>(table: &mut Table<'_, K, Row>, range: RangeInclusive<K>) -> Result<usize, Trouble>
+where
+    K: Key + for<'a> Value<SelfType<'a> = K> + Copy + 'static,
+{
+    let keys = table.range(range)?.take(PIECE_ROWS);
+    let keys: Vec<K> =
+        keys.map(|entry| entry.map(|(key, _)| key.value())).collect::<Result<_, _>>()?;
+    for key in &keys {
+        table.remove(*key)?;
+    }
+    Ok(keys.len())
+}
+
+fn expiry_piece(tables: &mut Tables<'_>, age: Age) -> Result<Option<()>, Trouble> {
+    let Some((key, row)) = tables.expiries.first()?.map(|(key, row)| (key.value(), row)) else {
+        return Ok(None);
+    };
+    let (expires, topic, _) = key;
+    if Age(expires) > age {
+        return Ok(None);
+    }
+    let hashes = decoded::<(u64, u64, u64), _>("expiries", &key, row.value(), |hashes| {
+        let (hashes, rest) = hashes.as_chunks::<16>();
+        rest.is_empty().then(|| hashes.to_vec())
+    });
+    drop(row);
+    // The keys of a damaged row stay until their topic goes: remembered for too long is safe.
+    for hash in hashes.unwrap_or_default() {
+        let place = (topic, rows::wide(hash));
+        // It may have been used again since, or be damaged.
+        if let Ok(Some(row)) = get(&tables.keys, place, KeyRow::decode)
+            && row.expires <= age
+        {
+            tables.keys.remove(place)?;
+        }
+    }
+    tables.expiries.remove(key)?;
+    Ok(Some(()))
+}
+
+fn sweep_piece(
+    tables: &mut Tables<'_>,
+    state: &mut State,
+    from: (u64, u128),
+    age: Age,
+) -> Result<(usize, Option<(u64, u128)>), Trouble> {
+    let horizon = clock::millis(limits::SESSION_HORIZON);
+    let mut old = Vec::new();
+    let mut next = None;
+    for (seen, entry) in tables.publishers.range(from..)?.enumerate() {
+        let (key, row) = entry?;
+        let key = key.value();
+        if seen >= PIECE_ROWS {
+            next = Some(key);
+            break;
+        }
+        let row = decoded::<(u64, u128), _>("publishers", &key, row.value(), rows::decode);
+        if row.is_ok_and(|row: Publisher| row.used.after(horizon) <= age) {
+            old.push(key);
+        }
+    }
+    for (topic, id) in &old {
+        tables.publishers.remove((*topic, *id))?;
+        state.forget(Epoch(*topic), Uuid(id.to_be_bytes()));
+    }
+    Ok((old.len(), next))
+}

@@ -1,0 +1,181 @@
+//! How a store is opened, and made.
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::Arc;
+
+use ::redb::{Builder, Database, ReadableDatabase, ReadableTable, TableError};
+use tokio::time::Instant;
+
+use super::disk::{Disk, HOT, TEMPORARY};
+use super::rows::{decode_uuid, encode, encode_uuid};
+use super::sealed::{self, Cabinet};
+use super::shared::{Shared, explain as explain_redb};
+use super::state::{State, stored_now};
+use super::tables::{FORMAT, META, META_CLOCK, META_FORMAT, Tables, Trouble, decoded, get, put};
+use super::writer::{Writer, explain};
+use crate::env::SharedEnv;
+use crate::limits;
+use crate::record::Uuid;
+use crate::storage::StorageError;
+use crate::storage::clock::{Clock, Now};
+
+/// How a store is opened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Opening {
+    pub(super) cache_bytes: usize,
+    pub(super) watermark: Option<u64>,
+    /// The hot file may hold this many bytes of messages before some are sealed.
+    pub(super) hot_bytes: u64,
+    /// About this many go to a sealed file.
+    pub(super) file_bytes: u64,
+    /// Everything happens where it is called.
+    pub(super) inline: bool,
+}
+
+/// An open store.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) shared: Arc<Shared>,
+    pub(super) writer: Writer,
+    pub(super) boot: Uuid,
+    pub(super) boots: HashSet<Uuid>,
+}
+
+/// Opens the store on a disk, and makes it if there is none.
+pub(super) fn open(
+    disk: Arc<dyn Disk>,
+    env: SharedEnv,
+    opening: Opening,
+) -> Result<Opened, StorageError> {
+    let path = disk.path();
+    let io = |error: io::Error| explain_redb(&path, ::redb::Error::Io(error));
+    let names = disk.list().map_err(io)?;
+    for name in names.iter().filter(|name| name.ends_with(TEMPORARY)) {
+        disk.remove(name).map_err(io)?;
+    }
+    if !names.iter().any(|name| name == HOT) {
+        if names.iter().any(|name| sealed::number(name).is_some()) {
+            let detail = format!("there are sealed files, but no {HOT}");
+            return Err(StorageError::Corrupt { path, detail });
+        }
+        create(disk.as_ref(), opening).map_err(|trouble| explain(&path, trouble))?;
+    }
+    if !disk.is_clean() {
+        disk.sync(HOT).map_err(io)?;
+    }
+    let database = open_hot(disk.as_ref(), opening)?;
+    check_format(&path, &database)?;
+    disk.set_clean(false).map_err(io)?;
+    if let Err(error) = disk.set_ballast(true) {
+        tracing::warn!(%error, "there is no room for the ballast");
+    }
+    let boot = env.uuid();
+    let start = start(&database, &env, boot).map_err(|trouble| explain(&path, trouble))?;
+    let (state, boots) = start;
+    let cabinet = Cabinet::new(Arc::clone(&disk));
+    state.files().for_each(|(file, digest)| cabinet.register(file, digest));
+    let known: HashSet<u64> = state.files().map(|(file, _)| file).collect();
+    for name in &names {
+        // It was not registered, or is not used any more: the server stopped in between.
+        if sealed::number(name).is_some_and(|file| !known.contains(&file)) {
+            disk.remove(name).map_err(io)?;
+        }
+    }
+    let shared = Arc::new(Shared::new(path, database, cabinet));
+    let writer = Writer::new(Arc::clone(&shared), disk, env, opening, state);
+    Ok(Opened { shared, writer, boot, boots })
+}
+
+/// Opens the hot file. All of it is read and checked, also after a clean end: redb may panic on
+/// pages that it did not write, and may miss rows without a word.
+pub(super) fn open_hot(
+    disk: &dyn Disk,
+    opening: Opening,
+) -> Result<Database, StorageError> {
+    let mut builder = Builder::new();
+    builder.set_cache_size(opening.cache_bytes).set_check_integrity_on_open(true);
+    let path = format!("{}/{HOT}", disk.path());
+    match disk.open(HOT, &builder) {
+        Ok(Some(database)) => Ok(database),
+        Ok(None) => Err(StorageError::Corrupt { path, detail: "the file is missing".to_owned() }),
+        Err(error) => Err(explain_redb(&path, error.into())),
+    }
+}
+
+/// Makes an empty hot file. It gets its name when it is complete: a power cut leaves it whole or
+/// not at all.
+fn create(disk: &dyn Disk, opening: Opening) -> Result<(), Trouble> {
+    let temporary = format!("{HOT}{TEMPORARY}");
+    let mut builder = Builder::new();
+    builder.set_cache_size(opening.cache_bytes);
+    let database = disk.create(&temporary, &builder)?;
+    let txn = database.begin_write()?;
+    put(&mut Tables::open(&txn)?.meta, META_FORMAT, FORMAT.to_le_bytes().to_vec())?;
+    txn.commit()?;
+    database.close()?;
+    let named = disk.sync(&temporary).and_then(|()| disk.rename(&temporary, HOT));
+    named.map_err(|error| ::redb::Error::Io(error).into())
+}
+
+/// Refuses what was written by something else, before anything is written to it.
+fn check_format(path: &str, database: &Database) -> Result<(), StorageError> {
+    let path = format!("{path}/{HOT}");
+    let found = (|| {
+        let meta = match database.begin_read()?.open_table(META) {
+            Ok(meta) => meta,
+            Err(TableError::Storage(error)) => return Err(error.into()),
+            Err(_) => return Ok(None),
+        };
+        let version = |row: &[u8]| row.try_into().ok().map(u32::from_le_bytes);
+        get(&meta, META_FORMAT, version)
+    })();
+    match found.map_err(|trouble| explain(&path, trouble))? {
+        Some(FORMAT) => Ok(()),
+        Some(found) => Err(StorageError::Format { path, found, supported: FORMAT }),
+        None => {
+            let detail = "it is no store of this server".to_owned();
+            Err(StorageError::Corrupt { path, detail })
+        }
+    }
+}
+
+/// Enters this start in the ledger and reads what the writer needs.
+fn start(
+    database: &Database,
+    env: &SharedEnv,
+    boot: Uuid,
+) -> Result<(State, HashSet<Uuid>), Trouble> {
+    let txn = database.begin_write()?;
+    let mut tables = Tables::open(&txn)?;
+    let (ordinal, boots) = enter(&mut tables, boot)?;
+    let stored = stored_now(&tables)?;
+    let mut clock = Clock::resume(stored, env.now(), Instant::now());
+    store_clock(&mut tables, clock.now(env.now(), Instant::now()))?;
+    let state = State::load(&tables, ordinal, clock)?;
+    drop(tables);
+    txn.commit()?;
+    Ok((state, boots))
+}
+
+fn enter(tables: &mut Tables<'_>, boot: Uuid) -> Result<(u64, HashSet<Uuid>), Trouble> {
+    let mut boots = HashSet::from([boot]);
+    let mut ordinals = Vec::new();
+    for entry in tables.boots.iter()? {
+        let (ordinal, row) = entry?;
+        ordinals.push(ordinal.value());
+        boots.insert(decoded::<u64, _>("boots", &ordinal.value(), row.value(), decode_uuid)?);
+    }
+    let ordinal = ordinals.last().map_or(1, |last| last + 1);
+    put(&mut tables.boots, ordinal, encode_uuid(boot))?;
+    let surplus = (ordinals.len() + 1).saturating_sub(limits::MAX_BOOTS);
+    for old in &ordinals[..surplus] {
+        tables.boots.remove(old)?;
+    }
+    Ok((ordinal, boots))
+}
+
+/// Stores the moment, from which the next start goes on.
+pub(super) fn store_clock(tables: &mut Tables<'_>, now: Now) -> Result<(), Trouble> {
+    Ok(put(&mut tables.meta, META_CLOCK, encode(&now))?)
+}

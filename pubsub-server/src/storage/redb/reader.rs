@@ -1,0 +1,265 @@
+//! Reading. Each call is one bounded piece of blocking work: no transaction outlives it, since one
+//! that is open keeps redb from using freed pages again.
+
+use std::collections::{HashMap, HashSet};
+
+use ::redb::{ReadOnlyTable, ReadableDatabase, ReadableTable};
+use bytes::Bytes;
+
+use super::rows::{BatchHeader, Messages, decode, decode_header};
+use super::sealed::Segment;
+use super::shared::{Shared, ViewState};
+use super::tables::{CURSORS, MESSAGES, Row, SUBSCRIPTIONS, TOPICS, Trouble, decoded};
+use super::writer::explain;
+use crate::record::{
+    CursorRecord, Epoch, StoredMessage, SubscriptionRecord, Timestamp, TopicRecord,
+};
+use crate::storage::{Catalog, ReadError, ReadLimit};
+
+type MessageTable = ReadOnlyTable<(u64, u64), Row>;
+
+/// See [`crate::storage::Storage::read`].
+pub(super) fn read(
+    shared: &Shared,
+    topic: Epoch,
+    from: u64,
+    limit: ReadLimit,
+) -> Result<Vec<StoredMessage>, ReadError> {
+    // The head comes first: whatever is looked up after it holds all that the head promises.
+    let until = shared.view(topic).ok_or(ReadError::NoTopic)?.head();
+    readable(shared, topic, from)?;
+    let mut chunk = Chunk { topic, next: from, limit, bytes: 0, messages: Vec::new(), full: false };
+    while chunk.next <= until && !chunk.full {
+        let next = chunk.next;
+        look_up(shared, topic, next, |table, end| chunk.fill(table, until.min(end)))?;
+    }
+    Ok(chunk.messages)
+}
+
+/// See [`crate::storage::Storage::find`].
+pub(super) fn find(shared: &Shared, topic: Epoch, time: Timestamp) -> Result<u64, ReadError> {
+    let head = shared.view(topic).ok_or(ReadError::NoTopic)?.head();
+    let mut low = readable(shared, topic, u64::MAX)?.first;
+    let mut high = head + 1;
+    // All messages of a row have one time, and times never decrease.
+    while low < high {
+        let middle = low + (high - low) / 2;
+        let header = match look_up(shared, topic, middle, |table, _| locate(table, topic, middle)) {
+            // Trimmed in the meantime.
+            Err(ReadError::Trimmed { first }) => {
+                low = first;
+                continue;
+            }
+            header => header?,
+        };
+        if header.at >= time {
+            high = header.base.max(low);
+        } else {
+            low = header.end();
+        }
+    }
+    Ok(low.min(head + 1))
+}
+
+/// See [`crate::storage::Storage::catalog`].
+pub(super) fn catalog(shared: &Shared) -> Result<Catalog, Trouble> {
+    let guard = shared.database();
+    let database = guard.as_ref().ok_or(::redb::Error::DatabaseClosed)?;
+    let txn = database.begin_read()?;
+    let mut catalog = Catalog::default();
+    let mut topics = HashSet::new();
+    for entry in txn.open_table(TOPICS)?.iter()? {
+        let (epoch, row) = entry?;
+        let epoch = epoch.value();
+        let topic: TopicRecord = decoded::<u64, _>("topics", &epoch, row.value(), decode)?;
+        topics.insert(epoch);
+        catalog.topics.push(topic);
+    }
+    let mut cursors: HashMap<u64, Vec<(Epoch, CursorRecord)>> = HashMap::new();
+    for entry in txn.open_table(CURSORS)?.iter()? {
+        let (key, row) = entry?;
+        let (topic, subscription) = key.value();
+        // The others are garbage that is not collected yet.
+        if topics.contains(&topic) {
+            let cursor = decoded::<(u64, u64), _>("cursors", &key.value(), row.value(), decode)?;
+            cursors.entry(subscription).or_default().push((Epoch(topic), cursor));
+        }
+    }
+    for entry in txn.open_table(SUBSCRIPTIONS)?.iter()? {
+        let (epoch, row) = entry?;
+        let epoch = epoch.value();
+        let record: SubscriptionRecord =
+            decoded::<u64, _>("subscriptions", &epoch, row.value(), decode)?;
+        catalog.subscriptions.push((record, cursors.remove(&epoch).unwrap_or_default()));
+    }
+    Ok(catalog)
+}
+
+/// Where a sequence is.
+#[derive(Debug, PartialEq)]
+enum Place {
+    Hot,
+    Sealed(Segment),
+}
+
+impl Place {
+    fn of(state: &ViewState, sequence: u64) -> Self {
+        let after = state.segments.partition_point(|segment| segment.last < sequence);
+        state.segments.get(after).map_or(Self::Hot, |segment| Self::Sealed(*segment))
+    }
+}
+
+/// Why a sequence is not found where it should be.
+enum Miss {
+    /// It is not there, or damaged.
+    Lost(u64),
+    Trouble(Trouble),
+}
+
+impl<E: Into<Trouble>> From<E> for Miss {
+    fn from(error: E) -> Self {
+        Self::Trouble(error.into())
+    }
+}
+
+/// Whether a sequence can be asked for.
+fn readable(shared: &Shared, topic: Epoch, sequence: u64) -> Result<ViewState, ReadError> {
+    let state = shared.view(topic).ok_or(ReadError::NoTopic)?.state();
+    if state.damaged {
+        return Err(ReadError::DataLoss { sequence });
+    }
+    if sequence < state.first {
+        return Err(ReadError::Trimmed { first: state.first });
+    }
+    Ok(state)
+}
+
+/// Looks into the table that holds a sequence. The rows may have been trimmed or moved since we
+/// looked where they are: they are lost only if they should still be there.
+fn look_up<T>(
+    shared: &Shared,
+    topic: Epoch,
+    sequence: u64,
+    mut work: impl FnMut(&MessageTable, u64) -> Result<T, Miss>,
+) -> Result<T, ReadError> {
+    let mut place = Place::of(&readable(shared, topic, sequence)?, sequence);
+    loop {
+        let miss = match visit(shared, &place, &mut work) {
+            Ok(found) => return Ok(found),
+            Err(miss) => miss,
+        };
+        let now = Place::of(&readable(shared, topic, sequence)?, sequence);
+        if now == place {
+            return Err(match miss {
+                Miss::Lost(sequence) => ReadError::DataLoss { sequence },
+                Miss::Trouble(Trouble::Damaged(_) | Trouble::Redb(::redb::Error::Corrupted(_))) => {
+                    ReadError::DataLoss { sequence }
+                }
+                Miss::Trouble(trouble) => explain(&shared.path, trouble).into(),
+            });
+        }
+        place = now;
+    }
+}
+
+/// Works on a table with the last sequence that it can hold.
+fn visit<T>(
+    shared: &Shared,
+    place: &Place,
+    work: &mut impl FnMut(&MessageTable, u64) -> Result<T, Miss>,
+) -> Result<T, Miss> {
+    match place {
+        Place::Hot => {
+            let guard = shared.database();
+            let database = guard.as_ref().ok_or(::redb::Error::DatabaseClosed)?;
+            work(&database.begin_read()?.open_table(MESSAGES)?, u64::MAX)
+        }
+        Place::Sealed(segment) => {
+            let file = shared.cabinet.get(segment.file)?;
+            work(&file.begin_read()?.open_table(MESSAGES)?, segment.last)
+        }
+    }
+}
+
+/// The first sequence of the row that should hold a sequence.
+fn base_of(table: &MessageTable, topic: Epoch, sequence: u64) -> Result<u64, Miss> {
+    let row = table.range((topic.0, 0)..=(topic.0, sequence))?.next_back().transpose()?;
+    row.map(|(key, _)| key.value().1).ok_or(Miss::Lost(sequence))
+}
+
+/// The header of the row that holds a sequence.
+fn locate(table: &MessageTable, topic: Epoch, sequence: u64) -> Result<BatchHeader, Miss> {
+    let lost = Miss::Lost(sequence);
+    let base = base_of(table, topic, sequence)?;
+    let Some(row) = table.get((topic.0, base))? else {
+        return Err(lost);
+    };
+    match decode_header(topic, base, row.value()) {
+        Ok(header) if header.end() > sequence => Ok(header),
+        Ok(_) | Err(_) => Err(lost),
+    }
+}
+
+/// What is read so far.
+#[derive(Debug)]
+struct Chunk {
+    topic: Epoch,
+    /// The next sequence.
+    next: u64,
+    limit: ReadLimit,
+    bytes: usize,
+    messages: Vec<StoredMessage>,
+    /// It ends here, at its limit or before something that cannot be read.
+    full: bool,
+}
+
+impl Chunk {
+    /// Reads on. What cannot be read is an error only if nothing precedes it: whoever goes on from
+    /// there meets it again.
+    fn fill(&mut self, table: &MessageTable, until: u64) -> Result<(), Miss> {
+        let filled = self.try_fill(table, until);
+        if filled.is_err() && !self.messages.is_empty() {
+            self.full = true;
+            return Ok(());
+        }
+        filled
+    }
+
+    fn try_fill(&mut self, table: &MessageTable, until: u64) -> Result<(), Miss> {
+        let topic = self.topic;
+        let base = base_of(table, topic, self.next)?;
+        for entry in table.range((topic.0, base)..=(topic.0, until))? {
+            let (key, row) = entry?;
+            let lost = || Miss::Lost(self.next);
+            let header = decode_header(topic, key.value().1, row.value()).map_err(|_| lost())?;
+            // Rows follow each other without gaps, or something is missing.
+            if !(header.base..header.end()).contains(&self.next) {
+                return Err(lost());
+            }
+            let mut messages = Messages::new(header, Bytes::copy_from_slice(row.value()));
+            messages.skip_to(self.next).ok_or_else(lost)?;
+            for message in messages.take_while(|message| {
+                message.as_ref().map_or(true, |message| message.sequence <= until)
+            }) {
+                self.push(message.map_err(Miss::Lost)?);
+                if self.full {
+                    return Ok(());
+                }
+            }
+        }
+        if self.next <= until { Err(Miss::Lost(self.next)) } else { Ok(()) }
+    }
+
+    fn push(&mut self, message: StoredMessage) {
+        let bytes = self.bytes + message.body.len();
+        if !self.messages.is_empty() && bytes > self.limit.bytes {
+            self.full = true;
+            return;
+        }
+        debug_assert_eq!(message.sequence, self.next, "sequences are dense");
+        self.bytes = bytes;
+        self.next += 1;
+        self.messages.push(message);
+        self.full = self.messages.len() >= self.limit.messages || bytes >= self.limit.bytes;
+    }
+}

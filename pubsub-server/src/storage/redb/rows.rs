@@ -1,0 +1,258 @@
+//! The encodings of rows, without their checksums. `docs/format.md` describes them.
+//!
+//! Records that people read and extend are postcard; what is written in every commit has a fixed
+//! layout; messages have one that is read without copying them.
+
+use bytes::{Buf, BufMut, Bytes};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::tables::{Damaged, MESSAGES, checksum};
+use crate::names::SubscriptionName;
+use crate::record::{Epoch, NewMessage, StoredMessage, Timestamp, Uuid};
+use crate::storage::admission::KeyRow;
+use crate::storage::clock::Age;
+
+use ::redb::TableHandle;
+
+/// Rows of messages stay just below a size of redb's pages: one that is a little larger than a
+/// power of two takes twice its bytes on disk.
+pub(super) const ROW_BYTES: usize = 64_000;
+
+/// count, body bytes, published at, checksum of these
+const BATCH_HEADER_BYTES: usize = 4 + 4 + 8 + 8;
+/// body length, recipients length
+const MESSAGE_HEADER_BYTES: usize = 4 + 2;
+const SUM_BYTES: usize = 8;
+
+pub(super) fn encode<T: Serialize>(record: &T) -> Vec<u8> {
+    postcard::to_allocvec(record).expect("records are plain data, which always encodes")
+}
+
+pub(super) fn decode<T: DeserializeOwned>(row: &[u8]) -> Option<T> {
+    match postcard::take_from_bytes(row) {
+        Ok((record, [])) => Some(record),
+        Ok(_) | Err(_) => None,
+    }
+}
+
+pub(super) fn encode_uuid(id: Uuid) -> Vec<u8> {
+    id.0.to_vec()
+}
+
+pub(super) fn decode_uuid(row: &[u8]) -> Option<Uuid> {
+    row.try_into().ok().map(Uuid)
+}
+
+/// A uuid or a hash as part of a key.
+pub(super) fn wide(bytes: [u8; 16]) -> u128 {
+    u128::from_be_bytes(bytes)
+}
+
+/// What a topic holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Head {
+    /// The last message, 0 if there never was one.
+    pub(super) head: u64,
+    /// The first message that is not trimmed.
+    pub(super) first: u64,
+    /// No rows are left of messages below this one.
+    pub(super) collected: u64,
+    /// Messages below this one were sealed.
+    pub(super) sealed_below: u64,
+    /// Bytes of the bodies of all rows, here and in sealed files.
+    pub(super) bytes: u64,
+    /// When the last message was stored.
+    pub(super) last_at: Timestamp,
+}
+
+impl Head {
+    /// Of a new topic.
+    pub(super) fn new() -> Self {
+        Self { first: 1, collected: 1, sealed_below: 1, ..Self::default() }
+    }
+
+    /// Whether it says what can be.
+    pub(super) fn is_sound(&self) -> bool {
+        self.first >= 1 && self.first <= self.head + 1 && self.collected <= self.first
+    }
+}
+
+impl KeyRow {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut row = Vec::with_capacity(64);
+        row.put_slice(&self.content);
+        row.put_u64_le(self.sequence);
+        row.put_u64_le(self.at.0);
+        row.put_u64_le(self.expires.0);
+        row
+    }
+
+    pub(super) fn decode(row: &[u8]) -> Option<Self> {
+        let (content, mut rest) = row.split_first_chunk::<32>()?;
+        Some(Self {
+            content: *content,
+            sequence: rest.try_get_u64_le().ok()?,
+            at: Timestamp(rest.try_get_u64_le().ok()?),
+            expires: Age(rest.try_get_u64_le().ok()?),
+        })
+    }
+}
+
+/// The size of a message in a row.
+pub(super) fn encoded_len(message: &NewMessage) -> usize {
+    let recipients: usize = message.recipients.iter().map(|name| 1 + name.as_str().len()).sum();
+    MESSAGE_HEADER_BYTES + recipients + message.body.len() + SUM_BYTES
+}
+
+/// How many messages from the start of a slice share a row: as many as fit, or a large one alone.
+pub(super) fn row_length(messages: &[NewMessage]) -> usize {
+    let mut size = BATCH_HEADER_BYTES;
+    let fits = |message: &&NewMessage| {
+        size += encoded_len(message);
+        size <= ROW_BYTES
+    };
+    messages.iter().take_while(fits).count().max(1)
+}
+
+/// A row of messages: dense from a sequence on, stored at one time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BatchHeader {
+    pub(super) topic: Epoch,
+    pub(super) base: u64,
+    pub(super) count: u32,
+    pub(super) bytes: u32,
+    pub(super) at: Timestamp,
+}
+
+impl BatchHeader {
+    /// The sequence after the last one.
+    pub(super) fn end(&self) -> u64 {
+        self.base.saturating_add(u64::from(self.count))
+    }
+}
+
+/// Encodes a row; it replaces what is in `row`.
+pub(super) fn encode_batch(
+    row: &mut Vec<u8>,
+    topic: Epoch,
+    base: u64,
+    at: Timestamp,
+    messages: &[NewMessage],
+) {
+    row.clear();
+    let bytes: usize = messages.iter().map(|message| message.body.len()).sum();
+    row.put_u32_le(length(messages.len()));
+    row.put_u32_le(length(bytes));
+    row.put_u64_le(at.0);
+    row.put_u64_le(sum_at(topic, base, row));
+    for (message, sequence) in messages.iter().zip(base..) {
+        let start = row.len();
+        let recipients: usize = message.recipients.iter().map(|name| 1 + name.as_str().len()).sum();
+        row.put_u32_le(length(message.body.len()));
+        row.put_u16_le(u16::try_from(recipients).expect("limits bound the recipients"));
+        for name in &message.recipients {
+            row.put_u8(u8::try_from(name.as_str().len()).expect("limits bound a name"));
+            row.put_slice(name.as_str().as_bytes());
+        }
+        row.put_slice(&message.body);
+        let sum = sum_at(topic, sequence, &row[start..]);
+        row.put_u64_le(sum);
+    }
+}
+
+/// Reads and verifies the header of a row.
+pub(super) fn decode_header(topic: Epoch, base: u64, row: &[u8]) -> Result<BatchHeader, Damaged> {
+    let header = || {
+        let (mut header, mut sum) =
+            row.get(..BATCH_HEADER_BYTES)?.split_at_checked(BATCH_HEADER_BYTES - SUM_BYTES)?;
+        if sum.get_u64_le() != sum_at(topic, base, header) {
+            return None;
+        }
+        let (count, bytes) = (header.get_u32_le(), header.get_u32_le());
+        let at = Timestamp(header.get_u64_le());
+        (count > 0).then_some(BatchHeader { topic, base, count, bytes, at })
+    };
+    header().ok_or_else(|| Damaged::in_table(MESSAGES.name()))
+}
+
+/// The messages of a row in order; after a damaged one there are no more.
+#[derive(Debug)]
+pub(super) struct Messages {
+    header: BatchHeader,
+    next: u64,
+    rest: Bytes,
+}
+
+impl Messages {
+    /// Those of a row whose header was read.
+    pub(super) fn new(header: BatchHeader, mut row: Bytes) -> Self {
+        row.advance(BATCH_HEADER_BYTES);
+        Self { header, next: header.base, rest: row }
+    }
+
+    /// Goes on at a sequence of this row. What is passed is not verified, so that a damaged
+    /// message does not keep those after it from being read.
+    pub(super) fn skip_to(&mut self, sequence: u64) -> Option<()> {
+        while self.next < sequence {
+            let mut fields = self.rest.clone();
+            let body = fields.try_get_u32_le().ok()? as usize;
+            let recipients = usize::from(fields.try_get_u16_le().ok()?);
+            let length = MESSAGE_HEADER_BYTES + recipients + body + SUM_BYTES;
+            self.rest.get(..length)?;
+            self.rest.advance(length);
+            self.next += 1;
+        }
+        Some(())
+    }
+
+    fn take(&mut self) -> Option<StoredMessage> {
+        let mut fields = self.rest.clone();
+        let body_length = fields.try_get_u32_le().ok()? as usize;
+        let recipients_length = usize::from(fields.try_get_u16_le().ok()?);
+        let summed = MESSAGE_HEADER_BYTES + recipients_length + body_length;
+        let mut sum = self.rest.get(summed..summed + SUM_BYTES)?;
+        if sum.get_u64_le() != sum_at(self.header.topic, self.next, &self.rest[..summed]) {
+            return None;
+        }
+        let recipients = decode_recipients(&fields.split_to(recipients_length))?;
+        let body = fields.split_to(body_length);
+        self.rest.advance(summed + SUM_BYTES);
+        Some(StoredMessage { sequence: self.next, published_at: self.header.at, recipients, body })
+    }
+}
+
+impl Iterator for Messages {
+    /// A message, or the sequence of a damaged one.
+    type Item = Result<StoredMessage, u64>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.next >= self.header.end() {
+            return None;
+        }
+        let message = self.take().ok_or(self.next);
+        self.next = if message.is_ok() { self.next + 1 } else { u64::MAX };
+        Some(message)
+    }
+}
+
+fn decode_recipients(mut bytes: &[u8]) -> Option<Vec<SubscriptionName>> {
+    let mut recipients = Vec::new();
+    while let Some((length, rest)) = bytes.split_first() {
+        let (name, rest) = rest.split_at_checked(usize::from(*length))?;
+        recipients.push(SubscriptionName::parse(str::from_utf8(name).ok()?).ok()?);
+        bytes = rest;
+    }
+    Some(recipients)
+}
+
+fn sum_at(topic: Epoch, sequence: u64, bytes: &[u8]) -> u64 {
+    let mut key = [0; 16];
+    key[..8].copy_from_slice(&topic.0.to_le_bytes());
+    key[8..].copy_from_slice(&sequence.to_le_bytes());
+    checksum(MESSAGES.name(), &key, bytes)
+}
+
+fn length(length: usize) -> u32 {
+    u32::try_from(length).expect("limits bound a commit")
+}

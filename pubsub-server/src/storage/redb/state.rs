@@ -1,0 +1,203 @@
+//! What the writer knows without reading: the small part of the store, in memory.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use ::redb::{ReadableTable, ReadableTableMetadata};
+
+use super::rows::{self, Head};
+use super::disk::Digest;
+use super::sealed::{Segment, SegmentRow};
+use super::tables::{Damaged, META_CLOCK, Tables, Trouble, decoded, get};
+use crate::record::{Epoch, TopicRecord, Uuid};
+use crate::storage::admission::Publisher;
+use crate::storage::clock::{self, Clock, Now};
+
+/// Publishers whose rows are kept in memory; beyond it they are read again.
+const CACHED_PUBLISHERS: usize = 10_000;
+
+/// Owned by the writer. While a commit runs it is ahead of the disk; when one fails it is loaded
+/// again or never used again.
+#[derive(Debug)]
+pub(super) struct State {
+    /// The ordinal of this run.
+    pub(super) boot: u64,
+    pub(super) clock: Clock,
+    pub(super) topics: HashMap<Epoch, Topic>,
+    pub(super) subscriptions: HashSet<Epoch>,
+    pub(super) publisher_rows: u64,
+    publishers: HashMap<(Epoch, Uuid), Publisher>,
+    /// The registered sealed files, and how many segments each holds.
+    files: BTreeMap<u64, (Digest, usize)>,
+}
+
+/// One topic.
+#[derive(Clone, Debug)]
+pub(super) struct Topic {
+    /// How long it remembers keys, in milliseconds.
+    pub(super) window: u64,
+    /// Unknown if its row is damaged.
+    pub(super) head: Option<Head>,
+    /// Its sealed files, ascending.
+    pub(super) segments: Arc<Vec<Segment>>,
+}
+
+impl State {
+    /// Reads what was committed.
+    pub(super) fn load(tables: &Tables<'_>, boot: u64, clock: Clock) -> Result<Self, Trouble> {
+        let mut state = Self {
+            boot,
+            clock,
+            topics: HashMap::new(),
+            subscriptions: HashSet::new(),
+            publisher_rows: tables.publishers.len()?,
+            publishers: HashMap::new(),
+            files: BTreeMap::new(),
+        };
+        for entry in tables.files.iter()? {
+            let (file, row) = entry?;
+            let digest = decoded::<u64, _>("files", &file.value(), row.value(), rows::decode)?;
+            state.files.insert(file.value(), (digest, 0));
+        }
+        for entry in tables.topics.iter()? {
+            let (epoch, row) = entry?;
+            let epoch = epoch.value();
+            let record: TopicRecord =
+                decoded::<u64, _>("topics", &epoch, row.value(), rows::decode)?;
+            let topic = Topic::load(tables, &record)?;
+            for segment in topic.segments.iter() {
+                state.use_file(segment.file);
+            }
+            state.topics.insert(record.epoch, topic);
+        }
+        for entry in tables.subscriptions.iter()? {
+            state.subscriptions.insert(Epoch(entry?.0.value()));
+        }
+        Ok(state)
+    }
+
+    /// A publisher, from memory or from its row.
+    pub(super) fn publisher(
+        &self,
+        tables: &Tables<'_>,
+        topic: Epoch,
+        id: Uuid,
+    ) -> Result<Option<Publisher>, Trouble> {
+        if let Some(publisher) = self.publishers.get(&(topic, id)) {
+            return Ok(Some(publisher.clone()));
+        }
+        get(&tables.publishers, (topic.0, rows::wide(id.0)), rows::decode::<Publisher>)
+    }
+
+    /// Remembers a publisher that the caller stores in the same commit.
+    pub(super) fn remember(&mut self, topic: Epoch, id: Uuid, publisher: Publisher) {
+        self.publishers.insert((topic, id), publisher);
+    }
+
+    /// Bounds the memory, between commits. It is a cache of rows: emptying it costs reads and
+    /// nothing else.
+    pub(super) fn shed(&mut self) {
+        if self.publishers.len() > CACHED_PUBLISHERS {
+            self.publishers.clear();
+        }
+    }
+
+    /// Forgets a publisher whose row is removed.
+    pub(super) fn forget(&mut self, topic: Epoch, id: Uuid) {
+        self.publishers.remove(&(topic, id));
+        self.publisher_rows -= 1;
+    }
+
+    /// Forgets a topic.
+    pub(super) fn drop_topic(&mut self, topic: Epoch) -> Option<Topic> {
+        self.publishers.retain(|(of, _), _| *of != topic);
+        self.topics.remove(&topic)
+    }
+
+    /// The registered sealed files.
+    pub(super) fn files(&self) -> impl Iterator<Item = (u64, Digest)> {
+        self.files.iter().map(|(file, (digest, _))| (*file, *digest))
+    }
+
+    /// The number of a new sealed file.
+    pub(super) fn next_file(&self) -> u64 {
+        self.files.last_key_value().map_or(1, |(last, _)| last + 1)
+    }
+
+    /// Makes a new sealed file known.
+    pub(super) fn add_file(&mut self, file: u64, digest: Digest) {
+        self.files.insert(file, (digest, 0));
+    }
+
+    /// Counts a segment of a sealed file.
+    pub(super) fn use_file(&mut self, file: u64) {
+        if let Some((_, uses)) = self.files.get_mut(&file) {
+            *uses += 1;
+        }
+    }
+
+    /// Counts a segment no more, and says whether it was the last one of its file.
+    pub(super) fn release_file(&mut self, file: u64) -> bool {
+        let Some((_, uses)) = self.files.get_mut(&file) else { return false };
+        *uses = uses.saturating_sub(1);
+        let last = *uses == 0;
+        if last {
+            self.files.remove(&file);
+        }
+        last
+    }
+
+    /// What a topic holds, `None` if there is no such topic.
+    pub(super) fn head(&mut self, topic: Epoch) -> Result<Option<&mut Head>, Damaged> {
+        let Some(topic) = self.topics.get_mut(&topic) else {
+            return Ok(None);
+        };
+        topic.head.as_mut().map(Some).ok_or_else(|| Damaged::in_table("heads"))
+    }
+}
+
+impl Topic {
+    /// A new one.
+    pub(super) fn new(record: &TopicRecord) -> Self {
+        let window = clock::millis(record.config.idempotency_window);
+        Self { window, head: Some(Head::new()), segments: Arc::default() }
+    }
+
+    fn load(tables: &Tables<'_>, record: &TopicRecord) -> Result<Self, Trouble> {
+        let head = match get(&tables.heads, record.epoch.0, rows::decode::<Head>) {
+            Ok(head) => head.filter(Head::is_sound),
+            Err(Trouble::Damaged(_)) => None,
+            Err(error @ Trouble::Redb(_)) => return Err(error),
+        };
+        if head.is_none() {
+            // The other topics go on; this one answers that it is damaged.
+            tracing::error!(topic = %record.name, "the head of the topic is damaged");
+        }
+        let mut segments = Vec::new();
+        let epoch = record.epoch.0;
+        for entry in tables.segments.range((epoch, 0)..=(epoch, u64::MAX))? {
+            let (key, row) = entry?;
+            let (key, row) = (key.value(), row.value());
+            let row: SegmentRow = decoded::<(u64, u64), _>("segments", &key, row, rows::decode)?;
+            segments.push(row.starting_at(key.1));
+        }
+        Ok(Self { head, segments: Arc::new(segments), ..Self::new(record) })
+    }
+
+    /// The first message that is not in a sealed file.
+    pub(super) fn hot_from(&self) -> u64 {
+        let below = self.head.map_or(1, |head| head.sealed_below);
+        self.segments.last().map_or(below, |segment| below.max(segment.last + 1))
+    }
+
+    /// Bytes of bodies in the hot file, beside those that are in sealed files too.
+    pub(super) fn hot_bytes(&self) -> u64 {
+        let sealed = self.segments.iter().map(|segment| segment.bytes).sum();
+        self.head.map_or(0, |head| head.bytes.saturating_sub(sealed))
+    }
+}
+
+/// The stored moment.
+pub(super) fn stored_now(tables: &Tables<'_>) -> Result<Now, Trouble> {
+    Ok(get(&tables.meta, META_CLOCK, rows::decode::<Now>)?.unwrap_or_default())
+}

@@ -1,0 +1,368 @@
+//! The committer: one owner of all writes.
+
+use std::sync::{Arc, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use ::redb::{Database, WriteTransaction};
+use tokio::time::Instant;
+
+use super::chores::Chores;
+use super::disk::{Disk, HOT};
+use super::group::{Effects, Group};
+use super::open::{Opening, open_hot};
+use super::queue::{Queue, Request, Taken};
+use super::sealing::Sealing;
+use super::shared::Shared;
+use super::state::State;
+use super::tables::{Tables, Trouble};
+use crate::env::SharedEnv;
+use crate::record::Epoch;
+use crate::storage::clock::{Clock, Now};
+use crate::storage::{AppendOutcome, CommitError, Health, OpenOutcome, Promise, StorageError};
+
+/// How often an idle writer looks after itself.
+const IDLE: Duration = Duration::from_millis(500);
+/// How often it does while something runs beside it.
+const BUSY: Duration = Duration::from_millis(20);
+/// How many commits may pass before one piece of housekeeping gets its turn.
+const COMMITS_PER_CHORE: u32 = 8;
+/// After a write met a full disk it stays "full" at least this long, whatever the disk says.
+const FULL_AT_LEAST: Duration = Duration::from_secs(1);
+
+/// Commits requests in groups, and keeps the house in between.
+#[derive(Debug)]
+pub(super) struct Writer {
+    pub(super) shared: Arc<Shared>,
+    pub(super) disk: Arc<dyn Disk>,
+    pub(super) env: SharedEnv,
+    pub(super) opening: Opening,
+    pub(super) state: State,
+    pub(super) chores: Chores,
+    pub(super) sealing: Sealing,
+    /// Since when the disk is too full for publishes.
+    full: Option<Instant>,
+    failed: bool,
+}
+
+/// An answer that waits for the commit.
+enum Answer {
+    Append(Promise<AppendOutcome>, AppendOutcome),
+    Open(Promise<OpenOutcome>, OpenOutcome),
+    Apply(Promise<()>),
+}
+
+impl Answer {
+    fn keep(self) {
+        match self {
+            Self::Append(promise, outcome) => promise.keep(outcome),
+            Self::Open(promise, outcome) => promise.keep(outcome),
+            Self::Apply(promise) => promise.keep(()),
+        }
+    }
+}
+
+impl Writer {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        disk: Arc<dyn Disk>,
+        env: SharedEnv,
+        opening: Opening,
+        state: State,
+    ) -> Self {
+        let chores = Chores::after_open(&state);
+        let sealing = Sealing::after_open(&state);
+        let (full, failed) = (None, false);
+        let writer = Self { shared, disk, env, opening, state, chores, sealing, full, failed };
+        writer.show_all();
+        writer
+    }
+
+    /// Works until the queue is closed, then closes the store.
+    pub(super) fn run(mut self, queue: &Queue) -> Result<(), StorageError> {
+        let _guard = PanicGuard { shared: Arc::clone(&self.shared), queue };
+        let mut commits = 0;
+        let mut chores_wait = true;
+        loop {
+            let patience = match (chores_wait, self.sealing.is_busy()) {
+                (true, _) => Duration::ZERO,
+                (false, true) => BUSY,
+                (false, false) => IDLE,
+            };
+            match queue.take(patience) {
+                Taken::Group(requests) => {
+                    self.commit(requests);
+                    thread::sleep(self.pace());
+                    commits += 1;
+                    if commits < COMMITS_PER_CHORE {
+                        continue;
+                    }
+                }
+                Taken::Idle => {}
+                Taken::Closed => return self.finish(),
+            }
+            commits = 0;
+            chores_wait = self.tend();
+        }
+    }
+
+    /// Commits requests together and answers them.
+    pub(super) fn commit(&mut self, requests: Vec<Request>) {
+        if self.failed {
+            requests.into_iter().for_each(|request| request.fail(CommitError::Refused));
+            return;
+        }
+        self.watch_space();
+        let mut answers = Vec::with_capacity(requests.len());
+        match self.try_commit(requests, &mut answers) {
+            Ok(effects) => {
+                self.show(&effects);
+                self.chores.note(&effects);
+                effects.doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
+                self.sealing.doomed.extend(&effects.doomed);
+                self.sealing.hot_bytes += effects.bytes;
+                answers.into_iter().for_each(Answer::keep);
+                self.state.shed();
+            }
+            // The answers are dropped after it, which says "unknown".
+            Err(trouble) => self.fail(&trouble),
+        }
+    }
+
+    fn try_commit(
+        &mut self,
+        requests: Vec<Request>,
+        answers: &mut Vec<Answer>,
+    ) -> Result<Effects, Trouble> {
+        let now = self.now();
+        let shared = Arc::clone(&self.shared);
+        let database = shared.database();
+        let txn = begin(&database)?;
+        let mut group = Group::new(Tables::open(&txn)?, &mut self.state, now, self.full.is_some());
+        for request in requests {
+            answers.push(match request {
+                Request::Append(append, promise) => Answer::Append(promise, group.append(append)?),
+                Request::Open(open, promise) => Answer::Open(promise, group.open(&open)?),
+                Request::Apply(changes, _, promise) => {
+                    group.apply(changes)?;
+                    Answer::Apply(promise)
+                }
+            });
+        }
+        let effects = group.finish()?;
+        if !effects.dirty {
+            txn.abort()?;
+            return Ok(effects);
+        }
+        #[cfg(pubsub_break = "ack_before_commit")]
+        answers.drain(..).for_each(Answer::keep);
+        #[cfg(pubsub_break = "notify_before_commit")]
+        self.show(&effects);
+        txn.commit()?;
+        #[cfg(pubsub_break = "dedup_in_second_transaction")]
+        {
+            let txn = begin(&database)?;
+            effects.late.write(&mut Tables::open(&txn)?)?;
+            txn.commit()?;
+        }
+        Ok(effects)
+    }
+
+    /// Runs a piece of housekeeping in a transaction of its own. It is committed if `work` says
+    /// that it changed something.
+    pub(super) fn transact<T>(
+        &mut self,
+        work: impl FnOnce(&mut Tables<'_>, &mut State) -> Result<Option<T>, Trouble>,
+    ) -> Option<T> {
+        let shared = Arc::clone(&self.shared);
+        let attempt = || {
+            let database = shared.database();
+            let txn = begin(&database)?;
+            let done = work(&mut Tables::open(&txn)?, &mut self.state)?;
+            match done {
+                Some(_) => txn.commit()?,
+                None => txn.abort()?,
+            }
+            Ok(done)
+        };
+        let result: Result<Option<T>, Trouble> = attempt();
+        result.unwrap_or_else(|trouble| {
+            self.fail(&trouble);
+            None
+        })
+    }
+
+    pub(super) fn now(&mut self) -> Now {
+        self.state.clock.now(self.env.now(), Instant::now())
+    }
+
+    fn show(&self, effects: &Effects) {
+        for topic in &effects.touched {
+            self.show_topic(*topic);
+        }
+        for topic in &effects.deleted {
+            self.shared.hide(*topic);
+        }
+    }
+
+    pub(super) fn show_topic(&self, epoch: Epoch) {
+        let Some(topic) = self.state.topics.get(&epoch) else {
+            return;
+        };
+        match &topic.head {
+            Some(head) => self.shared.show(epoch, head, Arc::clone(&topic.segments)),
+            None => self.shared.show_damaged(epoch),
+        }
+    }
+
+    fn show_all(&self) {
+        self.state.topics.keys().for_each(|topic| self.show_topic(*topic));
+    }
+
+    /// A write failed. What of it is on disk can only be found out by opening the file again.
+    fn fail(&mut self, trouble: &Trouble) {
+        tracing::error!(%trouble, "a commit failed");
+        if is_full(trouble) {
+            self.full = Some(Instant::now());
+            self.shared.set_health(Health::DiskFull);
+            match self.reopen() {
+                Ok(()) => return,
+                Err(error) => tracing::error!(%error, "the store cannot be opened again"),
+            }
+        }
+        // Not retried and not reopened: after a failed sync the system's cache and the disk may
+        // disagree, and only a new process starts from what the disk says.
+        self.failed = true;
+        self.shared.set_health(Health::Failed(trouble.to_string()));
+    }
+
+    /// Opens the file again after the disk was full: redb takes no more writes until then.
+    fn reopen(&mut self) -> Result<(), StorageError> {
+        if let Err(error) = self.disk.set_ballast(false) {
+            tracing::warn!(%error, "the ballast cannot be given up");
+        }
+        let shared = Arc::clone(&self.shared);
+        let mut database = shared.database.write().unwrap_or_else(PoisonError::into_inner);
+        // Its error is the one that brought us here.
+        drop(database.take().map(Database::close));
+        let io = |error: std::io::Error| shared.error(::redb::Error::Io(error));
+        self.disk.sync(HOT).map_err(io)?;
+        let opened = open_hot(self.disk.as_ref(), self.opening)?;
+        let clock = self.state.clock;
+        let boot = self.state.boot;
+        let state = load(&opened, boot, clock).map_err(|trouble| self.explain(trouble))?;
+        self.state = state;
+        self.chores = Chores::after_open(&self.state);
+        *database = Some(opened);
+        drop(database);
+        self.show_all();
+        Ok(())
+    }
+
+    /// Refuses publishes before the disk is full, and takes them again when there is room.
+    fn watch_space(&mut self) {
+        let Ok(space) = self.disk.space() else { return };
+        let watermark = self.opening.watermark.unwrap_or((space.total / 100).min(64 << 20));
+        match self.full {
+            None if space.free < watermark => {
+                tracing::warn!(free = space.free, watermark, "the disk is too full for publishes");
+                self.full = Some(Instant::now());
+                self.shared.set_health(Health::DiskFull);
+            }
+            // Twice the watermark, so that it does not flutter.
+            Some(since)
+                if space.free >= watermark.saturating_mul(2)
+                    && since.elapsed() >= FULL_AT_LEAST
+                    && self.disk.set_ballast(true).is_ok() =>
+            {
+                tracing::info!(free = space.free, "the disk has room again");
+                self.full = None;
+                self.shared.set_health(Health::Ok);
+            }
+            None | Some(_) => {}
+        }
+    }
+
+    /// Does one bounded piece of housekeeping, and says whether there is more.
+    pub(super) fn tend(&mut self) -> bool {
+        if self.failed {
+            return false;
+        }
+        self.watch_space();
+        self.do_chore()
+    }
+
+    /// Closes the store.
+    pub(super) fn finish(mut self) -> Result<(), StorageError> {
+        self.stop_sealing();
+        if !self.failed {
+            let now = self.now();
+            self.transact(|tables, _| super::open::store_clock(tables, now).map(Some));
+        }
+        let database = self.shared.database.write().unwrap_or_else(PoisonError::into_inner).take();
+        self.shared.cabinet.clear();
+        let closed = database.map_or(Ok(()), Database::close);
+        if !self.failed && closed.is_ok() {
+            let io = |error: std::io::Error| self.shared.error(::redb::Error::Io(error));
+            self.disk.set_clean(true).map_err(io)?;
+        }
+        self.disk.unlock();
+        closed.map_err(|error| self.shared.error(error))
+    }
+
+    pub(super) fn explain(&self, trouble: Trouble) -> StorageError {
+        explain(&self.shared.path, trouble)
+    }
+}
+
+/// A trouble as an error of the storage.
+pub(super) fn explain(path: &str, trouble: Trouble) -> StorageError {
+    match trouble {
+        Trouble::Damaged(damaged) => {
+            StorageError::Corrupt { path: path.to_owned(), detail: damaged.to_string() }
+        }
+        Trouble::Redb(error) => super::shared::explain(path, error),
+    }
+}
+
+fn load(database: &Database, boot: u64, clock: Clock) -> Result<State, Trouble> {
+    let txn = database.begin_write()?;
+    let state = State::load(&Tables::open(&txn)?, boot, clock)?;
+    txn.abort()?;
+    Ok(state)
+}
+
+/// A durable transaction; `None` is no database only after the end.
+fn begin(database: &Option<Database>) -> Result<WriteTransaction, Trouble> {
+    let database = database.as_ref().ok_or(::redb::Error::DatabaseClosed)?;
+    #[cfg_attr(not(pubsub_break = "commit_without_sync"), expect(unused_mut, reason = "see below"))]
+    let mut txn = database.begin_write()?;
+    #[cfg(pubsub_break = "commit_without_sync")]
+    txn.set_durability(::redb::Durability::None).expect("there are no savepoints");
+    Ok(txn)
+}
+
+fn is_full(trouble: &Trouble) -> bool {
+    use std::io::ErrorKind;
+    matches!(trouble, Trouble::Redb(::redb::Error::Io(error))
+        if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+}
+
+/// A panic of the writer is a failure like any other: nobody waits for it for ever.
+struct PanicGuard<'q> {
+    shared: Arc<Shared>,
+    queue: &'q Queue,
+}
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        self.shared.set_health(Health::Failed("the writer panicked".to_owned()));
+        self.queue.close();
+        while let Taken::Group(requests) = self.queue.take(Duration::ZERO) {
+            requests.into_iter().for_each(|request| request.fail(CommitError::Refused));
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! What the tests of all engines share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::{Append, AppendOutcome, Change, Item, OpenOutcome, OpenPublisher, PublisherRef};
+use super::{ReadLimit, Storage, Urgency};
+use crate::env::Env;
+use crate::limits;
+use crate::names::{SubscriptionName, TopicName, TopicPattern};
+use crate::record::{
+    Epoch, IdempotencyKey, NewMessage, StoredMessage, SubscriptionKind, SubscriptionRecord,
+    Timestamp, TopicConfig, TopicRecord, Uuid,
+};
+
+/// A clock that tests set and random numbers from a seed.
+#[derive(Debug)]
+pub(super) struct TestEnv {
+    wall: AtomicU64,
+    random: AtomicU64,
+}
+
+impl TestEnv {
+    pub(super) fn new(seed: u64) -> Arc<Self> {
+        Arc::new(Self { wall: AtomicU64::new(1_000_000), random: AtomicU64::new(seed) })
+    }
+
+    pub(super) fn set(&self, wall: u64) {
+        self.wall.store(wall, Ordering::Relaxed);
+    }
+
+    pub(super) fn advance(&self, millis: u64) {
+        self.wall.fetch_add(millis, Ordering::Relaxed);
+    }
+}
+
+impl Env for TestEnv {
+    fn now(&self) -> Timestamp {
+        Timestamp(self.wall.load(Ordering::Relaxed))
+    }
+
+    fn fill(&self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(8) {
+            let number = self.random.fetch_add(1, Ordering::Relaxed);
+            let random = xxh3_64(&number.to_le_bytes()).to_le_bytes();
+            chunk.copy_from_slice(&random[..chunk.len()]);
+        }
+    }
+}
+
+/// Random numbers that a seed repeats.
+#[derive(Clone, Debug)]
+pub(super) struct Random(pub(super) u64);
+
+impl Random {
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(1);
+        xxh3_64(&self.0.to_le_bytes())
+    }
+
+    /// A number below a bound.
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+
+    pub(super) fn index(&mut self, bound: usize) -> usize {
+        usize::try_from(self.below(bound as u64)).unwrap()
+    }
+}
+
+pub(super) const ALL: ReadLimit = ReadLimit { messages: usize::MAX, bytes: usize::MAX };
+
+pub(super) fn topic(name: &str, epoch: u64) -> TopicRecord {
+    topic_with_window(name, epoch, limits::IDEMPOTENCY_WINDOW)
+}
+
+pub(super) fn topic_with_window(name: &str, epoch: u64, window: Duration) -> TopicRecord {
+    TopicRecord {
+        name: TopicName::parse(name).unwrap(),
+        epoch: Epoch(epoch),
+        config: TopicConfig {
+            retention: limits::RETENTION,
+            max_bytes: limits::DEFAULT_TOPIC_BYTES,
+            max_message_bytes: limits::DEFAULT_MESSAGE_BYTES,
+            idempotency_window: window,
+        },
+        created_at: Timestamp(1),
+    }
+}
+
+pub(super) fn subscription(name: &str, epoch: u64) -> SubscriptionRecord {
+    SubscriptionRecord {
+        name: SubscriptionName::parse(name).unwrap(),
+        epoch: Epoch(epoch),
+        kind: SubscriptionKind::Exclusive,
+        topics: vec![TopicPattern::parse("*").unwrap()],
+        created_at: Timestamp(1),
+        consumer: None,
+    }
+}
+
+pub(super) fn message(body: impl Into<Vec<u8>>) -> NewMessage {
+    NewMessage { body: Bytes::from(body.into()), recipients: Vec::new(), key: None }
+}
+
+/// The same key with the same body is the same publish.
+pub(super) fn keyed(key: u8, body: impl Into<Vec<u8>>) -> NewMessage {
+    let message = message(body);
+    let mut content = [0; 32];
+    content[..8].copy_from_slice(&xxh3_64(&message.body).to_le_bytes());
+    NewMessage { key: Some(IdempotencyKey { key: [key; 16], content }), ..message }
+}
+
+pub(super) fn publisher(id: u8, epoch: u32, stream: u64) -> PublisherRef {
+    PublisherRef { id: Uuid([id; 16]), epoch, stream }
+}
+
+/// Messages outside of a publisher session.
+pub(super) fn anonymous(topic: u64, messages: Vec<NewMessage>) -> Append {
+    Append {
+        topic: Epoch(topic),
+        publisher: None,
+        first_sequence: 1,
+        resolved_below: 0,
+        items: messages.into_iter().map(Item::Store).collect(),
+    }
+}
+
+pub(super) fn from(
+    publisher: PublisherRef,
+    topic: u64,
+    first_sequence: u64,
+    messages: Vec<NewMessage>,
+) -> Append {
+    Append { publisher: Some(publisher), first_sequence, ..anonymous(topic, messages) }
+}
+
+pub(super) fn bodies(messages: &[StoredMessage]) -> Vec<&[u8]> {
+    messages.iter().map(|message| message.body.as_ref()).collect()
+}
+
+pub(super) fn sequences(messages: &[StoredMessage]) -> Vec<u64> {
+    messages.iter().map(|message| message.sequence).collect()
+}
+
+/// Writes that must be committed.
+impl dyn Storage {
+    pub(super) async fn done(&self, changes: Vec<Change>) {
+        self.apply(changes, Urgency::Now).await.unwrap().into_inner();
+    }
+
+    pub(super) async fn decided(&self, append: Append) -> AppendOutcome {
+        self.append(append).await.unwrap().into_inner()
+    }
+
+    pub(super) async fn opened(&self, topic: u64, publisher: PublisherRef) -> OpenOutcome {
+        let open = OpenPublisher { topic: Epoch(topic), publisher, resolved_below: 0 };
+        self.open_publisher(open).await.unwrap().into_inner()
+    }
+}

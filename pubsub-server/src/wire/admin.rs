@@ -1,0 +1,202 @@
+//! Administration: topics, subscriptions, receipts, the server.
+
+use std::sync::atomic::Ordering;
+
+use pubsub_proto::v1::admin_service_server::AdminService;
+use pubsub_proto::v1::{
+    CreateSubscriptionRequest, CreateSubscriptionResponse, CreateTopicRequest, CreateTopicResponse,
+    DeleteSubscriptionRequest, DeleteSubscriptionResponse, DeleteTopicRequest, DeleteTopicResponse,
+    GetReceiptsRequest, GetReceiptsResponse, GetServerRequest, GetServerResponse,
+    GetSubscriptionRequest, GetSubscriptionResponse, GetTopicRequest, GetTopicResponse,
+    ListSubscriptionsRequest, ListSubscriptionsResponse, ListTopicsRequest, ListTopicsResponse,
+    SeekSubscriptionRequest, SeekSubscriptionResponse,
+};
+use tonic::{Request, Response, Status};
+
+use super::status::{invalid, status};
+use super::{Context, convert};
+use crate::broker::{BrokerError, NewSubscription};
+use crate::storage::Health;
+
+/// The admin service.
+#[derive(Debug)]
+pub(crate) struct Service(pub(super) Context);
+
+/// Entries of one page.
+const MAX_PAGE: u32 = 1000;
+const DEFAULT_PAGE: u32 = 100;
+
+fn page(size: u32) -> usize {
+    let size = if size == 0 { DEFAULT_PAGE } else { size.min(MAX_PAGE) };
+    usize::try_from(size).unwrap_or(usize::MAX)
+}
+
+/// The token of the next page is the last name of this one, if this one is full.
+fn next_page<T>(entries: &[T], limit: usize, name: impl Fn(&T) -> String) -> String {
+    entries.last().filter(|_| entries.len() == limit).map(name).unwrap_or_default()
+}
+
+fn refuse(error: BrokerError) -> Status {
+    status(&error)
+}
+
+#[tonic::async_trait]
+impl AdminService for Service {
+    async fn create_topic(
+        &self,
+        request: Request<CreateTopicRequest>,
+    ) -> Result<Response<CreateTopicResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_topic(&request.name)?;
+        let config = convert::parse_config(request.config)?;
+        let create = self.0.broker.create_topic(name, config, request.if_not_exists);
+        let (info, created) = create.await.map_err(refuse)?;
+        Ok(Response::new(CreateTopicResponse { topic: Some(convert::topic(info)), created }))
+    }
+
+    async fn get_topic(
+        &self,
+        request: Request<GetTopicRequest>,
+    ) -> Result<Response<GetTopicResponse>, Status> {
+        let name = convert::parse_topic(&request.into_inner().name)?;
+        let info = self.0.broker.get_topic(&name).map_err(refuse)?;
+        Ok(Response::new(GetTopicResponse { topic: Some(convert::topic(info)) }))
+    }
+
+    async fn list_topics(
+        &self,
+        request: Request<ListTopicsRequest>,
+    ) -> Result<Response<ListTopicsResponse>, Status> {
+        let request = request.into_inner();
+        let after = match request.page_token.as_str() {
+            "" => None,
+            token => Some(convert::parse_topic(token)?),
+        };
+        let limit = page(request.page_size);
+        let topics = self.0.broker.list_topics(after.as_ref(), limit);
+        let next_page_token = next_page(&topics, limit, |info| info.record.name.to_string());
+        let topics = topics.into_iter().map(convert::topic).collect();
+        Ok(Response::new(ListTopicsResponse { topics, next_page_token }))
+    }
+
+    async fn delete_topic(
+        &self,
+        request: Request<DeleteTopicRequest>,
+    ) -> Result<Response<DeleteTopicResponse>, Status> {
+        let name = convert::parse_topic(&request.into_inner().name)?;
+        self.0.broker.delete_topic(&name).await.map_err(refuse)?;
+        Ok(Response::new(DeleteTopicResponse {}))
+    }
+
+    async fn create_subscription(
+        &self,
+        request: Request<CreateSubscriptionRequest>,
+    ) -> Result<Response<CreateSubscriptionResponse>, Status> {
+        let request = request.into_inner();
+        let new = NewSubscription {
+            name: convert::parse_subscription(&request.name)?,
+            topics: convert::parse_patterns(&request.topics)?,
+            kind: convert::parse_kind(request.kind)?,
+            start: convert::parse_start(request.start)?,
+        };
+        let create = self.0.broker.create_subscription(new, request.if_not_exists);
+        let (description, created) = create.await.map_err(refuse)?;
+        let subscription = Some(convert::subscription(description));
+        Ok(Response::new(CreateSubscriptionResponse { subscription, created }))
+    }
+
+    async fn get_subscription(
+        &self,
+        request: Request<GetSubscriptionRequest>,
+    ) -> Result<Response<GetSubscriptionResponse>, Status> {
+        let name = convert::parse_subscription(&request.into_inner().name)?;
+        let description = self.0.broker.describe(&name).await.map_err(refuse)?;
+        let subscription = Some(convert::subscription(description));
+        Ok(Response::new(GetSubscriptionResponse { subscription }))
+    }
+
+    async fn list_subscriptions(
+        &self,
+        request: Request<ListSubscriptionsRequest>,
+    ) -> Result<Response<ListSubscriptionsResponse>, Status> {
+        let request = request.into_inner();
+        let after = match request.page_token.as_str() {
+            "" => None,
+            token => Some(convert::parse_subscription(token)?),
+        };
+        let limit = page(request.page_size);
+        let entries = self.0.broker.list_subscriptions(after.as_ref(), limit).await;
+        let next_page_token = next_page(&entries, limit, |entry| entry.record.name.to_string());
+        let subscriptions = entries.into_iter().map(convert::subscription).collect();
+        Ok(Response::new(ListSubscriptionsResponse { subscriptions, next_page_token }))
+    }
+
+    async fn delete_subscription(
+        &self,
+        request: Request<DeleteSubscriptionRequest>,
+    ) -> Result<Response<DeleteSubscriptionResponse>, Status> {
+        let name = convert::parse_subscription(&request.into_inner().name)?;
+        self.0.broker.delete_subscription(&name).await.map_err(refuse)?;
+        Ok(Response::new(DeleteSubscriptionResponse {}))
+    }
+
+    async fn seek_subscription(
+        &self,
+        request: Request<SeekSubscriptionRequest>,
+    ) -> Result<Response<SeekSubscriptionResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_subscription(&request.name)?;
+        let topic = match request.topic.as_str() {
+            "" => None,
+            topic => Some(convert::parse_topic(topic)?),
+        };
+        if request.to.is_none() {
+            return Err(invalid("to is missing"));
+        }
+        let to = convert::parse_start(request.to)?;
+        let description = self.0.broker.seek(&name, topic.as_ref(), to).await.map_err(refuse)?;
+        let subscription = Some(convert::subscription(description));
+        Ok(Response::new(SeekSubscriptionResponse { subscription }))
+    }
+
+    async fn get_receipts(
+        &self,
+        request: Request<GetReceiptsRequest>,
+    ) -> Result<Response<GetReceiptsResponse>, Status> {
+        let request = request.into_inner();
+        let topic = convert::parse_topic(&request.topic)?;
+        let subscription = match request.subscription.as_str() {
+            "" => None,
+            name => Some(convert::parse_subscription(name)?),
+        };
+        let epoch = convert::parse_epoch(request.epoch);
+        let broker = &self.0.broker;
+        let answers = broker.receipts(&topic, epoch, request.sequence, subscription.as_ref());
+        let receipts = answers.await.map_err(refuse)?.into_iter().map(convert::receipt).collect();
+        Ok(Response::new(GetReceiptsResponse { receipts }))
+    }
+
+    async fn get_server(
+        &self,
+        _: Request<GetServerRequest>,
+    ) -> Result<Response<GetServerResponse>, Status> {
+        let broker = &self.0.broker;
+        let (topics, subscriptions) = broker.counts();
+        let state = match &*broker.health().borrow() {
+            _ if *self.0.draining.borrow() => "DRAINING".to_owned(),
+            Health::Ok => "SERVING".to_owned(),
+            Health::DiskFull => "REFUSING_WRITES: the disk is full".to_owned(),
+            Health::Failed(cause) => format!("REFUSING_WRITES: {cause}"),
+        };
+        Ok(Response::new(GetServerResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            boot_id: convert::uuid(broker.boot_id()),
+            start_time: convert::timestamp(self.0.started),
+            storage: broker.engine().to_owned(),
+            topics: topics as u64,
+            subscriptions: subscriptions as u64,
+            connections: self.0.connections.load(Ordering::Relaxed),
+            state,
+        }))
+    }
+}

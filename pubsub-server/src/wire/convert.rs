@@ -1,0 +1,433 @@
+//! From the wire's types to the domain's, and back: the only place that names both.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use prost::Message as _;
+use pubsub_proto::v1;
+use tonic::Status;
+
+use super::status::{self, invalid};
+use crate::broker::delivery::{Claim, Nack, Receipt};
+use crate::broker::session::{self, GapReason, Lease, Leased, TopicAcks};
+use crate::broker::subscription::{Description, Position};
+use crate::broker::{ReceiptAnswer, Start, TopicInfo};
+use crate::limits;
+use crate::names::{SubscriptionName, TopicName, TopicPattern};
+use crate::record::{
+    Epoch, IdempotencyKey, NewMessage, Release, Sequences, StoredMessage, SubscriptionKind,
+    Timestamp, TopicConfig, Uuid,
+};
+use crate::storage::{Fate, Item, Refusal, RefusalReason, Run};
+
+// ---- small things
+
+pub(super) fn duration(duration: Duration) -> Option<prost_types::Duration> {
+    // Every duration the server has is far below the limit of 10,000 years.
+    duration.try_into().ok()
+}
+
+/// A duration; absent stays absent, and negative is refused.
+pub(super) fn parse_duration(
+    field: &str,
+    duration: Option<prost_types::Duration>,
+) -> Result<Option<Duration>, Status> {
+    let Some(duration) = duration else {
+        return Ok(None);
+    };
+    match duration.try_into() {
+        Ok(duration) => Ok(Some(duration)),
+        Err(_) => Err(invalid(format!("{field} is not a positive duration"))),
+    }
+}
+
+pub(super) fn timestamp(at: Timestamp) -> Option<prost_types::Timestamp> {
+    let seconds = i64::try_from(at.0 / 1000).unwrap_or(i64::MAX);
+    let millis = i32::try_from(at.0 % 1000).unwrap_or(0);
+    Some(prost_types::Timestamp { seconds, nanos: millis * 1_000_000 })
+}
+
+fn parse_timestamp(at: prost_types::Timestamp) -> Timestamp {
+    let seconds = u64::try_from(at.seconds).unwrap_or(0);
+    let nanos = u64::try_from(at.nanos).unwrap_or(0);
+    // Rounded up: "at or after" must not include the millisecond before.
+    Timestamp(seconds.saturating_mul(1000).saturating_add(nanos.div_ceil(1_000_000)))
+}
+
+pub(super) fn parse_topic(name: &str) -> Result<TopicName, Status> {
+    TopicName::parse(name).map_err(|error| invalid(error.to_string()))
+}
+
+pub(super) fn parse_subscription(name: &str) -> Result<SubscriptionName, Status> {
+    SubscriptionName::parse(name).map_err(|error| invalid(error.to_string()))
+}
+
+pub(super) fn parse_patterns(patterns: &[String]) -> Result<Vec<TopicPattern>, Status> {
+    if patterns.len() > limits::MAX_PATTERNS {
+        return Err(invalid(format!("more than {} topics", limits::MAX_PATTERNS)));
+    }
+    let parse = |pattern: &String| TopicPattern::parse(pattern);
+    patterns.iter().map(parse).collect::<Result<_, _>>().map_err(|error| invalid(error.to_string()))
+}
+
+/// 16 bytes.
+pub(super) fn parse_uuid(field: &str, bytes: &[u8]) -> Result<Uuid, Status> {
+    let bytes = bytes.try_into().map_err(|_| invalid(format!("{field} must have 16 bytes")))?;
+    Ok(Uuid(bytes))
+}
+
+/// 16 bytes or none.
+pub(super) fn parse_optional_uuid(field: &str, bytes: &[u8]) -> Result<Option<Uuid>, Status> {
+    if bytes.is_empty() { Ok(None) } else { parse_uuid(field, bytes).map(Some) }
+}
+
+pub(super) fn uuid(uuid: Uuid) -> Bytes {
+    Bytes::copy_from_slice(&uuid.0)
+}
+
+pub(super) fn parse_epoch(epoch: u64) -> Option<Epoch> {
+    (epoch != 0).then_some(Epoch(epoch))
+}
+
+pub(super) fn parse_kind(kind: i32) -> Result<SubscriptionKind, Status> {
+    match v1::SubscriptionKind::try_from(kind) {
+        Ok(v1::SubscriptionKind::Unspecified | v1::SubscriptionKind::Exclusive) => {
+            Ok(SubscriptionKind::Exclusive)
+        }
+        Err(_) => Err(invalid(format!("kind {kind} is not known to this server"))),
+    }
+}
+
+pub(super) fn parse_start(start: Option<v1::StartPosition>) -> Result<Start, Status> {
+    use v1::start_position::Position;
+    match start.and_then(|start| start.position) {
+        None | Some(Position::Latest(_)) => Ok(Start::Latest),
+        Some(Position::Earliest(_)) => Ok(Start::Earliest),
+        Some(Position::Sequence(0)) => Err(invalid("start.sequence: sequences start at 1")),
+        Some(Position::Sequence(sequence)) => Ok(Start::Sequence(sequence)),
+        Some(Position::Time(time)) => Ok(Start::Time(parse_timestamp(time))),
+    }
+}
+
+/// Ranges, each from 1 and not backwards.
+pub(super) fn parse_ranges(ranges: &[v1::SequenceRange]) -> Result<Sequences, Status> {
+    let mut sequences = Sequences::new();
+    for range in ranges {
+        if range.first == 0 || range.last < range.first || range.last == u64::MAX {
+            let (first, last) = (range.first, range.last);
+            return Err(invalid(format!("{first}..={last} is not a range of sequences")));
+        }
+        sequences.insert(range.first..=range.last);
+    }
+    Ok(sequences)
+}
+
+pub(super) fn ranges(sequences: &Sequences) -> Vec<v1::SequenceRange> {
+    let range = |range: &std::ops::RangeInclusive<u64>| v1::SequenceRange {
+        first: *range.start(),
+        last: *range.end(),
+    };
+    sequences.iter().map(range).collect()
+}
+
+// ---- publishing
+
+/// A message to be stored, or why it is refused.
+pub(super) fn parse_message(mut message: v1::Message) -> Item {
+    let item = check_message(&message).and_then(|()| {
+        let recipients: Result<_, _> =
+            message.recipients.iter().map(|name| SubscriptionName::parse(name)).collect();
+        recipients.map_err(|error| error.to_string())
+    });
+    let recipients = match item {
+        Ok(recipients) => recipients,
+        Err(detail) => {
+            return Item::Refuse(Refusal { reason: RefusalReason::Invalid, detail });
+        }
+    };
+    let body = Bytes::from(message.encode_to_vec());
+    let key = (!message.idempotency_key.is_empty()).then(|| {
+        let key = truncated(blake3::hash(message.idempotency_key.as_bytes()));
+        message.idempotency_key.clear();
+        IdempotencyKey { key, content: *blake3::hash(&message.encode_to_vec()).as_bytes() }
+    });
+    Item::Store(NewMessage { body, recipients, key })
+}
+
+fn truncated(hash: blake3::Hash) -> [u8; 16] {
+    let mut short = [0; 16];
+    short.copy_from_slice(&hash.as_bytes()[..16]);
+    short
+}
+
+fn check_message(message: &v1::Message) -> Result<(), String> {
+    let key = limits::MAX_KEY_BYTES;
+    let short = [
+        ("ordering_key", &message.ordering_key),
+        ("content_type", &message.content_type),
+        ("idempotency_key", &message.idempotency_key),
+    ];
+    for (field, value) in short {
+        if value.len() > key {
+            return Err(format!("{field} has {} bytes; {key} are allowed", value.len()));
+        }
+    }
+    let (count, allowed) = (message.attributes.len(), limits::MAX_ATTRIBUTES);
+    if count > allowed {
+        return Err(format!("{count} attributes; {allowed} are allowed"));
+    }
+    let bytes: usize =
+        message.attributes.iter().map(|(name, value)| name.len() + value.len()).sum();
+    if bytes > limits::MAX_ATTRIBUTE_BYTES {
+        let allowed = limits::MAX_ATTRIBUTE_BYTES;
+        return Err(format!("attributes have {bytes} bytes; {allowed} are allowed"));
+    }
+    let (count, allowed) = (message.recipients.len(), limits::MAX_RECIPIENTS);
+    if count > allowed {
+        return Err(format!("{count} recipients; {allowed} are allowed"));
+    }
+    Ok(())
+}
+
+pub(super) fn publish_run(epoch: Epoch, run: Run) -> v1::PublishRun {
+    use v1::publish_run::Outcome;
+    let outcome = match run.fate {
+        Fate::Stored { sequence, duplicate, at } => {
+            Outcome::Stored(stored(epoch, sequence, duplicate, at))
+        }
+        Fate::Refused(refusal) => Outcome::Refused(refused(refusal)),
+    };
+    v1::PublishRun { first_sequence: run.first_sequence, count: run.count, outcome: Some(outcome) }
+}
+
+pub(super) fn publish_results(epoch: Epoch, runs: Vec<Run>) -> Vec<v1::PublishResult> {
+    use v1::publish_result::Outcome;
+    let each = |run: Run| {
+        (0..u64::from(run.count)).map(move |offset| {
+            let outcome = match run.fate.clone() {
+                Fate::Stored { sequence, duplicate, at } => {
+                    Outcome::Stored(stored(epoch, sequence + offset, duplicate, at))
+                }
+                Fate::Refused(refusal) => Outcome::Refused(refused(refusal)),
+            };
+            v1::PublishResult { outcome: Some(outcome) }
+        })
+    };
+    runs.into_iter().flat_map(each).collect()
+}
+
+fn stored(epoch: Epoch, sequence: u64, duplicate: bool, at: Timestamp) -> v1::Stored {
+    v1::Stored { epoch: epoch.0, sequence, duplicate, publish_time: timestamp(at) }
+}
+
+fn refused(refusal: Refusal) -> v1::Refused {
+    let reason = status::refusal_reason(refusal.reason).into();
+    v1::Refused { reason, detail: refusal.detail }
+}
+
+// ---- consuming
+
+pub(super) fn parse_claim(position: &v1::TopicPosition) -> Result<Claim, Status> {
+    Ok(Claim {
+        held: bounded("held", parse_ranges(&position.held)?)?,
+        held_bytes: position.held_bytes,
+        acked: parse_ranges(&position.acked)?,
+        nacked: position.nacked.iter().map(parse_nack).collect::<Result<_, _>>()?,
+        cursor_generation: position.cursor_generation,
+    })
+}
+
+/// A set that cannot be larger than what may be out.
+fn bounded(field: &str, sequences: Sequences) -> Result<Sequences, Status> {
+    let count = |range: &std::ops::RangeInclusive<u64>| range.end() - range.start() + 1;
+    let total = sequences.iter().map(count).fold(0, u64::saturating_add);
+    if total > u64::from(limits::MAX_OUTSTANDING_MESSAGES) * 2 {
+        return Err(invalid(format!("{field} names {total} messages, more than can be out")));
+    }
+    Ok(sequences)
+}
+
+fn parse_nack(item: &v1::NackItem) -> Result<Nack, Status> {
+    if item.sequence == 0 {
+        return Err(invalid("nack of sequence 0: sequences start at 1"));
+    }
+    let delay = parse_duration("nack delay", item.delay)?;
+    Ok(Nack { sequence: item.sequence, attempt: item.attempt, delay })
+}
+
+pub(super) fn parse_acks(batch: v1::AckBatch) -> Result<session::AckBatch, Status> {
+    let parse = |acks: v1::TopicAcks| {
+        Ok(TopicAcks {
+            topic: acks.topic,
+            cursor_generation: acks.cursor_generation,
+            acked: parse_ranges(&acks.acked)?,
+            nacked: acks.nacked.iter().map(parse_nack).collect::<Result<_, _>>()?,
+        })
+    };
+    let topics = batch.topics.into_iter().map(parse).collect::<Result<_, Status>>()?;
+    Ok(session::AckBatch { number: batch.number, topics })
+}
+
+pub(super) fn session_topic(topic: session::SessionTopic) -> v1::SessionTopic {
+    v1::SessionTopic {
+        number: topic.number,
+        topic: topic.name.to_string(),
+        epoch: topic.epoch.0,
+        floor: topic.floor,
+        head: topic.head,
+        cursor_generation: topic.cursor_generation,
+        dropped: ranges(&topic.dropped),
+    }
+}
+
+pub(super) fn gap_reason(reason: GapReason) -> v1::GapReason {
+    match reason {
+        GapReason::Retention => v1::GapReason::Retention,
+        GapReason::TopicDeleted => v1::GapReason::TopicDeleted,
+    }
+}
+
+/// A stored message for a consumer.
+///
+/// # Errors
+///
+/// If the body is not a message: the checksum was right, so it was stored that way.
+pub(super) fn received(
+    message: StoredMessage,
+    attempt: u32,
+) -> Result<v1::ReceivedMessage, Status> {
+    let decoded = v1::Message::decode(message.body).map_err(|error| {
+        tracing::error!(sequence = message.sequence, %error, "a stored message does not decode");
+        Status::data_loss(format!("message {} does not decode", message.sequence))
+    })?;
+    Ok(v1::ReceivedMessage {
+        sequence: message.sequence,
+        message: Some(decoded),
+        publish_time: timestamp(message.published_at),
+        attempt,
+    })
+}
+
+pub(super) fn pulled(leased: Leased) -> Result<v1::PulledMessage, Status> {
+    let Leased { topic, lease, message } = leased;
+    let Lease { topic: epoch, sequence, attempt, pull } = lease;
+    let id = v1::MessageId { topic: topic.to_string(), epoch: epoch.0, sequence };
+    Ok(v1::PulledMessage {
+        id: Some(id),
+        message: Some(received(message, attempt)?),
+        lease_token: format!("{:016x}-{sequence:x}-{attempt:x}-{pull:x}", epoch.0),
+    })
+}
+
+pub(super) fn parse_lease(token: &str) -> Result<Lease, Status> {
+    let parse = || {
+        let mut parts = token.split('-').map(|part| u64::from_str_radix(part, 16).ok());
+        let mut next = || parts.next().flatten();
+        let lease = Lease {
+            topic: Epoch(next()?),
+            sequence: next()?,
+            attempt: u32::try_from(next()?).ok()?,
+            pull: next()?,
+        };
+        Some(lease)
+    };
+    parse().ok_or_else(|| invalid("a lease token is not one that this server gave"))
+}
+
+/// Message ids by topic.
+pub(super) fn parse_ids(
+    ids: &[v1::MessageId],
+) -> Result<BTreeMap<(TopicName, Epoch), Sequences>, Status> {
+    let mut by_topic: BTreeMap<_, Sequences> = BTreeMap::new();
+    for id in ids {
+        let epoch = parse_epoch(id.epoch).ok_or_else(|| invalid("ids: epoch is missing"))?;
+        if id.sequence == 0 || id.sequence == u64::MAX {
+            return Err(invalid("ids: sequences start at 1"));
+        }
+        let sequences = by_topic.entry((parse_topic(&id.topic)?, epoch)).or_default();
+        sequences.insert(id.sequence..=id.sequence);
+    }
+    Ok(by_topic)
+}
+
+// ---- administration
+
+pub(super) fn parse_config(config: Option<v1::TopicConfig>) -> Result<TopicConfig, Status> {
+    let config = config.unwrap_or_default();
+    let or = |value, default| if value == 0 { default } else { value };
+    let window = parse_duration("idempotency_window", config.idempotency_window)?;
+    Ok(TopicConfig {
+        retention: parse_duration("retention", config.retention)?.unwrap_or(limits::RETENTION),
+        max_bytes: or(config.max_bytes, limits::DEFAULT_TOPIC_BYTES),
+        max_message_bytes: or(config.max_message_bytes, limits::DEFAULT_MESSAGE_BYTES),
+        idempotency_window: window.unwrap_or(limits::IDEMPOTENCY_WINDOW),
+    })
+}
+
+pub(super) fn topic(info: TopicInfo) -> v1::Topic {
+    let TopicConfig { retention, max_bytes, max_message_bytes, idempotency_window } =
+        info.record.config;
+    v1::Topic {
+        name: info.record.name.to_string(),
+        epoch: info.record.epoch.0,
+        config: Some(v1::TopicConfig {
+            retention: duration(retention),
+            max_bytes,
+            max_message_bytes,
+            idempotency_window: duration(idempotency_window),
+        }),
+        create_time: timestamp(info.record.created_at),
+        first: info.stats.first,
+        head: info.stats.head,
+        stored_bytes: info.stats.bytes,
+        subscriptions: info.subscriptions.iter().map(ToString::to_string).collect(),
+    }
+}
+
+pub(super) fn subscription(description: Description) -> v1::Subscription {
+    let Description { record, connected, standby, positions } = description;
+    v1::Subscription {
+        name: record.name.to_string(),
+        epoch: record.epoch.0,
+        kind: match record.kind {
+            SubscriptionKind::Exclusive => v1::SubscriptionKind::Exclusive.into(),
+        },
+        topics: record.topics.iter().map(|pattern| pattern.as_str().to_owned()).collect(),
+        create_time: timestamp(record.created_at),
+        active_consumer: record.consumer.map(|c| c.id.to_string()).unwrap_or_default(),
+        connected,
+        standby_consumers: standby.iter().map(ToString::to_string).collect(),
+        positions: positions.into_iter().map(position).collect(),
+    }
+}
+
+fn position(position: Position) -> v1::SubscriptionPosition {
+    v1::SubscriptionPosition {
+        topic: position.topic.to_string(),
+        epoch: position.epoch.0,
+        floor: position.floor,
+        head: position.head,
+        backlog: position.backlog,
+        outstanding: position.outstanding,
+        oldest_unacked: position.oldest_unacked.unwrap_or(0),
+        waits_for: position.waits_for.unwrap_or_default(),
+    }
+}
+
+pub(super) fn receipt(answer: ReceiptAnswer) -> v1::Receipt {
+    let (state, released_by, oldest_answerable) = match answer.receipt {
+        Receipt::Received => (v1::ReceiptState::Received, "", 0),
+        Receipt::Pending => (v1::ReceiptState::Pending, "", 0),
+        Receipt::NotAddressed => (v1::ReceiptState::NotAddressed, "", 0),
+        Receipt::Released(Release::Seek) => (v1::ReceiptState::Released, "seek", 0),
+        Receipt::Released(Release::Gap) => (v1::ReceiptState::Released, "gap", 0),
+        Receipt::Trimmed { oldest } => (v1::ReceiptState::Trimmed, "", oldest),
+    };
+    v1::Receipt {
+        subscription: answer.subscription.to_string(),
+        state: state.into(),
+        released_by: released_by.to_owned(),
+        oldest_answerable,
+    }
+}

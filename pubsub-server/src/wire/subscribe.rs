@@ -1,0 +1,339 @@
+//! Subscribe streams, and their unary twins.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use pubsub_proto::PROTOCOL_VERSION;
+use pubsub_proto::v1::subscribe_request::Frame as Request;
+use pubsub_proto::v1::subscribe_response::Frame as Response;
+use pubsub_proto::v1::subscriber_service_server::SubscriberService;
+use pubsub_proto::v1::{
+    self, AckConfirm, AcknowledgeRequest, AcknowledgeResponse, NackRequest, NackResponse,
+    PullRequest, PullResponse, SubscribeHello, SubscribeRequest, SubscribeResponse,
+    SubscriberHeartbeat, TopicHead, TopicJoined, TopicLeft,
+};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+
+use super::convert;
+use super::status::{self, invalid, protocol, status};
+use super::{Context, FRAME_QUEUE, Frames, Gone, HELLO_TIMEOUT};
+use crate::broker::session::{Attach, Command, Credit, Deliver, Event, Pull, Welcome};
+use crate::broker::{BrokerError, Consume, Stream};
+use crate::limits;
+use crate::names::ConsumerId;
+use crate::record::ConsumerRecord;
+
+/// The subscriber service.
+#[derive(Debug)]
+pub(crate) struct Service(pub(super) Context);
+
+#[tonic::async_trait]
+impl SubscriberService for Service {
+    type SubscribeStream = ReceiverStream<Result<SubscribeResponse, Status>>;
+
+    async fn subscribe(
+        &self,
+        request: tonic::Request<Streaming<SubscribeRequest>>,
+    ) -> Result<tonic::Response<Self::SubscribeStream>, Status> {
+        let (sender, receiver) = mpsc::channel(FRAME_QUEUE);
+        let context = self.0.clone();
+        let inbound = request.into_inner();
+        // The response has to be under way before the hello is read: clients may wait for it.
+        self.0.streams.spawn(serve(context, inbound, Frames(sender)));
+        Ok(tonic::Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn pull(
+        &self,
+        request: tonic::Request<PullRequest>,
+    ) -> Result<tonic::Response<PullResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_subscription(&request.subscription)?;
+        let pull = parse_pull(&request)?;
+        let pulled = self.0.broker.pull(&name, pull).await.map_err(|error| status(&error))?;
+        let messages = pulled.into_iter().map(convert::pulled).collect::<Result<_, _>>()?;
+        Ok(tonic::Response::new(PullResponse { messages }))
+    }
+
+    async fn acknowledge(
+        &self,
+        request: tonic::Request<AcknowledgeRequest>,
+    ) -> Result<tonic::Response<AcknowledgeResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_subscription(&request.subscription)?;
+        check_count(request.ids.len())?;
+        let acked = convert::parse_ids(&request.ids)?;
+        self.0.broker.acknowledge(&name, acked).await.map_err(|error| status(&error))?;
+        Ok(tonic::Response::new(AcknowledgeResponse {}))
+    }
+
+    async fn nack(
+        &self,
+        request: tonic::Request<NackRequest>,
+    ) -> Result<tonic::Response<NackResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_subscription(&request.subscription)?;
+        check_count(request.lease_tokens.len())?;
+        let tokens = request.lease_tokens.iter();
+        let leases = tokens.map(|token| convert::parse_lease(token)).collect::<Result<_, _>>()?;
+        let delay = convert::parse_duration("delay", request.delay)?;
+        self.0.broker.release(&name, leases, delay).await.map_err(|error| status(&error))?;
+        Ok(tonic::Response::new(NackResponse {}))
+    }
+}
+
+/// Messages of one unary call.
+const MAX_UNARY: usize = 1000;
+
+fn check_count(count: usize) -> Result<(), Status> {
+    if (1..=MAX_UNARY).contains(&count) {
+        return Ok(());
+    }
+    Err(invalid(format!("{count} messages in one call; 1 to {MAX_UNARY} are allowed")))
+}
+
+fn parse_pull(request: &PullRequest) -> Result<Pull, Status> {
+    const LEASE: std::ops::RangeInclusive<Duration> =
+        Duration::from_secs(1)..=Duration::from_secs(600);
+    const MAX_WAIT: Duration = Duration::from_secs(60);
+    let max_messages = match request.max_messages {
+        0 => 100,
+        count => usize::try_from(count).unwrap_or(usize::MAX),
+    };
+    check_count(max_messages)?;
+    let consumer = match request.consumer_id.as_str() {
+        "" => "pull",
+        id => id,
+    };
+    let consumer = ConsumerId::parse(consumer).map_err(|error| invalid(error.to_string()))?;
+    let wait = convert::parse_duration("wait", request.wait)?.unwrap_or_default();
+    let lease = convert::parse_duration("lease", request.lease)?.unwrap_or(limits::PULL_LEASE);
+    if !LEASE.contains(&lease) {
+        return Err(invalid("lease must be 1 s to 10 min"));
+    }
+    Ok(Pull { consumer, max_messages, wait: wait.min(MAX_WAIT), lease })
+}
+
+async fn serve(
+    context: Context,
+    mut inbound: Streaming<SubscribeRequest>,
+    frames: Frames<SubscribeResponse>,
+) {
+    let end = match open(&context, &mut inbound).await {
+        Ok((stream, heartbeat)) => run(context, inbound, &frames, stream, heartbeat).await,
+        Err(end) => end,
+    };
+    if let End::Refused(status) = end {
+        frames.end(*status).await;
+    }
+}
+
+/// How a stream ends.
+enum End {
+    /// The peer has closed it, or is gone.
+    Gone,
+    /// The server ends it.
+    Refused(Box<Status>),
+}
+
+impl From<Status> for End {
+    fn from(status: Status) -> Self {
+        Self::Refused(Box::new(status))
+    }
+}
+
+impl From<BrokerError> for End {
+    fn from(error: BrokerError) -> Self {
+        status(&error).into()
+    }
+}
+
+impl From<Gone> for End {
+    fn from(_: Gone) -> Self {
+        Self::Gone
+    }
+}
+
+async fn open(
+    context: &Context,
+    inbound: &mut Streaming<SubscribeRequest>,
+) -> Result<(Stream, Duration), End> {
+    let first = tokio::time::timeout(HELLO_TIMEOUT, inbound.message()).await;
+    let hello = match first.map_err(|_| protocol("no hello came"))? {
+        Ok(Some(SubscribeRequest { frame: Some(Request::Hello(hello)) })) => hello,
+        Ok(Some(_)) => return Err(protocol("the first frame must be a hello").into()),
+        Ok(None) => return Err(End::Gone),
+        Err(error) => return Err(super::unreadable(&error).into()),
+    };
+    let consume = parse_hello(hello)?;
+    let heartbeat = consume.attach.heartbeat;
+    Ok((context.broker.consume(consume).await?, heartbeat))
+}
+
+fn parse_hello(hello: SubscribeHello) -> Result<Consume, Status> {
+    if hello.protocol != PROTOCOL_VERSION {
+        return Err(status::unsupported(hello.protocol));
+    }
+    let consumer = hello.consumer.ok_or_else(|| invalid("consumer is missing"))?;
+    let id = ConsumerId::parse(&consumer.id).map_err(|error| invalid(error.to_string()))?;
+    let instance = convert::parse_uuid("consumer.instance", &consumer.instance)?;
+    if consumer.attach == 0 {
+        return Err(invalid("consumer.attach counts from 1"));
+    }
+    let subscription = match hello.subscription.as_str() {
+        "" => None,
+        name => Some(convert::parse_subscription(name)?),
+    };
+    let mut positions = Vec::with_capacity(hello.positions.len());
+    for position in &hello.positions {
+        let epoch = convert::parse_epoch(position.epoch);
+        let epoch = epoch.ok_or_else(|| invalid("positions: epoch is missing"))?;
+        let topic = convert::parse_topic(&position.topic)?;
+        positions.push((topic, epoch, convert::parse_claim(position)?, position.last_received));
+    }
+    let asked = convert::parse_duration("heartbeat_interval", hello.heartbeat_interval)?;
+    let messages = hello.max_outstanding_messages.clamp(1, limits::MAX_OUTSTANDING_MESSAGES);
+    let bytes = hello.max_outstanding_bytes.clamp(1, limits::MAX_OUTSTANDING_BYTES);
+    Ok(Consume {
+        subscription,
+        topics: convert::parse_patterns(&hello.topics)?,
+        kind: convert::parse_kind(hello.kind)?,
+        start: convert::parse_start(hello.start)?,
+        must_exist: hello.must_exist,
+        known_boot: convert::parse_optional_uuid("boot_id", &hello.boot_id)?,
+        positions,
+        attach: Attach {
+            consumer: ConsumerRecord { id, instance, attach: consumer.attach },
+            known_epoch: convert::parse_epoch(hello.subscription_epoch),
+            claims: BTreeMap::new(),
+            credit: Credit { messages: u64::from(messages), bytes },
+            heartbeat: super::heartbeat_interval(asked),
+        },
+    })
+}
+
+async fn run(
+    context: Context,
+    mut inbound: Streaming<SubscribeRequest>,
+    frames: &Frames<SubscribeResponse>,
+    mut stream: Stream,
+    heartbeat: Duration,
+) -> End {
+    let (mut draining, mut stopping) = (context.draining.clone(), context.stopping.clone());
+    let dead_after = super::dead_after(heartbeat);
+    let mut dead_at = Instant::now() + dead_after;
+    let mut drained = false;
+    loop {
+        let step = tokio::select! {
+            biased;
+            // Acks first: they make room.
+            frame = inbound.message() => match frame {
+                Ok(Some(frame)) => {
+                    dead_at = Instant::now() + dead_after;
+                    on_frame(&stream, frame).await
+                }
+                Ok(None) => return End::Gone,
+                Err(error) => return super::unreadable(&error).into(),
+            },
+            event = stream.events.recv() => match event {
+                Some(event) => on_event(&context, event, heartbeat, frames).await,
+                None => return BrokerError::Unavailable("the server is stopping").into(),
+            },
+            () = tokio::time::sleep_until(dead_at) => return End::Gone,
+            () = super::turned(&mut draining), if !drained => {
+                drained = true;
+                send(frames, Response::Drain(super::drain())).await
+            }
+            () = super::turned(&mut stopping) => {
+                return BrokerError::Unavailable("the server is stopping").into();
+            }
+        };
+        if let Err(end) = step {
+            return end;
+        }
+    }
+}
+
+async fn on_frame(stream: &Stream, frame: SubscribeRequest) -> Result<(), End> {
+    let id = stream.id;
+    let (command, last) = match frame.frame {
+        Some(Request::Acks(acks)) => (Command::Acks(id, convert::parse_acks(acks)?), false),
+        Some(Request::Ping(ping)) => (Command::Ping(id, super::nonce(&ping)), false),
+        Some(Request::Goodbye(_)) => (Command::Goodbye(id), true),
+        Some(Request::Hello(_)) => return Err(protocol("a second hello").into()),
+        None => return Err(protocol("an empty frame").into()),
+    };
+    let sent = stream.commands.send(command).await;
+    // The events say why the subscription's task has ended, if it has.
+    if last && sent.is_ok() { Err(End::Gone) } else { Ok(()) }
+}
+
+async fn on_event(
+    context: &Context,
+    event: Event,
+    heartbeat: Duration,
+    frames: &Frames<SubscribeResponse>,
+) -> Result<(), End> {
+    let frame = match event {
+        Event::Welcome(welcome) => Response::Welcome(self::welcome(context, welcome, heartbeat)),
+        Event::Standby(consumer) => {
+            Response::Standby(v1::Standby { active_consumer: consumer.to_string() })
+        }
+        Event::Deliver(deliver) => Response::Deliver(self::deliver(deliver)?),
+        Event::Confirm(number) => Response::Confirm(AckConfirm { number }),
+        Event::Heartbeat(beat) => {
+            let head = |(topic, head)| TopicHead { topic, head };
+            Response::Heartbeat(SubscriberHeartbeat {
+                echoed_nonce: beat.nonce,
+                last_delivery: beat.last_delivery,
+                heads: beat.heads.into_iter().map(head).collect(),
+            })
+        }
+        Event::Rewind(topic, rewound) => Response::Rewind(v1::Rewind {
+            topic,
+            from: rewound.from,
+            generation: rewound.generation,
+        }),
+        Event::Gap(topic, first, last, reason) => Response::Gap(v1::Gap {
+            topic,
+            range: Some(v1::SequenceRange { first, last }),
+            reason: convert::gap_reason(reason).into(),
+        }),
+        Event::Joined(topic) => {
+            Response::Joined(TopicJoined { topic: Some(convert::session_topic(topic)) })
+        }
+        Event::Left(topic) => Response::Left(TopicLeft { topic }),
+        Event::Repositioned(topic) => {
+            Response::Repositioned(v1::Repositioned { topic: Some(convert::session_topic(topic)) })
+        }
+        Event::Ended(error) => return Err(error.into()),
+    };
+    send(frames, frame).await
+}
+
+fn welcome(context: &Context, welcome: Welcome, heartbeat: Duration) -> v1::SubscribeWelcome {
+    v1::SubscribeWelcome {
+        boot_id: convert::uuid(context.broker.boot_id()),
+        subscription_epoch: welcome.epoch.map_or(0, |epoch| epoch.0),
+        heartbeat_interval: convert::duration(heartbeat),
+        grace: convert::duration(limits::GRACE),
+        topics: welcome.topics.into_iter().map(convert::session_topic).collect(),
+    }
+}
+
+fn deliver(deliver: Deliver) -> Result<v1::Deliver, Status> {
+    let received = |(message, attempt)| convert::received(message, attempt);
+    Ok(v1::Deliver {
+        topic: deliver.topic,
+        first_delivery: deliver.first_delivery,
+        generation: deliver.generation,
+        messages: deliver.messages.into_iter().map(received).collect::<Result<_, _>>()?,
+    })
+}
+
+async fn send(frames: &Frames<SubscribeResponse>, frame: Response) -> Result<(), End> {
+    Ok(frames.send(SubscribeResponse { frame: Some(frame) }).await?)
+}

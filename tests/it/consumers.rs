@@ -1,0 +1,291 @@
+//! Several consumers of one subscription, and messages that are handed back.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use pubsub_client::{ConnectionState, Drain, Event as Item, Message, Nack, Reason, Start};
+use pubsub_proto::v1::ReceiptState;
+use pubsub_tests::{admin, lab::scenario, raw, wait};
+use tokio::{runtime::Builder, time::Instant};
+
+use crate::app::{self, SOON};
+
+const WITHIN: Duration = Duration::from_secs(120);
+const TOPIC: &str = "orders";
+
+#[test]
+fn a_second_consumer_takes_over_when_the_first_stops() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let channel = raw::connect(&server.url()).await?;
+        admin::create_topic(&channel, TOPIC).await?;
+        let client = app::client(&server.url())?;
+        app::publish_numbers(&app::publisher(&client, TOPIC).await?, 1..=4).await?;
+        let open = |name: &str| {
+            let builder = client.subscriber("billing").topic(TOPIC).start(Start::Earliest);
+            builder.consumer_id(name).open()
+        };
+        let mut first = open("first").await?;
+        let mut second = open("second").await?;
+        let standby = |state: &ConnectionState| match state {
+            ConnectionState::Standby { active } => active == "first",
+            _ => false,
+        };
+        app::state(second.state(), "standing by", SOON, standby).await?;
+        let mut shown = app::next_many(&mut first, 3).await?;
+        ensure!(app::sequences(&shown) == [1, 2, 3]);
+        app::confirm(vec![shown.remove(0)]).await?;
+
+        let stopper = first.stopper();
+        wait::soon("the stop", SOON, stopper.stop(Drain::Release, SOON)).await?;
+        drop(shown);
+        let shown = app::next_many(&mut second, 3).await?;
+        ensure!(app::sequences(&shown) == [2, 3, 4], "{shown:?}");
+        // A release at a stop is no failure.
+        ensure!(shown.iter().all(|delivery| delivery.attempt == 1), "{shown:?}");
+        app::state(second.state(), "connected", SOON, ConnectionState::is_connected).await?;
+        app::confirm(shown).await
+    });
+}
+
+#[test]
+fn a_second_consumer_takes_over_from_a_crashed_one_after_its_grace() {
+    const GRACE: Duration = Duration::from_secs(30);
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        admin::create_topic(&raw::connect(&server.url()).await?, TOPIC).await?;
+        let client = app::client(&server.url())?;
+        app::publish_numbers(&app::publisher(&client, TOPIC).await?, 1..=3).await?;
+
+        // A runtime of its own stands for a process: when it ends, nothing says goodbye.
+        let url = server.url();
+        let (crash, crashed) = tokio::sync::oneshot::channel();
+        let (seen, first_seen) = tokio::sync::oneshot::channel();
+        let process = std::thread::spawn(move || {
+            let runtime = Builder::new_current_thread().enable_all().build()?;
+            let held = runtime.block_on(async {
+                let client = app::client(&url)?;
+                let builder = client.subscriber("billing").topic(TOPIC).start(Start::Earliest);
+                let mut first = builder.consumer_id("first").open().await?;
+                let mut shown = app::next_many(&mut first, 3).await?;
+                app::confirm(vec![shown.remove(0)]).await?;
+                let _ = seen.send(());
+                let _ = crashed.await;
+                Ok::<_, anyhow::Error>((client, first, shown))
+            });
+            runtime.shutdown_background();
+            drop(held);
+            Ok::<_, anyhow::Error>(())
+        });
+        wait::soon("the first consumer", SOON, first_seen).await??;
+        let builder = client.subscriber("billing").topic(TOPIC);
+        let mut second = builder.consumer_id("second").open().await?;
+        let lost = Instant::now();
+        ensure!(crash.send(()).is_ok(), "the first consumer failed");
+
+        let waiting = GRACE + SOON;
+        let item = wait::soon("the take-over", waiting, second.next()).await?;
+        let delivery = item.context("the end")??.into_message().context("no message")?;
+        ensure!(delivery.id.sequence == 2, "{delivery:?}");
+        ensure!(lost.elapsed() > GRACE / 2, "after {:?} already", lost.elapsed());
+        delivery.ack();
+        app::next(&mut second).await?.ack();
+        process.join().map_err(|_| anyhow::anyhow!("the first consumer panicked"))?
+    });
+}
+
+#[test]
+fn a_superseded_consumer_is_told_and_stays_away() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        admin::create_topic(&raw::connect(&server.url()).await?, TOPIC).await?;
+        let client = app::client(&server.url())?;
+        app::publish_numbers(&app::publisher(&client, TOPIC).await?, 1..=2).await?;
+        let mut older = app::subscribe(&client, "billing", TOPIC).await?;
+        let held = app::next_many(&mut older, 2).await?;
+
+        // The same consumer starts again, as after a deployment.
+        let mut newer = app::subscribe(&client, "billing", TOPIC).await?;
+        let error = app::failure(&mut older).await?;
+        ensure!(error.reason() == Some(Reason::Superseded), "{error}");
+        ensure!(!error.is_retryable(), "{error} must not be tried again");
+        app::state(older.state(), "closed", SOON, ConnectionState::is_closed).await?;
+        let shown = app::next_many(&mut newer, 2).await?;
+        ensure!(app::sequences(&shown) == [1, 2]);
+        drop(held);
+        app::confirm(shown).await
+    });
+}
+
+#[test]
+fn a_nack_shows_everything_from_there_on_again_in_order() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let channel = raw::connect(&server.url()).await?;
+        admin::create_topic(&channel, TOPIC).await?;
+        let client = app::client(&server.url())?;
+        let publisher = app::publisher(&client, TOPIC).await?;
+        app::publish_numbers(&publisher, 1..=5).await?;
+        let mut subscriber = app::subscribe(&client, "billing", TOPIC).await?;
+        let mut shown = app::next_many(&mut subscriber, 3).await?;
+        let (third, second) = (shown.pop().context("3")?, shown.pop().context("2")?);
+        let first = shown.pop().context("1")?;
+        first.nack(Nack::now().because("not yet"));
+        // An old handle can still ack: its message is not shown again.
+        second.ack_confirmed().await?;
+
+        let again = app::next_many(&mut subscriber, 4).await?;
+        ensure!(app::sequences(&again) == [1, 3, 4, 5], "{again:?}");
+        ensure!(again[0].attempt == 2, "{:?}", again[0]);
+        ensure!(again[1..].iter().all(|one| one.attempt == 1), "{again:?}");
+        // So can one whose message was shown again meanwhile.
+        third.ack_confirmed().await?;
+        app::confirm(again).await?;
+        app::all_acked(&channel, "billing").await?;
+        app::publish_numbers(&publisher, [6]).await?;
+        let next = app::next(&mut subscriber).await?;
+        ensure!(next.id.sequence == 6, "{next:?}");
+        next.ack();
+        Ok(())
+    });
+}
+
+#[test]
+fn a_nack_with_a_delay_holds_the_topic_back_and_survives_a_cut() {
+    const DELAY: Duration = Duration::from_secs(2);
+    scenario(WITHIN, async |lab| {
+        let mut rig = lab.rig().await?;
+        admin::create_topic(&raw::connect(&rig.url()).await?, TOPIC).await?;
+        let client = app::client(&rig.url())?;
+        app::publish_numbers(&app::publisher(&client, TOPIC).await?, 1..=2).await?;
+        let mut subscriber = app::subscribe(&client, "billing", TOPIC).await?;
+        let first = app::next(&mut subscriber).await?;
+        let nacked = Instant::now();
+        first.nack(Nack::after(DELAY));
+        rig.crash().await?;
+        let again = app::next_many(&mut subscriber, 2).await?;
+        ensure!(app::sequences(&again) == [1, 2], "{again:?}");
+        let waited = nacked.elapsed();
+        ensure!(waited >= DELAY, "it came after {waited:?} already");
+        app::confirm(again).await
+    });
+}
+
+#[test]
+fn a_message_reaches_its_recipients_only() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let channel = raw::connect(&server.url()).await?;
+        let topic = admin::create_topic(&channel, TOPIC).await?;
+        for subscription in ["billing", "shipping"] {
+            admin::create_subscription(&channel, subscription, &[TOPIC]).await?;
+        }
+        let client = app::client(&server.url())?;
+        let publisher = app::publisher(&client, TOPIC).await?;
+        publisher.publish(Message::new("1")).await?;
+        publisher.publish(Message::new("2").with_recipient("billing")).await?;
+        publisher.publish(Message::new("3").with_recipient("shipping")).await?;
+        let both = Message::new("4").with_recipient("billing").with_recipient("shipping");
+        publisher.publish(both).await?;
+        let unknown = publisher.publish(Message::new("5").with_recipient("nobody")).await;
+        let refused = unknown.err().context("an unknown recipient is accepted")?;
+        ensure!(refused.reason() == Some(Reason::UnknownRecipient), "{refused}");
+
+        let backlog = admin::subscription(&channel, "billing").await?.positions[0].backlog;
+        ensure!(backlog == 3, "the backlog is {backlog}");
+        for (subscription, expected) in [("billing", [1, 2, 4]), ("shipping", [1, 3, 4])] {
+            let mut subscriber = client.subscriber(subscription).must_exist().open().await?;
+            let shown = app::next_many(&mut subscriber, 3).await?;
+            ensure!(app::sequences(&shown) == expected, "{subscription}: {shown:?}");
+            app::confirm(shown).await?;
+            app::all_acked(&channel, subscription).await?;
+        }
+        let states = async |sequence| -> Result<_> {
+            let receipts = admin::receipts(&channel, &topic, sequence, "").await?;
+            let mut states: Vec<_> =
+                receipts.iter().map(|one| (one.subscription.clone(), one.state())).collect();
+            states.sort();
+            Ok(states.into_iter().map(|(_, state)| state).collect::<Vec<_>>())
+        };
+        let (received, not) = (ReceiptState::Received, ReceiptState::NotAddressed);
+        ensure!(states(1).await? == [received, received]);
+        ensure!(states(2).await? == [received, not]);
+        ensure!(states(3).await? == [not, received]);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_pattern_picks_up_a_new_topic_from_its_first_message() {
+    scenario(WITHIN, async |lab| {
+        let mut rig = lab.rig().await?;
+        let channel = raw::connect(&rig.server.url()).await?;
+        admin::create_topic(&channel, "orders-eu").await?;
+        let client = app::client(&rig.url())?;
+        let mut subscriber =
+            client.subscriber("billing").topic("orders-*").start(Start::Latest).open().await?;
+        for (index, topic) in ["orders-us", "orders-asia"].into_iter().enumerate() {
+            admin::create_topic(&channel_of(&rig).await?, topic).await?;
+            app::publish_numbers(&app::publisher(&client, topic).await?, 1..=3).await?;
+            let shown = app::next_many(&mut subscriber, 3).await?;
+            ensure!(app::sequences(&shown) == [1, 2, 3], "{shown:?}");
+            ensure!(shown.iter().all(|one| &*one.id.topic == topic), "{shown:?}");
+            app::confirm(shown).await?;
+            if index == 0 {
+                rig.crash().await?;
+            }
+        }
+        Ok(())
+    });
+}
+
+async fn channel_of(rig: &pubsub_tests::lab::Rig) -> Result<tonic::transport::Channel> {
+    raw::connect(&rig.server.url()).await
+}
+
+#[test]
+fn a_topic_deleted_and_created_again_under_live_streams_is_told() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let channel = raw::connect(&server.url()).await?;
+        let old = admin::create_topic(&channel, TOPIC).await?;
+        let client = app::client(&server.url())?;
+        let publisher = app::publisher(&client, TOPIC).await?;
+        let mut subscriber = app::subscribe(&client, "billing", TOPIC).await?;
+        app::publish_numbers(&publisher, 1..=3).await?;
+        let held = app::next_many(&mut subscriber, 2).await?;
+
+        admin::delete_topic(&channel, TOPIC).await?;
+        let new = admin::create_topic(&channel, TOPIC).await?;
+        ensure!(new.epoch != old.epoch, "the epoch is the same");
+        // The old publisher does not write into the new topic as if nothing had happened.
+        let answer = wait::soon("an answer", SOON, publisher.publish(Message::new("old"))).await?;
+        let error = answer.err().context("a publish to the deleted topic is stored")?;
+        eprintln!("the publisher is told: {error}");
+        app::publish_numbers(&app::publisher(&client, TOPIC).await?, 1..=2).await?;
+
+        let mut told = false;
+        let mut fresh = Vec::new();
+        while fresh.len() < 2 {
+            let item = wait::soon("an event", SOON, subscriber.next()).await?;
+            match item.context("the stream has ended")?? {
+                Item::Gap(gap) => {
+                    ensure!(gap.epoch == old.epoch, "{gap:?}");
+                    told = true;
+                }
+                Item::Message(delivery) if delivery.id.epoch == new.epoch => fresh.push(delivery),
+                // What had been buffered may still come before the gap.
+                Item::Message(delivery) => ensure!(!told, "{} after its gap", delivery.id),
+                other => anyhow::bail!("{other:?}"),
+            }
+        }
+        ensure!(told, "no gap tells of the deletion");
+        ensure!(app::sequences(&fresh) == [1, 2], "{fresh:?}");
+        // Acks of deleted messages mean nothing, and harm nothing.
+        for delivery in held {
+            let _ = wait::soon("an answer", SOON, delivery.ack_confirmed()).await?;
+        }
+        app::confirm(fresh).await?;
+        app::all_acked(&channel, "billing").await
+    });
+}

@@ -1,0 +1,264 @@
+//! What the disk does to a server: it is shared, full, damaged, or older than it was.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use pubsub_proto::v1::{
+    AcknowledgeRequest, Message, MessageId, PublishRequest, PublisherHello, PullRequest,
+    SubscribeHello,
+};
+use pubsub_tests::{
+    admin, auditor,
+    checker::Value,
+    files::{self, SmallDisk},
+    lab::{Lab, scenario},
+    process::Server,
+    raw::{self, PublishStream, SubscribeStream},
+    wait,
+};
+use tonic::transport::Channel;
+
+const WITHIN: Duration = Duration::from_secs(120);
+const SOON: Duration = Duration::from_secs(20);
+const STOP: Duration = Duration::from_secs(8);
+const TOPIC: &str = "orders";
+const SUBSCRIPTION: &str = "billing";
+
+fn values(count: u32) -> impl Iterator<Item = Value> {
+    (1..=count).map(|counter| Value { publisher: 1, counter })
+}
+
+async fn publish(channel: &Channel, messages: Vec<Message>) -> Result<()> {
+    let request = PublishRequest { topic: TOPIC.into(), messages };
+    let answer = raw::publisher(channel).publish(request).await?;
+    ensure!(!answer.into_inner().results.is_empty(), "an answer without fates");
+    Ok(())
+}
+
+/// A server with some messages, stopped in an orderly way.
+async fn stopped_with(lab: &Lab, data: &Path, count: u32) -> Result<()> {
+    let mut server = lab.server_on(data).await?;
+    let channel = raw::connect(&server.url()).await?;
+    admin::create_topic(&channel, TOPIC).await?;
+    for value in values(count) {
+        publish(&channel, vec![raw::message(value.payload())]).await?;
+    }
+    server.begin_stop()?;
+    server.exited(STOP).await?;
+    Ok(())
+}
+
+#[test]
+fn a_second_server_on_the_same_directory_is_refused() {
+    scenario(WITHIN, async |lab| {
+        let mut first = lab.server().await?;
+        let channel = raw::connect(&first.url()).await?;
+        admin::create_topic(&channel, TOPIC).await?;
+        let Err(refused) = lab.server().await else {
+            bail!("two servers run on one directory");
+        };
+        let pid = first.pid()?.to_string();
+        let text = format!("{refused:#}");
+        ensure!(text.contains(&pid), "it does not say that {pid} holds it: {text}");
+        publish(&channel, vec![raw::message("still serving")]).await?;
+
+        // What a killed server held is free at once.
+        first.kill().await?;
+        let second = lab.server().await?;
+        let channel = raw::connect(&second.url()).await?;
+        ensure!(auditor::read(&channel, TOPIC).await?.messages.len() == 1);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_flipped_bit_gives_a_typed_error_and_never_a_wrong_byte() {
+    const MESSAGES: u32 = 200;
+    const FLIPS: u32 = 40;
+    scenario(WITHIN, async |lab| {
+        let original = lab.path("original");
+        stopped_with(lab, &original, MESSAGES).await?;
+        let mut outcomes = [0; 3];
+        for flip in 0..FLIPS {
+            let data = lab.path(&format!("flip-{flip}"));
+            files::copy(&original, &data)?;
+            let stores = files::ending(&data, ".redb")?;
+            let store = &stores[usize::try_from(lab.rng.below(stores.len() as u64))?];
+            let place = files::flip_a_bit(store, &mut lab.rng)?;
+            let outcome = read_damaged(lab, &data, MESSAGES).await.context(place)?;
+            outcomes[outcome as usize] += 1;
+        }
+        let [refused, typed, harmless] = outcomes;
+        eprintln!("{refused} refused at start, {typed} typed errors, {harmless} harmless");
+        ensure!(refused + typed > 0, "the run is void: no flip did anything");
+        Ok(())
+    });
+}
+
+#[derive(Clone, Copy)]
+enum Damage {
+    RefusedAtStart,
+    TypedError,
+    Harmless,
+}
+
+/// Reads everything from a damaged store. Whatever is shown has to be right.
+async fn read_damaged(lab: &Lab, data: &Path, count: u32) -> Result<Damage> {
+    let Ok(server) = lab.server_on(data).await else {
+        return Ok(Damage::RefusedAtStart);
+    };
+    let channel = raw::connect(&server.url()).await?;
+    let audit = match auditor::read(&channel, TOPIC).await {
+        Ok(audit) => audit,
+        Err(error) => {
+            let reason = error.downcast_ref().and_then(raw::reason);
+            ensure!(reason.as_deref() == Some("DATA_LOSS"), "not DATA_LOSS but: {error:?}");
+            return Ok(Damage::TypedError);
+        }
+    };
+    let messages = audit.messages.into_iter().map(|stored| stored.message.unwrap_or_default());
+    let read: Vec<_> = messages.map(|message| Value::of(&message.payload)).collect();
+    let expected: Vec<_> = values(count).map(Some).collect();
+    ensure!(read == expected, "wrong or missing messages are shown: {read:?}");
+    Ok(Damage::Harmless)
+}
+
+#[test]
+fn a_full_disk_refuses_publishes_and_keeps_reads_and_acks_working() {
+    const BEFORE: u32 = 50;
+    scenario(WITHIN, async |lab| {
+        let Some(disk) = SmallDisk::mount(&lab.path("disk"), 192)? else {
+            return Ok(());
+        };
+        let mut server = lab.server_on(&disk.path().join("data")).await?;
+        let channel = raw::connect(&server.url()).await?;
+        admin::create_topic(&channel, TOPIC).await?;
+        admin::create_subscription(&channel, SUBSCRIPTION, &[TOPIC]).await?;
+        for value in values(BEFORE) {
+            publish(&channel, vec![raw::message(value.payload())]).await?;
+        }
+        for (round, left) in [(0, 2048), (1, 0)] {
+            disk.fill(left)?;
+            refused_as_full(&channel).await?;
+            ack_one(&channel).await.with_context(|| format!("acking with {left} KiB left"))?;
+            auditor::read(&channel, TOPIC).await.context("reading while full")?;
+            disk.free()?;
+            wait::until_ok("recovery without help", SOON, async || {
+                publish(&channel, vec![raw::message(format!("after {round}"))]).await
+            })
+            .await?;
+        }
+        eprintln!("{:?}", admin::subscription(&channel, SUBSCRIPTION).await?);
+        server.kill().await?;
+        server.start_again().await?;
+        let channel = raw::connect(&server.url()).await?;
+        let audit = auditor::read(&channel, TOPIC).await?;
+        ensure!(audit.messages.len() >= usize::try_from(BEFORE)? + 2, "messages are lost");
+        let floor = admin::subscription(&channel, SUBSCRIPTION).await?.positions[0].floor;
+        ensure!(floor == 2, "the acks are lost: the floor is {floor}");
+        drop(server);
+        Ok(())
+    });
+}
+
+/// Publishes until the server says that the disk is full. What it takes until then is small.
+async fn refused_as_full(channel: &Channel) -> Result<()> {
+    wait::until_ok("a refusal", SOON, async || {
+        let request =
+            PublishRequest { topic: TOPIC.into(), messages: vec![raw::message(vec![1; 64 << 10])] };
+        let answer = raw::publisher(channel).publish(request).await;
+        let reason = raw::publish_refusal(answer)?;
+        ensure!(reason == "DISK_FULL", "{reason} instead of DISK_FULL");
+        Ok(())
+    })
+    .await
+}
+
+/// Acks the next message. A server that has just found out that its disk is full may not know
+/// the outcome of an ack; the same ack succeeds soon after.
+async fn ack_one(channel: &Channel) -> Result<()> {
+    let mut subscriber = raw::subscriber(channel);
+    let pull = PullRequest {
+        subscription: SUBSCRIPTION.into(),
+        max_messages: 1,
+        ..PullRequest::default()
+    };
+    let pulled = subscriber.pull(pull).await?.into_inner();
+    let ids: Vec<MessageId> = pulled.messages.into_iter().filter_map(|one| one.id).collect();
+    ensure!(ids.len() == 1, "nothing to pull");
+    eprintln!("acking {ids:?}");
+    wait::until_ok("an ack", SOON, async || {
+        let request = AcknowledgeRequest { subscription: SUBSCRIPTION.into(), ids: ids.clone() };
+        raw::subscriber(channel).acknowledge(request).await?;
+        Ok(())
+    })
+    .await
+}
+
+#[test]
+fn a_restored_older_store_is_noticed_however_often_it_was_restarted() {
+    scenario(WITHIN, async |lab| {
+        let (data, copy) = (lab.path("data"), lab.path("copy"));
+        stopped_with(lab, &data, 5).await?;
+        files::copy(&data, &copy)?;
+        let server = lab.server_on(&data).await?;
+        let channel = raw::connect(&server.url()).await?;
+        let (publisher, welcome) =
+            PublishStream::welcomed(&channel, raw::publisher_hello(TOPIC, [1; 16])).await?;
+        let (reader, session) =
+            SubscribeStream::welcomed(&channel, raw::consumer_hello("s", "worker", &[TOPIC]))
+                .await?;
+        drop((publisher, reader, server));
+
+        for _ in 0..10 {
+            let mut restored = lab.server_on(&copy).await?;
+            restored.begin_stop()?;
+            restored.exited(STOP).await?;
+        }
+        let restored = lab.server_on(&copy).await?;
+        let channel = raw::connect(&restored.url()).await?;
+        let hello = PublisherHello {
+            boot_id: welcome.boot_id,
+            topic_epoch: welcome.topic_epoch,
+            ..raw::publisher_hello(TOPIC, [1; 16])
+        };
+        diverges(publisher_end(&channel, hello).await)?;
+        let hello = SubscribeHello {
+            boot_id: session.boot_id,
+            ..raw::consumer_hello("s", "worker", &[TOPIC])
+        };
+        diverges(consumer_end(&channel, hello).await)
+    });
+}
+
+fn diverges(reason: Result<String>) -> Result<()> {
+    let reason = reason?;
+    ensure!(reason == "DIVERGED", "{reason} instead of DIVERGED");
+    Ok(())
+}
+
+async fn publisher_end(channel: &Channel, hello: PublisherHello) -> Result<String> {
+    match PublishStream::open(channel, hello).await {
+        Ok(mut stream) => raw::refusal::<()>(Err(stream.end().await?)),
+        Err(status) => raw::refusal::<()>(Err(status)),
+    }
+}
+
+async fn consumer_end(channel: &Channel, hello: SubscribeHello) -> Result<String> {
+    match SubscribeStream::open(channel, hello).await {
+        Ok(mut stream) => raw::refusal::<()>(Err(stream.end().await?)),
+        Err(status) => raw::refusal::<()>(Err(status)),
+    }
+}
+
+#[test]
+fn a_data_directory_that_is_a_file_is_refused() {
+    scenario(WITHIN, async |lab| {
+        let path = lab.path("file");
+        std::fs::write(&path, "not a directory")?;
+        let refused = Server::start(&path, lab.log()).await;
+        ensure!(refused.is_err(), "it serves from a file");
+        ensure!(std::fs::read_to_string(&path)? == "not a directory");
+        Ok(())
+    });
+}

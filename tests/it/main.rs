@@ -1,0 +1,17 @@
+//! End-to-end scenarios: real server processes, real sockets, injected faults.
+
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "a scenario looks for one frame or event and passes over all others"
+)]
+
+mod acks;
+mod app;
+mod bad_input;
+mod consumers;
+mod crash;
+mod disk;
+mod identity;
+mod lifetimes;
+mod link;
+mod tidy;
