@@ -1,5 +1,5 @@
 //! Deliberate bugs, for proving the tests: `PUBSUB_BREAK=name` compiles one of them in, as
-//! `cfg(pubsub_break = "name")`. `tests/breaks.sh` runs them all.
+//! `cfg(pubsub_break = "name")`. `tests/breaks.py` runs them all.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

@@ -148,6 +148,7 @@ impl From<EnqueueError> for Failure {
 }
 
 impl From<PublishError> for Failure {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "the others are told by their text")]
     fn from(error: PublishError) -> Self {
         let failure = match error.kind() {
             PublishErrorKind::Refused(refused) | PublishErrorKind::Session(refused) => {
@@ -161,7 +162,8 @@ impl From<PublishError> for Failure {
         if error.outcome() == Outcome::NotPersisted {
             return failure;
         }
-        let again = "Publish it again only under the same --idempotency-key: then it is stored once.";
+        let again =
+            "Publish it again only under the same --idempotency-key: then it is stored once.";
         Self { exit: Exit::Unknown, cause: error.to_string(), ..failure }.with_fix(again)
     }
 }
@@ -170,7 +172,9 @@ impl From<SubscribeError> for Failure {
     fn from(error: SubscribeError) -> Self {
         match &error {
             SubscribeError::Refused(refused) => refused.into(),
-            _ => Self::failed(error.to_string()),
+            SubscribeError::Protocol(_) | SubscribeError::Decode { .. } | _ => {
+                Self::failed(error.to_string())
+            }
         }
     }
 }
@@ -196,21 +200,31 @@ fn exit(reason: Reason) -> Exit {
         }
         Reason::Unavailable => Exit::Unreachable,
         Reason::CommitUnknown | Reason::ResultExpired => Exit::Unknown,
-        _ => Exit::Failed,
+        Reason::ProtocolViolation
+        | Reason::UnsupportedProtocol
+        | Reason::OutOfOrder
+        | Reason::Diverged
+        | Reason::DataLoss
+        | Reason::Internal
+        | Reason::Other
+        | _ => Exit::Failed,
     }
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "most messages of the server say it all")]
 fn fix(reason: Reason) -> Option<&'static str> {
     Some(match reason {
         Reason::TopicNotFound => {
-            "`pubsub topic list` shows what there is; `pubsub publish --create` creates a topic."
+            "`pubsub publish --create` creates it on the way; `pubsub topic list` shows what there is."
         }
         Reason::SubscriptionNotFound => {
             "`pubsub subscription list` shows what there is; `pubsub subscribe TOPIC \
              --subscription NAME` creates one."
         }
         Reason::TopicExists => "To let it be, say --if-not-exists.",
-        Reason::SubscriptionExists => "To let it be if its settings are the same, say --if-not-exists.",
+        Reason::SubscriptionExists => {
+            "To let it be if its settings are the same, say --if-not-exists."
+        }
         Reason::SubscriptionMismatch => {
             "`pubsub subscription describe NAME` shows its settings; to consume it as it is, leave \
              the topics out."

@@ -58,7 +58,7 @@ pub(crate) fn gap_reason(reason: GapReason) -> &'static str {
         GapReason::TopicDeleted => "their topic was deleted",
         GapReason::DataLoss => "they were damaged on disk",
         GapReason::Purged => "an operator purged them",
-        _ => "for a reason this version does not know",
+        GapReason::Other | _ => "for a reason this version does not know",
     }
 }
 
@@ -177,7 +177,7 @@ pub(crate) fn receipt(receipt: &Receipt) -> Value {
         ReceiptState::Trimmed { oldest_answerable } => {
             value["oldest_answerable"] = (*oldest_answerable).into();
         }
-        _ => {}
+        ReceiptState::Received | ReceiptState::Pending | ReceiptState::NotAddressed | _ => {}
     }
     value
 }

@@ -80,8 +80,8 @@ impl Source {
 async fn next_line(stdin: &mut BufReader<Stdin>) -> Result<Option<Vec<u8>>, Failure> {
     let mut line = Vec::new();
     let read = stdin.take(MAX_LINE + 1).read_until(b'\n', &mut line).await;
-    let read = read
-        .map_err(|error| Failure::failed(format!("standard input cannot be read: {error}")))?;
+    let read =
+        read.map_err(|error| Failure::failed(format!("standard input cannot be read: {error}")))?;
     if read == 0 {
         return Ok(None);
     }
@@ -122,7 +122,9 @@ async fn feed(
 ) -> Result<Exit, Failure> {
     loop {
         let enqueued = async {
-            let Some(payload) = source.next().await? else { return Ok(None) };
+            let Some(payload) = source.next().await? else {
+                return Ok::<_, Failure>(None);
+            };
             Ok(Some(publisher.enqueue(template.message(payload)).await))
         };
         let fate = tokio::select! {

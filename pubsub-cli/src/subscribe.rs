@@ -3,9 +3,7 @@
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
-use pubsub_client::{
-    Client, Delivery, Drain, Event, Gap, Reason, Subscriber, SubscriberBuilder,
-};
+use pubsub_client::{Client, Delivery, Drain, Event, Gap, Reason, Subscriber, SubscriberBuilder};
 use tokio::time::sleep;
 
 use crate::args::Subscribe;
@@ -35,7 +33,11 @@ pub(crate) async fn run(
     let mut printer = Printer {
         output,
         raw: args.raw,
-        ack: args.subscription.is_some() && !args.no_ack,
+        then: match args.subscription {
+            None => Then::Forget,
+            Some(_) if args.no_ack => Then::Hold,
+            Some(_) => Then::Ack,
+        },
         printed: 0,
         written: Vec::new(),
         held: Vec::new(),
@@ -128,12 +130,21 @@ async fn print(
 struct Printer<'a> {
     output: &'a mut Output,
     raw: bool,
-    ack: bool,
+    then: Then,
     printed: u64,
     /// To be acked when they have left the buffer. Bounded by what may be outstanding.
     written: Vec<Delivery>,
     /// Not to be acked: dropped, they would come again at once. Bounded likewise.
     held: Vec<Delivery>,
+}
+
+/// What happens to a message that is printed.
+#[derive(Clone, Copy, Debug)]
+enum Then {
+    /// A reader has nothing to ack.
+    Forget,
+    Ack,
+    Hold,
 }
 
 impl Printer<'_> {
@@ -147,12 +158,19 @@ impl Printer<'_> {
             self.output.raw(&start, &delivery.payload)?;
         }
         self.printed += 1;
-        if self.ack {
-            self.written.push(delivery);
-            return Ok(());
+        match self.then {
+            Then::Forget => drop(delivery),
+            Then::Ack => self.written.push(delivery),
+            Then::Hold => self.hold(delivery),
         }
-        self.held.push(delivery);
         Ok(())
+    }
+
+    fn hold(&mut self, delivery: Delivery) {
+        self.held.push(delivery);
+        if self.held.len() == OUTSTANDING as usize {
+            eprintln!("pubsub: {OUTSTANDING} messages are held unacked; no more will come");
+        }
     }
 
     fn gap(&mut self, gap: &Gap) -> Result<(), Failure> {

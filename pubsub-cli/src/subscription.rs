@@ -47,7 +47,11 @@ async fn create(
         output.json(&value)?;
     } else {
         let done = if created { "created subscription" } else { "exists already: subscription" };
-        output.line(&format!("{done} {} to {}", subscription.name, subscription.topics.join(", ")))?;
+        output.line(&format!(
+            "{done} {} to {}",
+            subscription.name,
+            subscription.topics.join(", ")
+        ))?;
     }
     Ok(())
 }

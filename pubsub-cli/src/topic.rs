@@ -108,10 +108,7 @@ fn show(topic: &TopicInfo, output: &mut Output) -> Result<(), Failure> {
             ("retention", config.retention.map_or_else(none, format::duration)),
             ("max bytes", config.max_bytes.map_or_else(none, format::bytes)),
             ("max message bytes", config.max_message_bytes.map_or_else(none, format::bytes)),
-            (
-                "idempotency window",
-                config.idempotency_window.map_or_else(none, format::duration),
-            ),
+            ("idempotency window", config.idempotency_window.map_or_else(none, format::duration)),
         ],
     )?;
     Ok(())

@@ -77,7 +77,8 @@ impl FromStr for Bytes {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let expected = || "expected a size in bytes, such as 500000, 64KiB, 10MB or 2GiB".to_owned();
+        let expected =
+            || "expected a size in bytes, such as 500000, 64KiB, 10MB or 2GiB".to_owned();
         let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
         let (number, unit) = text.split_at(end);
         let unit: u64 = match unit.trim().to_ascii_lowercase().as_str() {

@@ -52,7 +52,10 @@ async fn announce(mut state: StateWatch) {
                 waiting = false;
                 last_cause.clear();
             }
-            _ => {}
+            ConnectionState::Connecting
+            | ConnectionState::Draining
+            | ConnectionState::Closed { .. }
+            | _ => {}
         }
     }
 }

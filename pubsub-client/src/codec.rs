@@ -115,7 +115,7 @@ mod tests {
         let payload = Json.encode(&vec![1, 2]).unwrap();
         assert_eq!(&payload[..], b"[1,2]");
         assert_eq!(Codec::<Vec<u8>>::decode(&Json, &payload).unwrap(), [1, 2]);
-        let error = Codec::<Vec<u8>>::decode(&Json, &Bytes::from("{")).unwrap_err();
+        let error = Codec::<Vec<u8>>::decode(&Json, &Bytes::from("[1")).unwrap_err();
         assert!(error.to_string().contains("EOF"), "{error}");
     }
 

@@ -388,15 +388,19 @@ impl Consuming {
         let value = Value::of(&delivery.payload);
         let shown = Event::Delivered(self.process.clone(), id(&delivery.id), value);
         self.recorder.record(shown);
-        if self.rng.one_in(4) && self.held.len() < 50 {
-            self.held.push(delivery);
+        if !self.rng.one_in(4) {
+            self.ack(delivery);
             return;
         }
-        self.ack(delivery);
-        if self.rng.one_in(3) && !self.held.is_empty() {
-            let index = self.rng.below(self.held.len() as u64);
-            let held = self.held.swap_remove(usize::try_from(index).expect("it is small"));
-            self.ack(held);
+        self.held.push_back(delivery);
+        // Not for ever: a consumer is shown nothing far beyond its oldest unacked message.
+        if self.held.len() > MOST_HELD || self.rng.one_in(4) {
+            let held = self.held.pop_front();
+            held.into_iter().for_each(|held| self.ack(held));
+        }
+        if self.rng.one_in(2) {
+            let held = self.held.pop_back();
+            held.into_iter().for_each(|held| self.ack(held));
         }
     }
 

@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use pubsub_client::{ConnectionState, Drain, Event as Item, Message, Nack, Reason, Start};
+use anyhow::{Context as _, Result, bail, ensure};
+use pubsub_client::{
+    AckError, ConnectionState, Delivery, Drain, Event as Item, GapReason, Message, Nack, Reason,
+    Start, Subscriber,
+};
 use pubsub_proto::v1::ReceiptState;
 use pubsub_tests::{admin, lab::scenario, raw, wait};
 use tokio::{runtime::Builder, time::Instant};
@@ -251,8 +254,10 @@ fn a_topic_deleted_and_created_again_under_live_streams_is_told() {
         let old = admin::create_topic(&channel, TOPIC).await?;
         let client = app::client(&server.url())?;
         let publisher = app::publisher(&client, TOPIC).await?;
-        let mut subscriber = app::subscribe(&client, "billing", TOPIC).await?;
-        app::publish_numbers(&publisher, 1..=3).await?;
+        app::publish_numbers(&publisher, 1..=5).await?;
+        let builder = client.subscriber("billing").topic(TOPIC).start(Start::Earliest);
+        let mut subscriber = builder.max_outstanding_messages(2).open().await?;
+        // As many as it takes: the others are still with the server.
         let held = app::next_many(&mut subscriber, 2).await?;
 
         admin::delete_topic(&channel, TOPIC).await?;
@@ -264,28 +269,142 @@ fn a_topic_deleted_and_created_again_under_live_streams_is_told() {
         eprintln!("the publisher is told: {error}");
         app::publish_numbers(&app::publisher(&client, TOPIC).await?, 1..=2).await?;
 
-        let mut told = false;
-        let mut fresh = Vec::new();
-        while fresh.len() < 2 {
-            let item = wait::soon("an event", SOON, subscriber.next()).await?;
-            match item.context("the stream has ended")?? {
-                Item::Gap(gap) => {
-                    ensure!(gap.epoch == old.epoch, "{gap:?}");
-                    told = true;
-                }
-                Item::Message(delivery) if delivery.id.epoch == new.epoch => fresh.push(delivery),
-                // What had been buffered may still come before the gap.
-                Item::Message(delivery) => ensure!(!told, "{} after its gap", delivery.id),
-                other => anyhow::bail!("{other:?}"),
+        match wait::soon("a gap", SOON, subscriber.next()).await?.context("the end")?? {
+            Item::Gap(gap) => {
+                let right = gap.epoch == old.epoch && gap.reason == GapReason::TopicDeleted;
+                ensure!(right && gap.range == (3..=5), "{gap:?}");
             }
+            other => bail!("a gap was expected, not {other:?}"),
         }
-        ensure!(told, "no gap tells of the deletion");
+        // The held messages of the deleted topic take no room from the new one.
+        let fresh = app::next_many(&mut subscriber, 2).await?;
+        ensure!(fresh.iter().all(|one| one.id.epoch == new.epoch), "{fresh:?}");
         ensure!(app::sequences(&fresh) == [1, 2], "{fresh:?}");
         // Acks of deleted messages mean nothing, and harm nothing.
         for delivery in held {
-            let _ = wait::soon("an answer", SOON, delivery.ack_confirmed()).await?;
+            let stale = wait::soon("an answer", SOON, delivery.ack_confirmed()).await?;
+            ensure!(stale == Err(AckError::Stale), "{stale:?}");
         }
         app::confirm(fresh).await?;
         app::all_acked(&channel, "billing").await
+    });
+}
+
+#[test]
+fn a_seek_moves_a_live_subscription_and_receipts_stay() {
+    scenario(WITHIN, async |lab| {
+        let mut rig = lab.rig().await?;
+        let channel = raw::connect(&rig.server.url()).await?;
+        let topic = admin::create_topic(&channel, TOPIC).await?;
+        let client = app::client(&rig.url())?;
+        app::publish_numbers(&app::publisher(&client, TOPIC).await?, 1..=10).await?;
+        let mut subscriber = app::subscribe(&client, "billing", TOPIC).await?;
+        let mut shown = app::next_many(&mut subscriber, 4).await?;
+        let stale = shown.split_off(2);
+        app::confirm(shown).await?;
+
+        client.admin().seek("billing", None, Start::Sequence(8)).await?;
+        let ahead = next_after_seek(&mut subscriber, 8).await?;
+        ensure!(ahead.id.sequence == 8, "{ahead:?}");
+        ahead.ack_confirmed().await?;
+        // What was shown before the seek can not be acked after it: it may come again.
+        for delivery in stale {
+            let answer = wait::soon("an answer", SOON, delivery.ack_confirmed()).await?;
+            ensure!(answer == Err(AckError::Stale), "{answer:?}");
+        }
+        rig.crash().await?;
+        let channel = raw::connect(&rig.server.url()).await?;
+        let state = async |sequence| -> Result<_> {
+            let receipts = admin::receipts(&channel, &topic, sequence, "billing").await?;
+            Ok(receipts.first().context("no receipt")?.state())
+        };
+        for (sequence, expected) in [
+            (2, ReceiptState::Received),
+            (3, ReceiptState::Released),
+            (7, ReceiptState::Released),
+            (8, ReceiptState::Received),
+            (10, ReceiptState::Pending),
+        ] {
+            let found = state(sequence).await?;
+            ensure!(found == expected, "{sequence}: {found:?} instead of {expected:?}");
+        }
+        client.admin().seek("billing", None, Start::Sequence(1)).await?;
+        let back = next_after_seek(&mut subscriber, 1).await?;
+        ensure!(back.id.sequence == 1, "{back:?}");
+        // Shown again, and received all the same.
+        ensure!(state(1).await? == ReceiptState::Received);
+        back.ack();
+        Ok(())
+    });
+}
+
+/// The first message at a new position; what was on its way before the seek is passed over.
+async fn next_after_seek(subscriber: &mut Subscriber, to: u64) -> Result<Delivery> {
+    loop {
+        let delivery = app::next(subscriber).await?;
+        if delivery.id.sequence == to {
+            return Ok(delivery);
+        }
+        // Dropped, it is released, which means nothing after the seek.
+        drop(delivery);
+    }
+}
+
+#[test]
+fn a_reader_goes_on_where_it_was_after_a_crash_and_leaves_nothing_behind() {
+    scenario(WITHIN, async |lab| {
+        let mut rig = lab.rig().await?;
+        let channel = raw::connect(&rig.server.url()).await?;
+        admin::create_topic(&channel, TOPIC).await?;
+        let client = app::client(&rig.url())?;
+        let publisher = app::publisher(&client, TOPIC).await?;
+        app::publish_numbers(&publisher, 1..=5000).await?;
+        let mut reader = client.reader([TOPIC]).start(Start::Earliest).open().await?;
+        let mut expected = 1;
+        for end in [700, 2400, 5000] {
+            while expected <= end {
+                let delivery = app::next(&mut reader).await?;
+                ensure!(delivery.id.sequence == expected, "{} for {expected}", delivery.id);
+                expected += 1;
+            }
+            rig.crash().await?;
+        }
+        app::publish_numbers(&publisher, [5001]).await?;
+        ensure!(app::next(&mut reader).await?.id.sequence == 5001);
+        let left = client.admin().subscriptions(None).await?.items;
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_consumer_that_reads_nothing_stalls_nobody() {
+    const MESSAGES: u64 = 3000;
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let channel = raw::connect(&server.url()).await?;
+        admin::create_topic(&channel, TOPIC).await?;
+        let client = app::client(&server.url())?;
+        let stalled = app::subscribe(&client, "stalled", TOPIC).await?;
+        let mut holder = app::subscribe(&client, "holder", TOPIC).await?;
+        let mut healthy = app::subscribe(&client, "healthy", TOPIC).await?;
+        let publisher = app::publisher(&client, TOPIC).await?;
+        let ids = app::publish_numbers(&publisher, 1..=MESSAGES).await?;
+        ensure!(ids.len() as u64 == MESSAGES);
+        // One never looks, one looks and never acks; a third one sees all.
+        let held = app::next_many(&mut holder, 10).await?;
+        for expected in 1..=MESSAGES {
+            let delivery = app::next(&mut healthy).await?;
+            ensure!(delivery.id.sequence == expected, "{} for {expected}", delivery.id);
+            delivery.ack();
+        }
+        app::all_acked(&channel, "healthy").await?;
+        let outstanding = admin::subscription(&channel, "stalled").await?.positions[0].outstanding;
+        ensure!(
+            outstanding <= 1000,
+            "{outstanding} messages are with a consumer that asked for 1000"
+        );
+        drop((held, stalled));
+        Ok(())
     });
 }

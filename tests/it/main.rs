@@ -8,10 +8,12 @@
 mod acks;
 mod app;
 mod bad_input;
+mod bounds;
 mod consumers;
 mod crash;
 mod disk;
 mod identity;
 mod lifetimes;
 mod link;
+mod outcomes;
 mod tidy;

@@ -218,13 +218,19 @@ impl<M> Resume<M> {
         Ok(settled)
     }
 
-    /// A seek moved the position in a topic.
+    /// A seek moved the position in a topic. Its rewinds go on being counted: they count in the
+    /// stream.
     pub(super) fn repositioned(&mut self, joined: Joined) -> Settled {
         let mut settled = Settled::default();
-        if let Some(key) = self.by_number.get(&joined.number).copied() {
+        let known = self.by_number.get(&joined.number).copied();
+        let generation = known.and_then(|key| self.topics.get(&key)).map(|topic| topic.generation);
+        if let Some(key) = known {
             self.remove(key, &mut settled);
         }
-        self.join(joined, &mut settled);
+        let key = self.join(joined, &mut settled);
+        if let Some(topic) = self.topics.get_mut(&key) {
+            topic.generation = generation.unwrap_or(0);
+        }
         settled
     }
 
@@ -394,6 +400,11 @@ impl<M> Resume<M> {
             self.sent.push_back(SentBatch { number: self.batches, topics });
         }
         Some((self.batches, batch))
+    }
+
+    #[cfg(test)]
+    pub(super) fn topic_of(&self, key: TopicKey) -> Option<&Topic<M>> {
+        self.topics.get(&key)
     }
 
     pub(super) fn topics(&self) -> impl Iterator<Item = &Topic<M>> {

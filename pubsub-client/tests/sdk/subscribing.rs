@@ -41,8 +41,7 @@ async fn what_is_held_or_acked_is_not_shown_again_after_cuts_and_restarts() {
 async fn a_busy_stream_survives_many_cuts() {
     const COUNT: u64 = 2000;
     let world = World::new().await;
-    let mut subscriber =
-        world.subscription("s").max_outstanding_messages(64).open().await.unwrap();
+    let mut subscriber = world.subscription("s").max_outstanding_messages(64).open().await.unwrap();
     let publishing = async {
         let publisher = world.client.publisher("t").open().await.unwrap();
         for number in 1..=COUNT {
@@ -68,7 +67,7 @@ async fn after_a_nack_the_message_and_its_successors_come_again_in_order() {
     let first = next(&mut subscriber).await;
     let second = next(&mut subscriber).await;
     let third = next(&mut subscriber).await;
-    second.nack(Nack::after(SECOND / 5).because("a test"));
+    second.nack(Nack::after(SECOND).because("a test"));
     first.ack();
     // The rest waits for the nacked message.
     silence(&mut subscriber).await;
@@ -157,7 +156,9 @@ async fn stopping_waits_for_what_is_in_the_applications_hands() {
     let mut subscriber = world.subscription("s").open().await.unwrap();
     let delivery = next(&mut subscriber).await;
     let stopper = subscriber.stopper();
-    let stopping = tokio::task::spawn(async move { stopper.stop(Drain::Finish, 10 * SECOND).await });
+    let stopping =
+        tokio::task::spawn(async move { stopper.stop(Drain::Finish, 10 * SECOND).await });
+    tokio::task::yield_now().await;
     assert!(soon(subscriber.next()).await.is_none());
     tokio::time::sleep(SECOND / 10).await;
     assert!(!stopping.is_finished());

@@ -69,6 +69,8 @@ struct State {
 struct Topic {
     record: TopicRecord,
     head: watch::Receiver<u64>,
+    /// Bytes on their way to the disk.
+    uncommitted: AtomicU64,
     /// The durable floors of the subscriptions that listen.
     floors: Mutex<BTreeMap<SubscriptionName, Arc<AtomicU64>>>,
 }
@@ -181,7 +183,8 @@ impl Broker {
     /// Makes a topic known that is in the storage.
     fn add_topic(&self, record: TopicRecord) -> Option<Arc<Topic>> {
         let head = self.inner.storage.head(record.epoch)?;
-        let topic = Arc::new(Topic { record, head, floors: Mutex::default() });
+        let uncommitted = AtomicU64::new(0);
+        let topic = Arc::new(Topic { record, head, uncommitted, floors: Mutex::default() });
         self.state().topics.insert(topic.record.name.clone(), Arc::clone(&topic));
         Some(topic)
     }

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -60,7 +61,28 @@ pub struct Batch {
 pub struct Pending {
     ticket: Ticket<AppendOutcome>,
     /// Given back when the commit is done.
+    _room: Room,
+}
+
+/// What messages take up on their way to the disk.
+#[derive(Debug)]
+struct Room {
+    topic: Arc<Topic>,
+    bytes: u64,
     _permit: OwnedSemaphorePermit,
+}
+
+impl Room {
+    fn new(topic: Arc<Topic>, bytes: u64, permit: OwnedSemaphorePermit) -> Self {
+        topic.uncommitted.fetch_add(bytes, Ordering::Relaxed);
+        Self { topic, bytes, _permit: permit }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.topic.uncommitted.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 impl Broker {
@@ -114,7 +136,10 @@ impl Broker {
         }
         let stats = self.stats(topic);
         let limit = topic.record.config.max_bytes;
-        if stats.bytes + batch.bytes() as u64 <= limit || batch.bytes() == 0 {
+        // As long as there is any room the whole batch goes in: one that is larger than the
+        // topic would wait for ever.
+        let held = stats.bytes + topic.uncommitted.load(Ordering::Relaxed);
+        if held < limit || batch.bytes() == 0 {
             return Ok(());
         }
         let cause = match topic.lowest_floor() {
@@ -132,7 +157,7 @@ impl Broker {
     /// Hands a batch to the log.
     fn append(
         &self,
-        topic: &Topic,
+        topic: &Arc<Topic>,
         publisher: Option<PublisherRef>,
         mut batch: Batch,
         permit: OwnedSemaphorePermit,
@@ -144,10 +169,11 @@ impl Broker {
                 *item = Item::Refuse(refusal);
             }
         }
+        let room = Room::new(Arc::clone(topic), batch.bytes() as u64, permit);
         let Batch { first_sequence, resolved_below, items } = batch;
         let topic = topic.record.epoch;
         let append = Append { topic, publisher, first_sequence, resolved_below, items };
-        Pending { ticket: self.inner.storage.append(append), _permit: permit }
+        Pending { ticket: self.inner.storage.append(append), _room: room }
     }
 
     fn check(&self, topic: &Topic, message: &NewMessage) -> Result<(), Refusal> {

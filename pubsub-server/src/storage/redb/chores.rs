@@ -60,15 +60,19 @@ impl Writer {
     /// Does one piece of something, and says whether it did.
     pub(super) fn do_chore(&mut self) -> bool {
         let age = self.now().age;
-        self.seal(age) || self.trim() || self.collect_garbage() || self.expire_keys(age) || self.sweep(age)
+        self.seal(age)
+            || self.trim()
+            || self.collect_garbage()
+            || self.expire_keys(age)
+            || self.sweep(age)
     }
 
     /// Removes rows of which all messages are trimmed.
     fn trim(&mut self) -> bool {
         while let Some(topic) = self.chores.trims.first().copied() {
             let surplus = self.state.topics.get(&topic).is_some_and(has_surplus);
-            let piece = surplus
-                .then(|| self.transact(|tables, state| trim_piece(tables, state, topic)));
+            let piece =
+                surplus.then(|| self.transact(|tables, state| trim_piece(tables, state, topic)));
             if let Some(doomed) = piece.flatten() {
                 self.show_topic(topic);
                 doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
@@ -137,8 +141,12 @@ fn trim_piece(
     state: &mut State,
     epoch: Epoch,
 ) -> Result<Option<Vec<u64>>, Trouble> {
-    let Some(topic) = state.topics.get(&epoch) else { return Ok(None) };
-    let Some(mut head) = topic.head else { return Ok(None) };
+    let Some(topic) = state.topics.get(&epoch) else {
+        return Ok(None);
+    };
+    let Some(mut head) = topic.head else {
+        return Ok(None);
+    };
     // Kept here for when the segments are gone.
     head.sealed_below = topic.hot_from();
     let trimmed = topic.segments.partition_point(|segment| segment.last < head.first);

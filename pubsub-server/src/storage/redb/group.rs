@@ -234,7 +234,9 @@ impl<'t, 's> Group<'t, 's> {
 
     /// Makes a topic disappear at once; its rows go later, in pieces.
     fn delete_topic(&mut self, topic: Epoch) -> Result<(), Trouble> {
-        let Some(Topic { segments, .. }) = self.state.drop_topic(topic) else { return Ok(()) };
+        let Some(Topic { segments, .. }) = self.state.drop_topic(topic) else {
+            return Ok(());
+        };
         for segment in segments.iter() {
             let doomed = release(&mut self.tables, self.state, topic, segment)?;
             self.effects.doomed.extend(doomed);

@@ -31,6 +31,8 @@ mod directory;
 mod disk;
 mod group;
 mod open;
+#[cfg(test)]
+mod power_cuts;
 mod queue;
 mod reader;
 mod rows;

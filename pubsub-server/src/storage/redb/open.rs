@@ -89,10 +89,7 @@ pub(super) fn open(
 
 /// Opens the hot file. All of it is read and checked, also after a clean end: redb may panic on
 /// pages that it did not write, and may miss rows without a word.
-pub(super) fn open_hot(
-    disk: &dyn Disk,
-    opening: Opening,
-) -> Result<Database, StorageError> {
+pub(super) fn open_hot(disk: &dyn Disk, opening: Opening) -> Result<Database, StorageError> {
     let mut builder = Builder::new();
     builder.set_cache_size(opening.cache_bytes).set_check_integrity_on_open(true);
     let path = format!("{}/{HOT}", disk.path());

@@ -74,7 +74,10 @@ impl Head {
 
     /// Whether it says what can be.
     pub(super) fn is_sound(&self) -> bool {
-        self.first >= 1 && self.first <= self.head + 1 && self.collected <= self.first
+        self.first >= 1
+            && self.first <= self.head + 1
+            && self.sealed_below <= self.head + 1
+            && self.collected <= self.first.max(self.sealed_below)
     }
 }
 

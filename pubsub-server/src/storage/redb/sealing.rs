@@ -133,7 +133,9 @@ impl Writer {
         if self.sealing.not_before > age || self.sealing.hot_bytes <= self.opening.hot_bytes {
             return false;
         }
-        let Some(plan) = self.plan() else { return false };
+        let Some(plan) = self.plan() else {
+            return false;
+        };
         let shared = Arc::clone(&self.shared);
         self.start(move || {
             let copied = copy(&shared, disk.as_ref(), &plan);
@@ -245,7 +247,9 @@ fn register(
     state.add_file(sealed.file, sealed.digest);
     for (epoch, segment) in &sealed.segments {
         // It may have been deleted while it was copied.
-        let Some(topic) = state.topics.get_mut(epoch) else { continue };
+        let Some(topic) = state.topics.get_mut(epoch) else {
+            continue;
+        };
         let mut segments = topic.segments.as_ref().clone();
         segments.push(*segment);
         topic.segments = Arc::new(segments);
@@ -335,7 +339,9 @@ fn read_rows(
     for entry in table.range(first.0.value()..=(topic.0, range.last))? {
         let (key, row) = entry?;
         let base = key.value().1;
-        let Ok(header) = decode_header(topic, base, row.value()) else { break };
+        let Ok(header) = decode_header(topic, base, row.value()) else {
+            break;
+        };
         if !(header.base..header.end()).contains(&expected) {
             break;
         }

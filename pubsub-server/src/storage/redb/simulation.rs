@@ -5,9 +5,7 @@ use std::io;
 use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use ::redb::{
-    BackendError, Builder, Database, DatabaseError, ReadOnlyDatabase, StorageBackend,
-};
+use ::redb::{BackendError, Builder, Database, DatabaseError, ReadOnlyDatabase, StorageBackend};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::disk::{Digest, Disk, Space};
@@ -297,8 +295,20 @@ impl StorageBackend for SimFile {
         Ok(true)
     }
 
+    fn lock_range(&self, _: Bound<u64>, _: Bound<u64>) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn lock_shared_range(&self, _: Bound<u64>, _: Bound<u64>) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     fn unlock_range(&self, _: Bound<u64>, _: Bound<u64>) -> Result<(), BackendError> {
         Ok(())
+    }
+
+    fn query_lock_range(&self, _: Bound<u64>, _: Bound<u64>) -> Result<bool, BackendError> {
+        Ok(false)
     }
 }
 
@@ -332,7 +342,9 @@ impl Disk for SimDisk {
     }
 
     fn open(&self, name: &str, builder: &Builder) -> Result<Option<Database>, DatabaseError> {
-        let Ok(id) = self.state().file(name) else { return Ok(None) };
+        let Ok(id) = self.state().file(name) else {
+            return Ok(None);
+        };
         builder.create_with_backend(self.backend(id)).map(Some)
     }
 
@@ -362,7 +374,9 @@ impl Disk for SimDisk {
     }
 
     fn sync(&self, name: &str) -> io::Result<()> {
-        let Ok(id) = self.state().file(name) else { return Ok(()) };
+        let Ok(id) = self.state().file(name) else {
+            return Ok(());
+        };
         self.sync_file(id)?;
         let mut state = self.state();
         let file = &mut state.files[id];

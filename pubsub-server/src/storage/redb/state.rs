@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use ::redb::{ReadableTable, ReadableTableMetadata};
 
-use super::rows::{self, Head};
 use super::disk::Digest;
+use super::rows::{self, Head};
 use super::sealed::{Segment, SegmentRow};
 use super::tables::{Damaged, META_CLOCK, Tables, Trouble, decoded, get};
 use crate::record::{Epoch, TopicRecord, Uuid};
@@ -138,7 +138,9 @@ impl State {
 
     /// Counts a segment no more, and says whether it was the last one of its file.
     pub(super) fn release_file(&mut self, file: u64) -> bool {
-        let Some((_, uses)) = self.files.get_mut(&file) else { return false };
+        let Some((_, uses)) = self.files.get_mut(&file) else {
+            return false;
+        };
         *uses = uses.saturating_sub(1);
         let last = *uses == 0;
         if last {

@@ -356,7 +356,7 @@ struct PanicGuard<'q> {
 
 impl Drop for PanicGuard<'_> {
     fn drop(&mut self) {
-        if !std::thread::panicking() {
+        if !thread::panicking() {
             return;
         }
         self.shared.set_health(Health::Failed("the writer panicked".to_owned()));

@@ -1,0 +1,98 @@
+//! One publisher for each topic, at a steady pace: faults or not, so much is published.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use pubsub_client::{Client, Message, PublishReceipt, PublishTicket, Publisher, StateWatch};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::interval;
+
+use crate::tally::Tally;
+use crate::{MESSAGES, TOPICS};
+
+const PACE: Duration = Duration::from_millis(20);
+/// Messages of one topic for each beat: 1,350 in a second in all.
+const AT_ONCE: u64 = 9;
+
+/// The publishers at work.
+#[derive(Debug)]
+pub(crate) struct Publishers {
+    states: Vec<StateWatch>,
+    tasks: JoinSet<Result<(usize, Vec<PublishReceipt>)>>,
+}
+
+/// What was published to one topic: the receipts, in the order of the calls.
+pub(crate) type Published = [Vec<PublishReceipt>; TOPICS.len()];
+
+impl Publishers {
+    pub(crate) async fn start(client: &Client, tally: &Arc<Tally>) -> Result<Self> {
+        let (mut states, mut tasks) = (Vec::new(), JoinSet::new());
+        for (number, topic) in TOPICS.into_iter().enumerate() {
+            let publisher = client.publisher(topic).open().await?;
+            states.push(publisher.state());
+            let tally = Arc::clone(tally);
+            tasks.spawn(async move { Ok((number, publish(publisher, tally).await?)) });
+        }
+        Ok(Self { states, tasks })
+    }
+
+    pub(crate) fn states(&self) -> &[StateWatch] {
+        &self.states
+    }
+
+    /// Waits until everything is published and answered.
+    pub(crate) async fn finish(mut self) -> Result<Published> {
+        let mut published = Published::default();
+        while let Some(task) = self.tasks.join_next().await {
+            let (number, receipts) = task??;
+            published[number] = receipts;
+        }
+        Ok(published)
+    }
+}
+
+async fn publish(publisher: Publisher, tally: Arc<Tally>) -> Result<Vec<PublishReceipt>> {
+    let share = MESSAGES / TOPICS.len() as u64;
+    let (tickets, queue) = mpsc::channel(10_000);
+    let enqueue = async {
+        let mut beat = interval(PACE);
+        for number in 0..share {
+            if number % AT_ONCE == 0 {
+                beat.tick().await;
+            }
+            let ticket = publisher.enqueue(message(number)).await.context("enqueue")?;
+            tally.enqueued.add();
+            tally.changed();
+            tickets.send(ticket).await.context("the receipts are not collected")?;
+        }
+        drop(tickets);
+        Ok(())
+    };
+    let (_, receipts) = tokio::try_join!(enqueue, collect(queue, &tally))?;
+    Ok(receipts)
+}
+
+async fn collect(
+    mut queue: mpsc::Receiver<PublishTicket>,
+    tally: &Tally,
+) -> Result<Vec<PublishReceipt>> {
+    let mut receipts = Vec::new();
+    while let Some(ticket) = queue.recv().await {
+        receipts.push(ticket.await.context("a publish failed")?);
+        tally.answered.add();
+        tally.changed();
+    }
+    Ok(receipts)
+}
+
+/// A message that says which one it is: the number of the call, and some weight.
+fn message(number: u64) -> Message {
+    Message::new(format!("{number:>128}"))
+}
+
+/// The number of the call that published this payload.
+pub(crate) fn number(payload: &[u8]) -> Result<u64> {
+    Ok(std::str::from_utf8(payload)?.trim_start().parse()?)
+}

@@ -1,0 +1,116 @@
+//! Limits and fairness: reaching a bound is a typed answer, and nobody stalls anybody else.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use pubsub_client::{ConnectionState, Event as Item, Message, Reason, Start};
+use pubsub_proto::v1::TopicConfig;
+use pubsub_tests::{admin, lab::scenario, raw, wait};
+
+use crate::app::{self, SOON};
+
+const WITHIN: Duration = Duration::from_secs(120);
+
+#[test]
+fn a_full_topic_blocks_its_publisher_visibly_until_it_is_consumed() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let channel = raw::connect(&server.url()).await?;
+        let config = TopicConfig { max_bytes: 64 * 1024, ..TopicConfig::default() };
+        admin::create_topic_with(&channel, "small", config).await?;
+        admin::create_topic(&channel, "other").await?;
+        let client = app::client(&server.url())?;
+        let mut slow = app::subscribe(&client, "slow", "small").await?;
+        let publisher = app::publisher(&client, "small").await?;
+
+        let payload = vec![7; 4 * 1024];
+        for _ in 0..16 {
+            let publishing = publisher.publish(Message::new(payload.clone()));
+            wait::soon("a receipt", SOON, publishing).await??;
+        }
+        let mut tickets = Vec::new();
+        for _ in 16..24 {
+            let enqueueing = publisher.enqueue(Message::new(payload.clone()));
+            tickets.push(wait::soon("the window", SOON, enqueueing).await??);
+        }
+        let full = |state: &ConnectionState| match state {
+            ConnectionState::Blocked { reason, detail } => {
+                *reason == Reason::TopicFull && detail.contains("slow")
+            }
+            _ => false,
+        };
+        app::state(publisher.state(), "blocked by the slow subscription", SOON, full).await?;
+        // Another topic has nothing to do with it.
+        app::publish_numbers(&app::publisher(&client, "other").await?, 1..=3).await?;
+
+        // What is consumed makes room, and nothing was lost or reordered by waiting.
+        for expected in 1..=24 {
+            let delivery = app::next(&mut slow).await?;
+            ensure!(delivery.id.sequence == expected, "{delivery:?}");
+            app::confirm(vec![delivery]).await?;
+        }
+        for (ticket, expected) in tickets.into_iter().zip(17..) {
+            ensure!(wait::soon("a receipt", SOON, ticket).await??.id.sequence == expected);
+        }
+        app::state(publisher.state(), "connected", SOON, ConnectionState::is_connected).await?;
+        Ok(())
+    });
+}
+
+#[test]
+fn a_consumer_that_never_reads_stalls_nobody_else() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let channel = raw::connect(&server.url()).await?;
+        admin::create_topic(&channel, "orders").await?;
+        // On connections of their own, with all the credit there is, and never read.
+        let mut stalled = Vec::new();
+        for number in 0..8 {
+            let mut hello = raw::consumer_hello(&format!("stalled-{number}"), "it", &["orders"]);
+            hello.start = admin::earliest();
+            hello.max_outstanding_messages = 10_000;
+            hello.max_outstanding_bytes = 64 * 1024 * 1024;
+            let channel = raw::connect(&server.url()).await?;
+            stalled.push(raw::SubscribeStream::welcomed(&channel, hello).await?);
+        }
+        let client = app::client(&server.url())?;
+        let mut live = app::subscribe(&client, "live", "orders").await?;
+        let publisher = app::publisher(&client, "orders").await?;
+        let before = server.usage()?.resident_kib;
+        for _ in 0..8 {
+            for _ in 0..128 {
+                drop(publisher.enqueue(Message::new(vec![0; 16 * 1024])).await?);
+            }
+            for delivery in app::next_many(&mut live, 128).await? {
+                delivery.ack();
+            }
+            wait::soon("the flush", SOON, publisher.flush()).await??;
+        }
+        let grown = server.usage()?.resident_kib.saturating_sub(before);
+        // 16 MiB went past eight stalled consumers: less than a copy for each may be in memory.
+        ensure!(grown < 160 * 1024, "the server grew by {grown} KiB");
+        drop(stalled);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_topic_whose_messages_are_all_out_leaves_room_for_the_others() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let channel = raw::connect(&server.url()).await?;
+        admin::create_topic(&channel, "busy").await?;
+        admin::create_topic(&channel, "quiet").await?;
+        let client = app::client(&server.url())?;
+        app::publish_numbers(&app::publisher(&client, "busy").await?, 1..=50).await?;
+        let builder = client.subscriber("both").topics(["busy", "quiet"]).start(Start::Earliest);
+        let mut both = builder.max_outstanding_messages(10).open().await?;
+        let held = app::next_many(&mut both, 10).await?;
+        ensure!(held.iter().all(|delivery| &*delivery.id.topic == "busy"), "{held:?}");
+        app::publish_numbers(&app::publisher(&client, "quiet").await?, 1..=1).await?;
+        let item = wait::soon("the quiet topic", SOON, both.next()).await?;
+        let Some(Ok(Item::Message(delivery))) = item else { anyhow::bail!("{item:?}") };
+        ensure!(&*delivery.id.topic == "quiet", "{delivery:?}");
+        Ok(())
+    });
+}
