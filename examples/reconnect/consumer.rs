@@ -41,7 +41,11 @@ impl Consumer {
     pub(crate) fn start(subscriber: Subscriber, tally: &Arc<Tally>) -> Self {
         let stopper = subscriber.stopper();
         let mut task = JoinSet::new();
-        task.spawn(consume(subscriber, Arc::clone(tally)));
+        let consumer_tally = Arc::clone(tally);
+        task.spawn(async move {
+            let result = consume(subscriber, &consumer_tally).await;
+            consumer_tally.told("the subscriber", result)
+        });
         Self { tally: Arc::clone(tally), stopper, task }
     }
 
@@ -55,7 +59,7 @@ impl Consumer {
     }
 }
 
-async fn consume(mut subscriber: Subscriber, tally: Arc<Tally>) -> Result<Shown> {
+async fn consume(mut subscriber: Subscriber, tally: &Arc<Tally>) -> Result<Shown> {
     let mut shown = Shown::default();
     let mut handlers = JoinSet::new();
     let mut last = None;
@@ -67,7 +71,7 @@ async fn consume(mut subscriber: Subscriber, tally: Arc<Tally>) -> Result<Shown>
         shown.note(&message)?;
         tally.shown.add();
         tally.changed();
-        handlers.spawn(handle(message, acker, Arc::clone(&tally)));
+        handlers.spawn(handle(message, acker, Arc::clone(tally)));
         while handlers.try_join_next().is_some() {}
     }
     while handlers.join_next().await.is_some() {}

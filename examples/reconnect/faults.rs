@@ -27,7 +27,7 @@ const PLAN: [Fault; 15] =
     [Cut, Kill, Cut, Cut, Kill, Cut, Cut, Freeze, Cut, Kill, Cut, Cut, Kill, Cut, Cut];
 
 /// A kill counts only with so many publishes unanswered and so many deliveries unacked.
-const IN_FLIGHT: u64 = 100;
+const IN_FLIGHT: u64 = 150;
 /// How long that may take.
 const LOAD_WITHIN: Duration = Duration::from_secs(10);
 /// How long the SDK may take to notice a frozen server; with a heartbeat of 1 s it takes 2.5 s.
@@ -66,12 +66,18 @@ impl<'a> Faults<'a> {
         for (fault, start) in PLAN.into_iter().zip((step..).step_by(usize::try_from(step)?)) {
             let due = |tally: &Tally| tally.enqueued.get() >= start;
             ensure!(self.tally.wait_for(RECOVER_WITHIN, due).await, "publishing has stalled");
+            let reconnects = self.tally.reconnects.get();
+            let started = Instant::now();
             match fault {
                 Kill => self.kill(server).await?,
                 Cut => self.cut(),
                 Freeze => self.freeze(server).await?,
             }
+            if !matches!(fault, Freeze) {
+                self.notice(reconnects + self.all.len() as u64).await;
+            }
             self.recover().await?;
+            self.tally.event(&format!("         all are back, {:.1?} later", started.elapsed()));
         }
         Ok(())
     }
@@ -140,9 +146,15 @@ impl<'a> Faults<'a> {
         Ok(())
     }
 
+    /// Waits until everyone has noticed that the connection was lost, and is back. A watcher can
+    /// miss a reconnect that is over in a moment, so this is not the proof of it.
+    async fn notice(&self, reconnects: u64) {
+        const WITHIN: Duration = Duration::from_secs(3);
+        self.tally.wait_for(WITHIN, |tally| tally.reconnects.get() >= reconnects).await;
+    }
+
     /// Waits until all are connected again and messages come.
     async fn recover(&mut self) -> Result<()> {
-        let started = Instant::now();
         let shown = self.tally.shown.get();
         for state in &mut self.all {
             let connected = state.wait_for(ConnectionState::is_connected);
@@ -150,7 +162,6 @@ impl<'a> Faults<'a> {
         }
         let going_on = |tally: &Tally| tally.shown.get() > shown;
         ensure!(self.tally.wait_for(RECOVER_WITHIN, going_on).await, "nothing is received");
-        self.tally.event(&format!("         all are back after {:.1?}", started.elapsed()));
         Ok(())
     }
 }
@@ -163,6 +174,7 @@ async fn count_reconnects(mut state: StateWatch, tally: Arc<Tally>) {
         } else if state.is_connected() && lost {
             lost = false;
             tally.reconnects.add();
+            tally.changed();
         }
     }
 }

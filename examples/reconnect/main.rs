@@ -42,7 +42,7 @@ const TOPICS: [&str; 3] = ["orders", "payments", "shipments"];
 const MESSAGES: u64 = 30_000;
 const SUBSCRIPTION: &str = "warehouse";
 
-/// How long the last messages may take after the last one was enqueued.
+/// How long the rest may take after the last fault.
 const TAIL: Duration = Duration::from_secs(30);
 
 #[tokio::main]
@@ -91,7 +91,7 @@ async fn run(directory: &Path) -> Result<Report> {
 
     faults.inject(&mut server).await?;
 
-    let published = publishers.finish().await?;
+    let published = publishers.finish(TAIL).await?;
     let shown = consumer.finish(TAIL).await?;
     drop(progress);
     let left = client.shutdown(Duration::from_secs(5)).await;

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use pubsub_client::{Client, Message, PublishReceipt, PublishTicket, Publisher, StateWatch};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio::time::interval;
+use tokio::time::{interval, timeout};
 
 use crate::tally::Tally;
 use crate::{MESSAGES, TOPICS};
@@ -33,7 +33,10 @@ impl Publishers {
             let publisher = client.publisher(topic).open().await?;
             states.push(publisher.state());
             let tally = Arc::clone(tally);
-            tasks.spawn(async move { Ok((number, publish(publisher, tally).await?)) });
+            tasks.spawn(async move {
+                let result = publish(publisher, &tally).await;
+                tally.told(topic, result).map(|receipts| (number, receipts))
+            });
         }
         Ok(Self { states, tasks })
     }
@@ -43,7 +46,11 @@ impl Publishers {
     }
 
     /// Waits until everything is published and answered.
-    pub(crate) async fn finish(mut self) -> Result<Published> {
+    pub(crate) async fn finish(self, within: Duration) -> Result<Published> {
+        timeout(within, self.join()).await.context("publishes are left without an answer")?
+    }
+
+    async fn join(mut self) -> Result<Published> {
         let mut published = Published::default();
         while let Some(task) = self.tasks.join_next().await {
             let (number, receipts) = task??;
@@ -53,7 +60,7 @@ impl Publishers {
     }
 }
 
-async fn publish(publisher: Publisher, tally: Arc<Tally>) -> Result<Vec<PublishReceipt>> {
+async fn publish(publisher: Publisher, tally: &Tally) -> Result<Vec<PublishReceipt>> {
     let share = MESSAGES / TOPICS.len() as u64;
     let (tickets, queue) = mpsc::channel(10_000);
     let enqueue = async {
@@ -70,7 +77,7 @@ async fn publish(publisher: Publisher, tally: Arc<Tally>) -> Result<Vec<PublishR
         drop(tickets);
         Ok(())
     };
-    let (_, receipts) = tokio::try_join!(enqueue, collect(queue, &tally))?;
+    let (_, receipts) = tokio::try_join!(enqueue, collect(queue, tally))?;
     Ok(receipts)
 }
 

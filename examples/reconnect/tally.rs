@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use anyhow::Result;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, timeout};
@@ -85,6 +86,11 @@ impl Tally {
             }
         };
         timeout(within, wait).await.is_ok()
+    }
+
+    /// Tells of a failure when it happens, since what follows from it is noticed first.
+    pub(crate) fn told<T>(&self, who: &str, result: Result<T>) -> Result<T> {
+        result.inspect_err(|error| self.event(&format!("FAILED   {who}: {error:#}")))
     }
 
     /// Tells what has happened.

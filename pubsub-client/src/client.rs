@@ -26,6 +26,25 @@ pub(crate) const VERSION: &str = concat!("pubsub-client/", env!("CARGO_PKG_VERSI
 
 /// A client of one server. Cheap to clone.
 ///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use pubsub_client::{Client, TopicConfig};
+///
+/// let server = pubsub_server::Server::start(pubsub_server::Config::in_memory()).await?;
+/// let client = Client::connect(server.url()).await?;
+/// client.admin().create_topic("orders", TopicConfig::new()).await?;
+///
+/// let publisher = client.publisher("orders").open().await?;
+/// let receipt = publisher.publish("an order").await?;
+/// assert_eq!(receipt.id.sequence, 1);
+///
+/// let report = client.shutdown(std::time::Duration::from_secs(5)).await;
+/// assert!(report.is_clean());
+/// # Ok(())
+/// # }
+/// ```
+///
 /// Every publisher and every subscriber has a connection of its own, so that none can stall
 /// another; administration shares one. All reconnect by themselves.
 ///
@@ -171,7 +190,7 @@ impl ClientBuilder {
     /// Asks for a heartbeat interval, 1 s to 60 s: 10 s by default. After 2.5 intervals without
     /// a sign of life from the server a session reconnects.
     pub fn heartbeat(mut self, interval: Duration) -> Self {
-        self.heartbeat = interval.clamp(Duration::from_secs(1), Duration::from_secs(60));
+        self.heartbeat = interval.clamp(limits::MIN_HEARTBEAT, limits::MAX_HEARTBEAT);
         self
     }
 

@@ -5,6 +5,23 @@
 //! that the application has not seen; acks that are on their way arrive. The
 //! [state](ConnectionState) of each connection can be watched, and nothing waits without being
 //! visible there.
+//!
+//! Start at [`Client`]. What is promised:
+//!
+//! - A [published](Publisher) message is on the server's disk, once, and in the order of the
+//!   calls, whatever happens to the connection. Whether a publish that failed may be stored all
+//!   the same is never a guess: [`PublishError::outcome`].
+//! - A [subscription](Subscriber) has every message from its start on until it is acked, in the
+//!   order of each topic; what a living process has been handed is not handed to it again, except
+//!   after it was nacked.
+//! - Across a crash of the consuming process a message can come again. To process it effectively
+//!   once, keep its [`MessageId`] beside the effect, in the same transaction of the application's
+//!   own database, and skip what is there already.
+//!
+//! # Features
+//!
+//! - `json` (default): the [`Json`] codec.
+//! - `prost`: the `Prost` codec.
 
 mod admin;
 mod client;

@@ -37,5 +37,8 @@ pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// The heartbeat interval that is asked for.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(10);
+/// The heartbeat intervals that a server takes.
+pub(crate) const MIN_HEARTBEAT: Duration = Duration::from_secs(1);
+pub(crate) const MAX_HEARTBEAT: Duration = Duration::from_secs(60);
 /// The heartbeat interval of the fast profile.
 pub(crate) const FAST_HEARTBEAT: Duration = Duration::from_secs(1);

@@ -12,6 +12,8 @@ const DEAD_AFTER: f64 = 2.5;
 #[derive(Debug)]
 pub(crate) struct Liveness {
     interval: Duration,
+    /// How often a ping is sent; not less often than the interval.
+    ping_every: Duration,
     last_frame: Instant,
     next_ping: Instant,
     nonce: u64,
@@ -27,6 +29,7 @@ impl Liveness {
     pub(crate) fn new(interval: Duration, hello: Instant, now: Instant) -> Self {
         Self {
             interval,
+            ping_every: interval,
             last_frame: now,
             next_ping: now + interval,
             nonce: 0,
@@ -36,12 +39,15 @@ impl Liveness {
         }
     }
 
-    /// The server has decided on the interval.
-    pub(crate) fn set_interval(&mut self, interval: Duration, now: Instant) {
-        if interval != self.interval && !interval.is_zero() {
+    /// The server has decided on the interval, and for how long it keeps the place of a session
+    /// that it does not hear: a place that has to be proven well within that time.
+    pub(crate) fn set_interval(&mut self, interval: Duration, grace: Duration, now: Instant) {
+        if !interval.is_zero() {
             self.interval = interval;
-            self.next_ping = now + interval;
         }
+        let proof = if grace.is_zero() { self.interval } else { grace / 3 };
+        self.ping_every = self.interval.min(proof);
+        self.next_ping = self.next_ping.min(now + self.ping_every);
     }
 
     /// A frame came, of any kind.
@@ -73,14 +79,14 @@ impl Liveness {
     pub(crate) fn expect_answers(&mut self, expects: bool, now: Instant) {
         self.expects_answers = expects;
         self.unanswered.clear();
-        self.next_ping = now + self.interval;
+        self.next_ping = now + self.ping_every;
     }
 
     /// A ping is sent: its nonce.
     pub(crate) fn ping(&mut self, now: Instant) -> u64 {
         self.nonce += 1;
         self.unanswered.push_back((self.nonce, now));
-        self.next_ping = now + self.interval;
+        self.next_ping = now + self.ping_every;
         self.nonce
     }
 
@@ -157,6 +163,18 @@ mod tests {
         assert!(live.dead(start + 125 * SECOND).is_some());
         live.expect_answers(true, start + 110 * SECOND);
         assert_eq!(live.wake_at(start + 110 * SECOND), start + 120 * SECOND);
+    }
+
+    #[test]
+    fn pings_prove_the_place_well_within_the_grace() {
+        let (mut live, start) = start();
+        live.set_interval(60 * SECOND, 30 * SECOND, start);
+        assert_eq!(live.wake_at(start), start + 10 * SECOND);
+        live.ping(start + 10 * SECOND);
+        assert_eq!(live.wake_at(start), start + 20 * SECOND);
+        live.answer(1);
+        live.frame(start + 20 * SECOND);
+        assert_eq!(live.dead(start + 169 * SECOND), None);
     }
 
     #[test]

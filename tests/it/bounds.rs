@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::ensure;
 use pubsub_client::{ConnectionState, Event as Item, Message, Reason, Start};
 use pubsub_proto::v1::TopicConfig;
 use pubsub_tests::{admin, lab::scenario, raw, wait};

@@ -376,35 +376,3 @@ fn a_reader_goes_on_where_it_was_after_a_crash_and_leaves_nothing_behind() {
         Ok(())
     });
 }
-
-#[test]
-fn a_consumer_that_reads_nothing_stalls_nobody() {
-    const MESSAGES: u64 = 3000;
-    scenario(WITHIN, async |lab| {
-        let server = lab.server().await?;
-        let channel = raw::connect(&server.url()).await?;
-        admin::create_topic(&channel, TOPIC).await?;
-        let client = app::client(&server.url())?;
-        let stalled = app::subscribe(&client, "stalled", TOPIC).await?;
-        let mut holder = app::subscribe(&client, "holder", TOPIC).await?;
-        let mut healthy = app::subscribe(&client, "healthy", TOPIC).await?;
-        let publisher = app::publisher(&client, TOPIC).await?;
-        let ids = app::publish_numbers(&publisher, 1..=MESSAGES).await?;
-        ensure!(ids.len() as u64 == MESSAGES);
-        // One never looks, one looks and never acks; a third one sees all.
-        let held = app::next_many(&mut holder, 10).await?;
-        for expected in 1..=MESSAGES {
-            let delivery = app::next(&mut healthy).await?;
-            ensure!(delivery.id.sequence == expected, "{} for {expected}", delivery.id);
-            delivery.ack();
-        }
-        app::all_acked(&channel, "healthy").await?;
-        let outstanding = admin::subscription(&channel, "stalled").await?.positions[0].outstanding;
-        ensure!(
-            outstanding <= 1000,
-            "{outstanding} messages are with a consumer that asked for 1000"
-        );
-        drop((held, stalled));
-        Ok(())
-    });
-}

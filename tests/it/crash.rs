@@ -13,7 +13,10 @@ use pubsub_tests::{
 };
 use tokio::time::Instant;
 
-use crate::app::{self, Load, SOON};
+use crate::{
+    app::{self, SOON},
+    load::Load,
+};
 
 const WITHIN: Duration = Duration::from_secs(120);
 const TOPIC: &str = "orders";
@@ -24,12 +27,12 @@ fn a_server_killed_under_load_loses_nothing_and_repeats_nothing() {
     scenario(WITHIN, async |lab| {
         let mut rig = lab.rig().await?;
         admin::create_topic(&raw::connect(&rig.url()).await?, TOPIC).await?;
-        let mut load = Load::new(TOPIC);
+        let mut load = Load::new(rig.url(), TOPIC);
         for _ in 0..3 {
-            load.publisher(&rig.url(), lab.rng.fork()).await?;
+            load.publisher(lab.rng.fork()).await?;
         }
         for subscription in ["billing", "shipping"] {
-            load.consumer(&rig.url(), subscription, lab.rng.fork()).await?;
+            load.consumer(subscription, lab.rng.fork()).await?;
         }
         for _ in 0..KILLS {
             let (stored, delivered) = (lab.rng.between(1, 300), lab.rng.between(1, 300));
@@ -120,11 +123,11 @@ fn a_drain_under_load_ends_within_seconds_and_nobody_notices() {
     scenario(WITHIN, async |lab| {
         let mut rig = lab.rig().await?;
         admin::create_topic(&raw::connect(&rig.url()).await?, TOPIC).await?;
-        let mut load = Load::new(TOPIC);
+        let mut load = Load::new(rig.url(), TOPIC);
         for _ in 0..2 {
-            load.publisher(&rig.url(), lab.rng.fork()).await?;
+            load.publisher(lab.rng.fork()).await?;
         }
-        load.consumer(&rig.url(), "billing", lab.rng.fork()).await?;
+        load.consumer("billing", lab.rng.fork()).await?;
         for _ in 0..4 {
             load.progress(100, 100).await?;
             load.fault("stop");

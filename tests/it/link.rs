@@ -14,7 +14,10 @@ use pubsub_tests::{
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
-use crate::app::{self, Load, SOON};
+use crate::{
+    app::{self, SOON},
+    load::Load,
+};
 
 const WITHIN: Duration = Duration::from_secs(120);
 const TOPIC: &str = "orders";
@@ -77,6 +80,7 @@ fn a_publish_conversation_cut_at_any_frame_stores_each_message_once() {
                 .await?;
             }
         }
+        eprintln!("{cuts} cuts");
         ensure!(cuts >= 20, "the run is void: only {cuts} cuts");
         Ok(())
     });
@@ -111,6 +115,7 @@ fn a_subscribe_conversation_cut_at_any_frame_shows_each_message_once() {
                 .await?;
             }
         }
+        eprintln!("{cuts} cuts");
         ensure!(cuts >= 20, "the run is void: only {cuts} cuts");
         Ok(())
     });
@@ -131,11 +136,11 @@ fn connections_cut_at_random_bytes_under_load_lose_and_repeat_nothing() {
     scenario(WITHIN, async |lab| {
         let rig = lab.rig().await?;
         admin::create_topic(&raw::connect(&rig.url()).await?, TOPIC).await?;
-        let mut load = Load::new(TOPIC);
+        let mut load = Load::new(rig.url(), TOPIC);
         for _ in 0..2 {
-            load.publisher(&rig.url(), lab.rng.fork()).await?;
+            load.publisher(lab.rng.fork()).await?;
         }
-        load.consumer(&rig.url(), "billing", lab.rng.fork()).await?;
+        load.consumer("billing", lab.rng.fork()).await?;
         while rig.proxy.cuts() < CUTS as u64 {
             let before = rig.proxy.cuts();
             let direction = match lab.rng.below(2) {
@@ -149,8 +154,9 @@ fn connections_cut_at_random_bytes_under_load_lose_and_repeat_nothing() {
             if rig.proxy.disarm() {
                 rig.proxy.cut_all(cut);
             }
-            ensure!(rig.proxy.cuts() > before, "nothing was cut");
-            load.fault("cut");
+            if rig.proxy.cuts() > before {
+                load.fault("cut");
+            }
         }
         load.progress(50, 50).await?;
         let gate = Gate { stored: 500, delivered: 500, faults: CUTS / 3, in_doubt: 10 };

@@ -72,6 +72,24 @@ impl Source {
         Ok(Self { path, text, code })
     }
 
+    /// The modules in files of their own that are only there in tests, without their endings.
+    fn test_modules(&self) -> Vec<String> {
+        let folder = match self.path.rsplit_once('/') {
+            Some((folder, "mod.rs" | "lib.rs" | "main.rs")) => folder,
+            _ => self.path.trim_end_matches(".rs"),
+        };
+        let mut lines = self.text.lines().map(str::trim).peekable();
+        let mut modules = Vec::new();
+        while let Some(line) = lines.next() {
+            let next = lines.peek().and_then(|next| next.strip_suffix(';'));
+            let name = next.and_then(|next| next.rsplit_once("mod ").map(|(_, name)| name));
+            if let Some(name) = name.filter(|_| line == "#[cfg(test)]") {
+                modules.push(format!("{folder}/{name}"));
+            }
+        }
+        modules
+    }
+
     fn is_under(&self, path: &str) -> bool {
         self.path.strip_prefix(path).is_some_and(|rest| rest.starts_with(['/', '.']))
     }
@@ -109,6 +127,12 @@ fn sources() -> Result<Vec<Source>> {
         }
     }
     ensure!(!sources.is_empty(), "there are no sources");
+    let tests: Vec<_> = sources.iter().flat_map(Source::test_modules).collect();
+    for source in &mut sources {
+        if tests.iter().any(|test| source.is_under(test)) {
+            source.code.clear();
+        }
+    }
     Ok(sources)
 }
 

@@ -19,6 +19,27 @@ use crate::subscriber::{Start, start_to_wire};
 
 /// Administers a server; made by [`Client::admin`](crate::Client::admin). Cheap to clone.
 ///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let server = pubsub_server::Server::start(pubsub_server::Config::in_memory()).await?;
+/// # let client = pubsub_client::Client::connect(server.url()).await?;
+/// use std::time::Duration;
+/// use pubsub_client::{CreateSubscription, ReceiptState, TopicConfig};
+///
+/// let admin = client.admin();
+/// let config = TopicConfig::new().with_retention(Duration::from_secs(24 * 3600));
+/// admin.create_topic("orders", config).await?;
+/// admin.create_subscription("billing", CreateSubscription::to(["orders"])).await?;
+///
+/// let receipt = client.publisher("orders").open().await?.publish("an order").await?;
+/// let id = receipt.id;
+/// let receipts = admin.receipts(&*id.topic, Some(id.epoch), id.sequence, None).await?;
+/// assert_eq!(receipts[0].state, ReceiptState::Pending);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// Each call either succeeds or fails within the client's
 /// [request timeout](crate::ClientBuilder::request_timeout); nothing is retried for longer than
 /// that. [`AdminError::outcome`] says whether a call that failed may have taken effect.

@@ -25,6 +25,32 @@ use crate::state::{ConnectionState, StateWatch};
 ///
 /// Made by [`Client::publisher`](crate::Client::publisher).
 ///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let server = pubsub_server::Server::start(pubsub_server::Config::in_memory()).await?;
+/// # let client = pubsub_client::Client::connect(server.url()).await?;
+/// # client.admin().create_topic("orders", Default::default()).await?;
+/// use std::time::Duration;
+/// use pubsub_client::Message;
+///
+/// let publisher = client.publisher("orders").open().await?;
+///
+/// // One message, until it is on the server's disk:
+/// publisher.publish("first").await?;
+///
+/// // Many, pipelined, in this order; a ticket tells the fate of each:
+/// let second = publisher.enqueue("second").await?;
+/// let third = Message::new("third").with_idempotency_key("order-3");
+/// let third = publisher.enqueue(third).await?;
+/// assert_eq!(second.await?.id.sequence, 2);
+/// assert_eq!(third.await?.id.sequence, 3);
+///
+/// publisher.close(Duration::from_secs(5)).await?;
+/// # Ok(())
+/// # }
+/// ```
+///
 /// Nothing fails merely because the server is away, restarts, or is full: messages wait in the
 /// window, and when that is full, callers wait. After a reconnect everything without an answer
 /// is sent again, in order; the server stores each message once. The [state](Self::state) tells
@@ -102,6 +128,15 @@ impl Publisher {
     /// Cancel-safe: for `select!`, where losing a message with a cancelled
     /// [`enqueue`](Self::enqueue) would not do.
     ///
+    /// ```
+    /// # async fn example(publisher: pubsub_client::Publisher) -> Result<(), Box<dyn std::error::Error>> {
+    /// let permit = publisher.reserve(1024).await?;
+    /// let ticket = permit.enqueue("a message of up to 1 KiB")?;
+    /// ticket.await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// The publisher has failed or was closed.
@@ -132,6 +167,34 @@ impl Publisher {
     }
 
     /// A publisher of values, encoded by a codec.
+    ///
+    /// ```
+    /// # #[cfg(feature = "json")]
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let server = pubsub_server::Server::start(pubsub_server::Config::in_memory()).await?;
+    /// # let client = pubsub_client::Client::connect(server.url()).await?;
+    /// # client.admin().create_topic("orders", Default::default()).await?;
+    /// use pubsub_client::{Json, Start};
+    ///
+    /// #[derive(serde::Serialize, serde::Deserialize)]
+    /// struct Order {
+    ///     total: u32,
+    /// }
+    ///
+    /// let orders = client.publisher("orders").open().await?.typed::<Order, _>(Json);
+    /// orders.publish(&Order { total: 12 }).await?;
+    ///
+    /// let reader = client.reader(["orders"]).start(Start::Earliest).open().await?;
+    /// let mut reader = reader.typed::<Order, _>(Json);
+    /// let event = reader.next().await.expect("a reader does not end")?;
+    /// let order = event.into_message().expect("there are no gaps here");
+    /// assert_eq!(order.payload.total, 12);
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "json"))]
+    /// # fn main() {}
+    /// ```
     pub fn typed<T, C>(&self, codec: C) -> TypedPublisher<T, C> {
         TypedPublisher::new(self.clone(), codec)
     }
@@ -251,7 +314,7 @@ impl PublisherBuilder {
     /// Asks for a heartbeat interval, 1 s to 60 s; that of the
     /// [client](crate::ClientBuilder::heartbeat) by default.
     pub fn heartbeat(mut self, interval: Duration) -> Self {
-        self.settings.heartbeat = interval;
+        self.settings.heartbeat = interval.clamp(limits::MIN_HEARTBEAT, limits::MAX_HEARTBEAT);
         self
     }
 

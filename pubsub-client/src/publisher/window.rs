@@ -134,6 +134,7 @@ impl<T> Window<T> {
     pub(super) fn hello(&mut self) -> Hello {
         self.on_stream = 0;
         self.bytes_on_stream = 0;
+        // Deliberate bugs, for tests of tests.
         if cfg!(pubsub_break = "retry_mints_new_identity") && !self.sent.is_empty() {
             self.epoch += 1;
             self.next = 1;

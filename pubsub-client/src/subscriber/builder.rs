@@ -144,14 +144,15 @@ impl SubscriberBuilder {
     /// Asks for a heartbeat interval, 1 s to 60 s; that of the
     /// [client](crate::ClientBuilder::heartbeat) by default.
     pub fn heartbeat(mut self, interval: Duration) -> Self {
-        self.settings.heartbeat = interval;
+        self.settings.heartbeat = interval.clamp(limits::MIN_HEARTBEAT, limits::MAX_HEARTBEAT);
         self
     }
 
     /// Opens it, and waits until the server has taken it in: as the active consumer, or as one
     /// that stands by.
     ///
-    /// While the server is away this waits, without limit.
+    /// While the server is away this waits, without limit. If the future is dropped, the
+    /// subscriber is stopped.
     ///
     /// # Errors
     ///

@@ -36,6 +36,39 @@ use crate::state::StateWatch;
 /// Made by [`Client::subscriber`](crate::Client::subscriber) or
 /// [`Client::reader`](crate::Client::reader).
 ///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let server = pubsub_server::Server::start(pubsub_server::Config::in_memory()).await?;
+/// # let client = pubsub_client::Client::connect(server.url()).await?;
+/// # client.admin().create_topic("orders", Default::default()).await?;
+/// # client.publisher("orders").open().await?.publish("an order").await?;
+/// use std::time::Duration;
+/// use pubsub_client::{Drain, Event, Start};
+///
+/// let mut subscriber = client
+///     .subscriber("billing")
+///     .topic("orders")
+///     .start(Start::Earliest)
+///     .open()
+///     .await?;
+/// while let Some(event) = subscriber.next().await {
+///     match event? {
+///         Event::Message(delivery) => {
+///             println!("{}: {:?}", delivery.id, delivery.payload);
+///             delivery.ack();
+///         }
+///         Event::Gap(gap) => eprintln!("messages {:?} will never come", gap.range),
+///         _ => {}
+///     }
+/// #   break;
+/// }
+/// let report = subscriber.stopper().stop(Drain::Finish, Duration::from_secs(5)).await;
+/// assert!(report.is_clean());
+/// # Ok(())
+/// # }
+/// ```
+///
 /// A disconnect or a server restart does not show in the stream: the subscriber reconnects, and
 /// goes on with exactly the messages that the application has not seen. Deliveries handed out
 /// before stay valid. The [state](Self::state) tells.

@@ -24,6 +24,33 @@ impl Subscriber {
     ///
     /// Gaps are logged as warnings; to act on them, use [`next`](Self::next).
     ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let server = pubsub_server::Server::start(pubsub_server::Config::in_memory()).await?;
+    /// # let client = pubsub_client::Client::connect(server.url()).await?;
+    /// # client.admin().create_topic("orders", Default::default()).await?;
+    /// # client.publisher("orders").open().await?.publish("an order").await?;
+    /// # use pubsub_client::{Drain, Start};
+    /// let subscriber = client.subscriber("billing").topic("orders").start(Start::Earliest);
+    /// let subscriber = subscriber.open().await?;
+    /// let stopper = subscriber.stopper();
+    /// subscriber
+    ///     .run(8, |message| {
+    ///         let stopper = stopper.clone();
+    ///         async move {
+    ///             println!("{}", message.id);
+    ///             # drop(tokio::task::spawn(async move {
+    ///             #     stopper.stop(Drain::Finish, std::time::Duration::from_secs(5)).await
+    ///             # }));
+    ///             Ok::<(), String>(())
+    ///         }
+    ///     })
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     ///
     /// The server has ended the session for good. Handlers that run are waited for.

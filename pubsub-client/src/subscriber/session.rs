@@ -339,10 +339,10 @@ impl Session<'_> {
     }
 
     fn welcome(&mut self, welcome: pb::SubscribeWelcome) {
-        if let Some(interval) = duration(welcome.heartbeat_interval) {
-            self.live.set_interval(interval, Instant::now());
-        }
-        self.grace = Some(duration(welcome.grace).unwrap_or_default());
+        let grace = duration(welcome.grace).unwrap_or_default();
+        let interval = duration(welcome.heartbeat_interval).unwrap_or_default();
+        self.live.set_interval(interval, grace, Instant::now());
+        self.grace = Some(grace);
         self.reconnect.connected();
         {
             let mut inner = self.core.lock();

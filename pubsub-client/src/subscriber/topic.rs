@@ -109,7 +109,8 @@ pub(super) struct Topic<M> {
     acks_to_send: RangeInclusiveSet<u64>,
     nacked: BTreeMap<u64, Nacked>,
     nacks_to_send: BTreeSet<u64>,
-    awaiting_rewind: BTreeSet<u64>,
+    /// Nothing is shown while there are any: their rewinds are on the way.
+    unsettled_nacks: BTreeSet<u64>,
 }
 
 impl<M> Topic<M> {
@@ -136,7 +137,7 @@ impl<M> Topic<M> {
             acks_to_send: RangeInclusiveSet::new(),
             nacked: BTreeMap::new(),
             nacks_to_send: BTreeSet::new(),
-            awaiting_rewind: BTreeSet::new(),
+            unsettled_nacks: BTreeSet::new(),
         }
     }
 
@@ -170,11 +171,13 @@ impl<M> Topic<M> {
         self.number = None;
         self.acks_to_send.clear();
         self.nacks_to_send.clear();
+        // A deliberate bug, for tests of tests.
         if cfg!(pubsub_break = "acks_dropped_at_reconnect") {
             self.acked.clear();
         }
         let mut held = RangeInclusiveSet::new();
         for sequence in self.buffered.keys().chain(self.outstanding.keys()) {
+            // A deliberate bug, for tests of tests.
             let last = sequence + u64::from(cfg!(pubsub_break = "resume_off_by_one"));
             held.insert(*sequence..=last);
         }
@@ -194,10 +197,10 @@ impl<M> Topic<M> {
     /// A stream was lost between a nack and its rewind. The server is going to deliver from the
     /// nacked message on, and nothing after it may be shown before it.
     fn rewind_by_nack(&mut self) {
-        if let Some(from) = self.awaiting_rewind.pop_first() {
+        if let Some(from) = self.unsettled_nacks.pop_first() {
             self.take_back(from);
         }
-        self.awaiting_rewind.clear();
+        self.unsettled_nacks.clear();
     }
 
     fn take_back(&mut self, from: u64) {
@@ -208,6 +211,7 @@ impl<M> Topic<M> {
     /// Takes a delivered message in. Says whether it is one to be shown.
     pub(super) fn receive(&mut self, sequence: u64, item: (u32, u64, M)) -> bool {
         let (attempt, bytes, message) = item;
+        // A deliberate bug, for tests of tests.
         let skip = cfg!(pubsub_break = "resume_by_last_received") && sequence <= self.last_received;
         self.last_received = self.last_received.max(sequence);
         self.head = self.head.max(sequence);
@@ -251,12 +255,11 @@ impl<M> Topic<M> {
     pub(super) fn rewind(&mut self, from: u64, generation: u32) {
         self.generation = generation;
         self.take_back(from);
-        self.awaiting_rewind.retain(|sequence| *sequence < from);
     }
 
     /// Whether there is something to show, and nothing that must come before it.
     pub(super) fn is_ready(&self) -> bool {
-        self.awaiting_rewind.is_empty() && !(self.buffered.is_empty() && self.gaps.is_empty())
+        self.unsettled_nacks.is_empty() && !(self.buffered.is_empty() && self.gaps.is_empty())
     }
 
     /// Hands out the next thing, in the order of the log. `auto_ack`: it needs no ack by the
@@ -288,7 +291,7 @@ impl<M> Topic<M> {
         self.buffered.remove(&sequence);
         if self.nacks_to_send.remove(&sequence) {
             self.nacked.remove(&sequence);
-            self.awaiting_rewind.remove(&sequence);
+            self.unsettled_nacks.remove(&sequence);
         }
         if self.left || self.done.contains(sequence) || self.acked.contains(&sequence) {
             return false;
@@ -317,7 +320,7 @@ impl<M> Topic<M> {
         self.outstanding.remove(&sequence);
         self.nacked.insert(sequence, nacked);
         self.nacks_to_send.insert(sequence);
-        self.awaiting_rewind.insert(sequence);
+        self.unsettled_nacks.insert(sequence);
         true
     }
 
@@ -343,9 +346,9 @@ impl<M> Topic<M> {
         for (sequence, showing) in nacks {
             if self.nacked.get(sequence).is_some_and(|nack| nack.showing == *showing) {
                 self.nacked.remove(sequence);
-                // A rewind comes before the confirmation, or not at all: then the server had no
-                // use for the nack.
-                self.awaiting_rewind.remove(sequence);
+                // The rewind has come before the confirmation; or it never will, since the server
+                // had no use for the nack. The rewind alone could be that of an earlier nack.
+                self.unsettled_nacks.remove(sequence);
             }
         }
     }
@@ -384,7 +387,7 @@ impl<M> Topic<M> {
         self.acks_to_send.clear();
         self.nacked.clear();
         self.nacks_to_send.clear();
-        self.awaiting_rewind.clear();
+        self.unsettled_nacks.clear();
         self.outstanding.clear();
     }
 

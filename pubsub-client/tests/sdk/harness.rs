@@ -19,6 +19,7 @@ pub(crate) struct Proxy {
     address: SocketAddr,
     target: Arc<Mutex<Option<SocketAddr>>>,
     cuts: watch::Sender<u64>,
+    frozen: watch::Sender<bool>,
     _tasks: JoinSet<()>,
 }
 
@@ -29,13 +30,22 @@ impl Proxy {
         let target = Arc::new(Mutex::new(Some(target)));
         let cuts = watch::Sender::new(0);
         let mut tasks = JoinSet::new();
-        tasks.spawn(forward(listener, Arc::clone(&target), cuts.clone()));
-        Self { address, target, cuts, _tasks: tasks }
+        let frozen = watch::Sender::new(false);
+        tasks.spawn(forward(listener, Arc::clone(&target), cuts.clone(), frozen.clone()));
+        Self { address, target, cuts, frozen, _tasks: tasks }
     }
 
     /// Cuts all connections. New ones are possible at once.
     pub(crate) fn cut(&self) {
         self.cuts.send_modify(|cuts| *cuts += 1);
+    }
+
+    /// Keeps all connections open, and forwards nothing.
+    pub(crate) fn freeze(&self, frozen: bool) {
+        self.frozen.send_replace(frozen);
+        if !frozen {
+            self.cut();
+        }
     }
 
     /// Cuts all connections and lets no new ones through, until there is a target again.
@@ -49,17 +59,23 @@ async fn forward(
     listener: TcpListener,
     target: Arc<Mutex<Option<SocketAddr>>>,
     cuts: watch::Sender<u64>,
+    frozen: watch::Sender<bool>,
 ) {
     let mut connections = JoinSet::new();
     while let Ok((mut inbound, _)) = listener.accept().await {
         let target = *target.lock().unwrap();
         let mut cuts = cuts.subscribe();
+        let mut frozen = frozen.subscribe();
         connections.spawn(async move {
             let Some(target) = target else { return };
             let Ok(mut outbound) = TcpStream::connect(target).await else { return };
             tokio::select! {
                 _ = copy_bidirectional(&mut inbound, &mut outbound) => {}
                 _ = cuts.changed() => {}
+                () = async { drop(frozen.wait_for(|frozen| *frozen).await) } => {
+                    // Neither end learns anything.
+                    let _ = cuts.changed().await;
+                }
             }
         });
     }
@@ -103,6 +119,23 @@ impl World {
     pub(crate) async fn stop_server(&mut self) {
         self.proxy.set_target(None);
         self.server.take().unwrap().stop().await.unwrap();
+    }
+
+    /// Stops the server in order, with its connections alive.
+    pub(crate) async fn drain_server(&mut self) {
+        self.server.take().unwrap().stop().await.unwrap();
+        self.proxy.set_target(None);
+    }
+
+    /// Another server, with another history, takes the place of this one.
+    pub(crate) async fn replace_server(&mut self) {
+        self.stop_server().await;
+        self.directory = tempfile::tempdir().unwrap();
+        let server = Server::start(Config::at(self.directory.path())).await.unwrap();
+        let client = Client::connect(server.url()).await.unwrap();
+        client.admin().create_topic("t", TopicConfig::new()).await.unwrap();
+        self.proxy.set_target(Some(server.address()));
+        self.server = Some(server);
     }
 
     pub(crate) async fn start_server(&mut self) {

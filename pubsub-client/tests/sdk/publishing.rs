@@ -201,3 +201,53 @@ async fn a_recreated_topic_fails_the_publisher_unless_it_may_go_on() {
     let mut reader = world.client.reader(["t"]).start(Start::Earliest).open().await.unwrap();
     assert_eq!(number(&next(&mut reader).await), 4);
 }
+
+#[tokio::test]
+async fn a_full_topic_blocks_visibly_until_there_is_room() {
+    let world = World::new().await;
+    let admin = world.client.admin();
+    admin.create_topic("small", TopicConfig::new().with_max_bytes(10_000)).await.unwrap();
+    let mut subscriber = world.client.subscriber("s").topic("small").open().await.unwrap();
+    let publisher = world.client.publisher("small").batch_messages(1).open().await.unwrap();
+    let mut tickets = Vec::new();
+    for _ in 0..20 {
+        tickets.push(publisher.enqueue(vec![0; 1000]).await.unwrap());
+    }
+    let mut state = publisher.state();
+    let blocked = |state: &ConnectionState| matches!(state, ConnectionState::Blocked { .. });
+    let Some(ConnectionState::Blocked { reason, .. }) = soon(state.wait_for(blocked)).await else {
+        panic!("not blocked")
+    };
+    assert_eq!(reason, Reason::TopicFull);
+    let refused = publisher.try_enqueue("x").unwrap_err();
+    assert!(matches!(refused, EnqueueError::Blocked { reason: Reason::TopicFull, .. }));
+    // Longer than any heartbeat: being blocked is not being dead.
+    tokio::time::sleep(4 * SECOND).await;
+    assert!(blocked(&state.get()), "{:?}", state.get());
+    for _ in 0..20 {
+        next(&mut subscriber).await.ack();
+    }
+    for (sequence, ticket) in (1..).zip(tickets) {
+        assert_eq!(soon(ticket).await.unwrap().id.sequence, sequence);
+    }
+    soon(state.wait_for(ConnectionState::is_connected)).await.unwrap();
+}
+
+#[tokio::test]
+async fn after_another_history_what_was_sent_is_unknown_and_the_rest_goes_on() {
+    let mut world = World::new().await;
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    soon(publisher.publish("1")).await.unwrap();
+    world.proxy.freeze(true);
+    let sent = publisher.enqueue(Message::new("2").with_idempotency_key("two")).await.unwrap();
+    tokio::time::sleep(SECOND / 5).await;
+    world.proxy.set_target(None);
+    world.proxy.freeze(false);
+    soon(publisher.state().wait_for(ConnectionState::is_reconnecting)).await.unwrap();
+    let unsent = publisher.enqueue("3").await.unwrap();
+    world.replace_server().await;
+    let error = soon(sent).await.unwrap_err();
+    assert!(matches!(error.kind(), PublishErrorKind::Diverged), "{error}");
+    assert_eq!((error.outcome(), error.idempotency_key()), (Outcome::Unknown, Some("two")));
+    assert_eq!(soon(unsent).await.unwrap().id.sequence, 1);
+}

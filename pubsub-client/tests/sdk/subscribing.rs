@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pubsub_client::{
-    AckError, ConnectionState, CreateSubscription, Drain, Event, GapReason, Nack, Reason,
+    AckError, Cause, ConnectionState, CreateSubscription, Drain, Event, GapReason, Nack, Reason,
     ReceiptState, Start, SubscribeError, TopicConfig,
 };
 
@@ -320,7 +320,7 @@ async fn receipts_tell_who_has_received() {
 }
 
 #[tokio::test]
-async fn a_frozen_server_is_noticed() {
+async fn an_absent_server_shows_in_the_state() {
     let world = World::new().await;
     let subscriber = world.subscription("s").open().await.unwrap();
     let position = subscriber.position();
@@ -333,4 +333,70 @@ async fn a_frozen_server_is_noticed() {
     world.proxy.set_target(world.server.as_ref().map(|server| server.address()));
     soon(subscriber.state().wait_for(ConnectionState::is_connected)).await.unwrap();
     soon(world.client.state().wait_for(ConnectionState::is_connected)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_silent_server_is_noticed_and_what_it_kept_comes_through() {
+    let world = World::new().await;
+    let mut subscriber = world.subscription("s").open().await.unwrap();
+    world.publish(1..=1).await;
+    let held = next(&mut subscriber).await;
+    let frozen_at = std::time::Instant::now();
+    world.proxy.freeze(true);
+    let ack = tokio::task::spawn(held.ack_confirmed());
+    let mut state = subscriber.state();
+    let state = soon(state.wait_for(ConnectionState::is_reconnecting)).await;
+    let Some(ConnectionState::Reconnecting { cause, .. }) = state else { panic!("{state:?}") };
+    assert!(matches!(*cause, Cause::Silence(_)), "{cause}");
+    assert!(frozen_at.elapsed() < 4 * SECOND);
+    world.proxy.freeze(false);
+    assert_eq!(soon(ack).await.unwrap(), Ok(()));
+    silence(&mut subscriber).await;
+}
+
+#[tokio::test]
+async fn a_planned_restart_is_followed_and_shows_nothing_twice() {
+    let mut world = World::new().await;
+    world.publish(1..=6).await;
+    let mut subscriber = world.subscription("s").open().await.unwrap();
+    assert_eq!(receive(&mut subscriber, 3).await, [1, 2, 3]);
+    let held = next(&mut subscriber).await;
+    let mut state = subscriber.state();
+    let ((), drained) = tokio::join!(
+        world.drain_server(),
+        state.wait_for(|state| matches!(
+            state,
+            ConnectionState::Reconnecting { cause, attempt: 0, .. }
+                if matches!(**cause, Cause::Drain(_))
+        )),
+    );
+    assert!(drained.is_some());
+    world.start_server().await;
+    assert_eq!(receive(&mut subscriber, 2).await, [5, 6]);
+    soon(held.ack_confirmed()).await.unwrap();
+    silence(&mut subscriber).await;
+}
+
+#[tokio::test]
+async fn another_history_clears_what_a_subscriber_knows_and_ends_a_reader() {
+    let mut world = World::new().await;
+    world.publish(1..=3).await;
+    let mut subscriber = world.subscription("s").open().await.unwrap();
+    let mut reader = world.client.reader(["t"]).start(Start::Earliest).open().await.unwrap();
+    assert_eq!(receive(&mut reader, 3).await, [1, 2, 3]);
+    let held = next(&mut subscriber).await;
+    world.replace_server().await;
+    let error = soon(reader.next()).await.unwrap().unwrap_err();
+    assert_eq!(error.reason(), Some(Reason::Diverged));
+    assert_eq!(soon(held.ack_confirmed()).await, Err(AckError::Stale));
+    world.publish(7..=8).await;
+    let numbers = loop {
+        // What was buffered may still be handed out until the new history shows.
+        let delivery = next(&mut subscriber).await;
+        if number(&delivery) == 7 {
+            delivery.ack();
+            break receive(&mut subscriber, 1).await;
+        }
+    };
+    assert_eq!(numbers, [8]);
 }

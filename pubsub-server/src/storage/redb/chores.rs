@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use ::redb::{Key, ReadableTable, Table, Value};
+use ::redb::{Key, ReadableTable, ReadableTableMetadata, Table, Value};
 
 use super::group::Effects;
-use super::rows::{self, Head, decode_header, encode};
+use super::rows::{self, Head, ROW_BYTES, decode_header, encode};
 use super::sealing::release;
 use super::state::{State, Topic};
 use super::tables::{GARBAGE_SUBSCRIPTION, Row, Tables, Trouble, decoded, get, put};
@@ -43,7 +43,11 @@ pub(super) struct Chores {
 impl Chores {
     /// Everything may have been left undone.
     pub(super) fn after_open(state: &State) -> Self {
-        Self { trims: state.topics.keys().copied().collect(), garbage: true, ..Self::default() }
+        Self {
+            trims: state.topics.keys().copied().collect(),
+            garbage: true,
+            ..Self::default()
+        }
     }
 
     pub(super) fn note(&mut self, effects: &Effects) {
@@ -69,19 +73,28 @@ impl Writer {
 
     /// Removes rows of which all messages are trimmed.
     fn trim(&mut self) -> bool {
-        while let Some(topic) = self.chores.trims.first().copied() {
+        while let Some(topic) = self.next_trim() {
             let surplus = self.state.topics.get(&topic).is_some_and(has_surplus);
             let piece =
                 surplus.then(|| self.transact(|tables, state| trim_piece(tables, state, topic)));
             if let Some(doomed) = piece.flatten() {
                 self.show_topic(topic);
-                doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
+                doomed
+                    .iter()
+                    .for_each(|file| self.shared.cabinet.forget(*file));
                 self.sealing.doomed.extend(doomed);
                 return true;
             }
             self.chores.trims.remove(&topic);
         }
         false
+    }
+
+    /// A topic that may have something to trim. One that is being copied has to wait: its bytes
+    /// would be counted off twice.
+    fn next_trim(&self) -> Option<Epoch> {
+        let mut trims = self.chores.trims.iter().copied();
+        trims.find(|topic| !self.sealing.is_copying(*topic))
     }
 
     /// Removes rows of deleted topics and subscriptions.
@@ -101,7 +114,9 @@ impl Writer {
         if self.chores.next_expiry > age {
             return false;
         }
-        let did = self.transact(|tables, _| expiry_piece(tables, age)).is_some();
+        let did = self
+            .transact(|tables, _| expiry_piece(tables, age))
+            .is_some();
         if !did {
             // Nothing is due; a key that comes later lives longer than this.
             self.chores.next_expiry = age.after(1_000);
@@ -131,7 +146,10 @@ impl Writer {
 fn has_surplus(topic: &Topic) -> bool {
     let Some(head) = topic.head else { return false };
     head.collected < head.first.max(topic.hot_from())
-        || topic.segments.first().is_some_and(|segment| segment.last < head.first)
+        || topic
+            .segments
+            .first()
+            .is_some_and(|segment| segment.last < head.first)
 }
 
 /// Removes trimmed segments and some rows that are trimmed or sealed; `Some` if something was
@@ -149,7 +167,9 @@ fn trim_piece(
     };
     // Kept here for when the segments are gone.
     head.sealed_below = topic.hot_from();
-    let trimmed = topic.segments.partition_point(|segment| segment.last < head.first);
+    let trimmed = topic
+        .segments
+        .partition_point(|segment| segment.last < head.first);
     let (trimmed, kept) = topic.segments.split_at(trimmed);
     let (trimmed, kept) = (trimmed.to_vec(), Arc::new(kept.to_vec()));
     let mut doomed = Vec::new();
@@ -203,7 +223,6 @@ fn trim_rows(tables: &mut Tables<'_>, topic: Epoch, head: &mut Head) -> Result<u
 
 /// Removes some rows of what is deleted; `Some` if something was done, with the place where a
 /// scan goes on.
-#[expect(clippy::type_complexity, reason = "the outer one is for `transact`")]
 fn garbage_piece(
     tables: &mut Tables<'_>,
     state: &mut State,
@@ -224,12 +243,15 @@ fn garbage_piece(
     } else {
         let rows = |low, high| (epoch, low)..=(epoch, high);
         let keys = (epoch, 0)..=(epoch, u128::MAX);
-        let publishers = remove_some(&mut tables.publishers, keys.clone())?;
-        state.publisher_rows = state.publisher_rows.saturating_sub(publishers as u64);
-        let removed = publishers
-            + remove_some(&mut tables.messages, rows(0, u64::MAX))?
-            + remove_some(&mut tables.cursors, rows(0, u64::MAX))?
-            + remove_some(&mut tables.keys, keys)?;
+        let removed = remove_some(&mut tables.publishers, keys.clone(), PIECE_ROWS)?
+            + remove_some(
+                &mut tables.messages,
+                rows(0, u64::MAX),
+                PIECE_BYTES / ROW_BYTES,
+            )?
+            + remove_some(&mut tables.cursors, rows(0, u64::MAX), PIECE_ROWS)?
+            + remove_some(&mut tables.keys, keys, PIECE_ROWS)?;
+        state.publisher_rows = tables.publishers.len()?;
         if removed > 0 {
             return Ok(Some(None));
         }
@@ -259,13 +281,18 @@ fn cursors_of(
 }
 
 /// Removes the first rows of a range.
-fn remove_some<K>(table: &mut Table<'_, K, Row>, range: RangeInclusive<K>) -> Result<usize, Trouble>
+fn remove_some<K>(
+    table: &mut Table<'_, K, Row>,
+    range: RangeInclusive<K>,
+    limit: usize,
+) -> Result<usize, Trouble>
 where
     K: Key + for<'a> Value<SelfType<'a> = K> + Copy + 'static,
 {
-    let keys = table.range(range)?.take(PIECE_ROWS);
-    let keys: Vec<K> =
-        keys.map(|entry| entry.map(|(key, _)| key.value())).collect::<Result<_, _>>()?;
+    let keys = table.range(range)?.take(limit);
+    let keys: Vec<K> = keys
+        .map(|entry| entry.map(|(key, _)| key.value()))
+        .collect::<Result<_, _>>()?;
     for key in &keys {
         table.remove(*key)?;
     }
@@ -273,7 +300,11 @@ where
 }
 
 fn expiry_piece(tables: &mut Tables<'_>, age: Age) -> Result<Option<()>, Trouble> {
-    let Some((key, row)) = tables.expiries.first()?.map(|(key, row)| (key.value(), row)) else {
+    let Some((key, row)) = tables
+        .expiries
+        .first()?
+        .map(|(key, row)| (key.value(), row))
+    else {
         return Ok(None);
     };
     let (expires, topic, _) = key;
@@ -324,5 +355,6 @@ fn sweep_piece(
         tables.publishers.remove((*topic, *id))?;
         state.forget(Epoch(*topic), Uuid(id.to_be_bytes()));
     }
+    state.publisher_rows = tables.publishers.len()?;
     Ok((old.len(), next))
 }

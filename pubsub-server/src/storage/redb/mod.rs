@@ -43,6 +43,8 @@ mod shared;
 pub(super) mod simulation;
 mod state;
 mod tables;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 /// A small cache: pages that are read again soon are in the system's cache anyway, and a large
@@ -72,7 +74,12 @@ pub struct Options {
 impl Options {
     /// The defaults.
     pub fn new(path: impl AsRef<Path>, env: SharedEnv) -> Self {
-        Self { path: path.as_ref().to_owned(), env, free_bytes: None, inline: false }
+        Self {
+            path: path.as_ref().to_owned(),
+            env,
+            free_bytes: None,
+            inline: false,
+        }
     }
 }
 
@@ -88,7 +95,10 @@ pub struct Redb {
 /// Who commits.
 #[derive(Debug)]
 enum Committer {
-    Thread { queue: Arc<Queue>, thread: Mutex<Option<JoinHandle<Result<(), StorageError>>>> },
+    Thread {
+        queue: Arc<Queue>,
+        thread: Mutex<Option<JoinHandle<Result<(), StorageError>>>>,
+    },
     Inline(Arc<Mutex<Option<Box<Writer>>>>),
 }
 
@@ -117,7 +127,12 @@ impl Redb {
         env: SharedEnv,
         opening: Opening,
     ) -> Result<Self, StorageError> {
-        let Opened { shared, writer, boot, boots } = open::open(disk, env, opening)?;
+        let Opened {
+            shared,
+            writer,
+            boot,
+            boots,
+        } = open::open(disk, env, opening)?;
         let committer = if opening.inline {
             Committer::Inline(Arc::new(Mutex::new(Some(Box::new(writer)))))
         } else {
@@ -126,7 +141,12 @@ impl Redb {
                 detail: format!("the committer cannot be started: {error}"),
             })?
         };
-        Ok(Self { shared, committer, boot, boots })
+        Ok(Self {
+            shared,
+            committer,
+            boot,
+            boots,
+        })
     }
 
     /// Does blocking work on the part that everyone sees.
@@ -140,8 +160,14 @@ impl Redb {
             Committer::Thread { .. } => async move {
                 let path = shared.path.clone();
                 let done = tokio::task::spawn_blocking(move || work(&shared)).await;
-                // It panicked: redb asserts what a damaged file need not keep.
-                done.map_err(|error| StorageError::Corrupt { path, detail: error.to_string() })
+                done.map_err(|error| match error.try_into_panic() {
+                    // redb asserts what a damaged file need not keep.
+                    Ok(_) => StorageError::Corrupt {
+                        path,
+                        detail: "reading panicked".to_owned(),
+                    },
+                    Err(_) => StorageError::Closed,
+                })
             }
             .boxed(),
         }
@@ -155,14 +181,21 @@ impl Committer {
         let thread = thread::Builder::new()
             .name("committer".to_owned())
             .spawn(move || writer.run(&taken))?;
-        Ok(Self::Thread { queue, thread: Mutex::new(Some(thread)) })
+        Ok(Self::Thread {
+            queue,
+            thread: Mutex::new(Some(thread)),
+        })
     }
 
     fn push(&self, request: Request) {
         match self {
             Self::Thread { queue, .. } => queue.push(request),
             Self::Inline(writer) => {
-                match writer.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+                match writer
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .as_mut()
+                {
                     Some(writer) => {
                         writer.commit(vec![request]);
                         writer.tend();
@@ -227,7 +260,8 @@ impl Storage for Redb {
 
     fn apply(&self, changes: Vec<Change>, urgency: Urgency) -> Ticket<()> {
         let (promise, ticket) = ticket();
-        self.committer.push(Request::Apply(changes, urgency, promise));
+        self.committer
+            .push(Request::Apply(changes, urgency, promise));
         ticket
     }
 
@@ -259,7 +293,10 @@ impl Storage for Redb {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { name: "redb", durable: true }
+        Capabilities {
+            name: "redb",
+            durable: true,
+        }
     }
 
     fn close(&self) -> BoxFuture<'_, Result<(), StorageError>> {

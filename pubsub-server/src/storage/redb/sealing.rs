@@ -46,6 +46,8 @@ pub(super) struct Sealing {
     pub(super) doomed: Vec<u64>,
     /// Topics of which nothing could be copied: they stay in the hot file.
     stuck: HashSet<Epoch>,
+    /// Topics that are being copied.
+    copying: HashSet<Epoch>,
     /// Bytes of messages in the hot file, or more.
     pub(super) hot_bytes: u64,
     not_before: Age,
@@ -93,7 +95,14 @@ struct Sealed {
 impl Sealing {
     pub(super) fn after_open(state: &State) -> Self {
         let hot_bytes = state.topics.values().map(Topic::hot_bytes).sum();
-        Self { hot_bytes, ..Self::default() }
+        Self {
+            hot_bytes,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn is_copying(&self, topic: Epoch) -> bool {
+        self.copying.contains(&topic)
     }
 
     /// Whether something runs that will want the writer.
@@ -106,6 +115,7 @@ impl Writer {
     /// Does one step, and says whether it did.
     pub(super) fn seal(&mut self, age: Age) -> bool {
         if let Some(done) = self.finished_job() {
+            self.sealing.copying.clear();
             match done {
                 Done::Removed => {}
                 Done::Copied(Ok(sealed)) => self.register(&sealed),
@@ -136,6 +146,7 @@ impl Writer {
         let Some(plan) = self.plan() else {
             return false;
         };
+        self.sealing.copying = plan.ranges.iter().map(|range| range.topic).collect();
         let shared = Arc::clone(&self.shared);
         self.start(move || {
             let copied = copy(&shared, disk.as_ref(), &plan);
@@ -197,9 +208,15 @@ impl Writer {
         let (limit, size) = (self.opening.hot_bytes, self.opening.file_bytes);
         let hot = |(topic, state): (&Epoch, &Topic)| {
             let head = state.head.filter(|_| !self.sealing.stuck.contains(topic))?;
-            let from = state.hot_from().max(head.first);
+            // Where a row begins, also one that is trimmed and still counts.
+            let from = state.hot_from().max(head.collected);
             let bytes = state.hot_bytes();
-            (from <= head.head).then_some(Range { topic: *topic, from, last: head.head, bytes })
+            (from <= head.head).then_some(Range {
+                topic: *topic,
+                from,
+                last: head.head,
+                bytes,
+            })
         };
         let mut topics: Vec<Range> = self.state.topics.iter().filter_map(hot).collect();
         self.sealing.hot_bytes = topics.iter().map(|range| range.bytes).sum();
@@ -218,7 +235,10 @@ impl Writer {
             ranges.push(Range { bytes, ..range });
             room = if own_file { 0 } else { room - bytes };
         }
-        Some(Plan { file: self.state.next_file(), ranges })
+        Some(Plan {
+            file: self.state.next_file(),
+            ranges,
+        })
     }
 
     /// Makes a complete file part of the store.
@@ -285,7 +305,12 @@ fn copy(shared: &Shared, disk: &dyn Disk, plan: &Plan) -> Result<Sealed, Trouble
     disk.sync(&temporary).map_err(io)?;
     let digest = disk.digest(&temporary).map_err(io)?;
     disk.rename(&temporary, &name).map_err(io)?;
-    Ok(Sealed { file: plan.file, digest, segments, stuck })
+    Ok(Sealed {
+        file: plan.file,
+        digest,
+        segments,
+        stuck,
+    })
 }
 
 /// Copies rows of one topic; `None` if the first one cannot be.
@@ -311,7 +336,12 @@ fn copy_range(
         for (base, row) in &rows {
             let header = decode_header(range.topic, *base, row)?;
             table.insert((range.topic.0, *base), row.as_slice())?;
-            let fresh = Segment { first: *base, last: 0, bytes: 0, file };
+            let fresh = Segment {
+                first: *base,
+                last: 0,
+                bytes: 0,
+                file,
+            };
             let grown = segment.get_or_insert(fresh);
             grown.last = header.end() - 1;
             grown.bytes += u64::from(header.bytes);
@@ -332,7 +362,11 @@ fn read_rows(
     let database = guard.as_ref().ok_or(::redb::Error::DatabaseClosed)?;
     let table = database.begin_read()?.open_table(MESSAGES)?;
     let topic = range.topic;
-    let Some(first) = table.range((topic.0, 0)..=(topic.0, next))?.next_back().transpose()? else {
+    let Some(first) = table
+        .range((topic.0, 0)..=(topic.0, next))?
+        .next_back()
+        .transpose()?
+    else {
         return Ok(Vec::new());
     };
     let (mut rows, mut bytes, mut expected) = (Vec::new(), 0, next);

@@ -27,6 +27,8 @@ const IDLE: Duration = Duration::from_millis(500);
 const BUSY: Duration = Duration::from_millis(20);
 /// How many commits may pass before one piece of housekeeping gets its turn.
 const COMMITS_PER_CHORE: u32 = 8;
+/// How many bytes may be stored before: a piece removes more than that, so that it keeps up.
+const BYTES_PER_CHORE: u64 = 2 * 1024 * 1024;
 /// After a write met a full disk it stays "full" at least this long, whatever the disk says.
 const FULL_AT_LEAST: Duration = Duration::from_secs(1);
 
@@ -73,15 +75,28 @@ impl Writer {
         let chores = Chores::after_open(&state);
         let sealing = Sealing::after_open(&state);
         let (full, failed) = (None, false);
-        let writer = Self { shared, disk, env, opening, state, chores, sealing, full, failed };
+        let writer = Self {
+            shared,
+            disk,
+            env,
+            opening,
+            state,
+            chores,
+            sealing,
+            full,
+            failed,
+        };
         writer.show_all();
         writer
     }
 
     /// Works until the queue is closed, then closes the store.
     pub(super) fn run(mut self, queue: &Queue) -> Result<(), StorageError> {
-        let _guard = PanicGuard { shared: Arc::clone(&self.shared), queue };
-        let mut commits = 0;
+        let _guard = PanicGuard {
+            shared: Arc::clone(&self.shared),
+            queue,
+        };
+        let (mut commits, mut bytes) = (0, 0);
         let mut chores_wait = true;
         loop {
             let patience = match (chores_wait, self.sealing.is_busy()) {
@@ -91,26 +106,28 @@ impl Writer {
             };
             match queue.take(patience) {
                 Taken::Group(requests) => {
-                    self.commit(requests);
-                    thread::sleep(self.pace());
+                    bytes += self.commit(requests);
                     commits += 1;
-                    if commits < COMMITS_PER_CHORE {
+                    thread::sleep(self.pace());
+                    if commits < COMMITS_PER_CHORE && bytes < BYTES_PER_CHORE {
                         continue;
                     }
                 }
                 Taken::Idle => {}
                 Taken::Closed => return self.finish(),
             }
-            commits = 0;
+            (commits, bytes) = (0, 0);
             chores_wait = self.tend();
         }
     }
 
-    /// Commits requests together and answers them.
-    pub(super) fn commit(&mut self, requests: Vec<Request>) {
+    /// Commits requests together and answers them. It returns how many bytes were stored.
+    pub(super) fn commit(&mut self, requests: Vec<Request>) -> u64 {
         if self.failed {
-            requests.into_iter().for_each(|request| request.fail(CommitError::Refused));
-            return;
+            requests
+                .into_iter()
+                .for_each(|request| request.fail(CommitError::Refused));
+            return 0;
         }
         self.watch_space();
         let mut answers = Vec::with_capacity(requests.len());
@@ -118,14 +135,21 @@ impl Writer {
             Ok(effects) => {
                 self.show(&effects);
                 self.chores.note(&effects);
-                effects.doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
+                effects
+                    .doomed
+                    .iter()
+                    .for_each(|file| self.shared.cabinet.forget(*file));
                 self.sealing.doomed.extend(&effects.doomed);
                 self.sealing.hot_bytes += effects.bytes;
                 answers.into_iter().for_each(Answer::keep);
                 self.state.shed();
+                effects.bytes
             }
-            // The answers are dropped after it, which says "unknown".
-            Err(trouble) => self.fail(&trouble),
+            Err(trouble) => {
+                // The answers are dropped after it, which says "unknown".
+                self.fail(&trouble);
+                0
+            }
         }
     }
 
@@ -138,7 +162,12 @@ impl Writer {
         let shared = Arc::clone(&self.shared);
         let database = shared.database();
         let txn = begin(&database)?;
-        let mut group = Group::new(Tables::open(&txn)?, &mut self.state, now, self.full.is_some());
+        let mut group = Group::new(
+            Tables::open(&txn)?,
+            &mut self.state,
+            now,
+            self.full.is_some(),
+        );
         for request in requests {
             answers.push(match request {
                 Request::Append(append, promise) => Answer::Append(promise, group.append(append)?),
@@ -216,7 +245,10 @@ impl Writer {
     }
 
     fn show_all(&self) {
-        self.state.topics.keys().for_each(|topic| self.show_topic(*topic));
+        self.state
+            .topics
+            .keys()
+            .for_each(|topic| self.show_topic(*topic));
     }
 
     /// A write failed. What of it is on disk can only be found out by opening the file again.
@@ -242,7 +274,10 @@ impl Writer {
             tracing::warn!(%error, "the ballast cannot be given up");
         }
         let shared = Arc::clone(&self.shared);
-        let mut database = shared.database.write().unwrap_or_else(PoisonError::into_inner);
+        let mut database = shared
+            .database
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         // Its error is the one that brought us here.
         drop(database.take().map(Database::close));
         let io = |error: std::io::Error| shared.error(::redb::Error::Io(error));
@@ -262,10 +297,17 @@ impl Writer {
     /// Refuses publishes before the disk is full, and takes them again when there is room.
     fn watch_space(&mut self) {
         let Ok(space) = self.disk.space() else { return };
-        let watermark = self.opening.watermark.unwrap_or((space.total / 100).min(64 << 20));
+        let watermark = self
+            .opening
+            .watermark
+            .unwrap_or((space.total / 100).min(64 << 20));
         match self.full {
             None if space.free < watermark => {
-                tracing::warn!(free = space.free, watermark, "the disk is too full for publishes");
+                tracing::warn!(
+                    free = space.free,
+                    watermark,
+                    "the disk is too full for publishes"
+                );
                 self.full = Some(Instant::now());
                 self.shared.set_health(Health::DiskFull);
             }
@@ -299,7 +341,12 @@ impl Writer {
             let now = self.now();
             self.transact(|tables, _| super::open::store_clock(tables, now).map(Some));
         }
-        let database = self.shared.database.write().unwrap_or_else(PoisonError::into_inner).take();
+        let database = self
+            .shared
+            .database
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         self.shared.cabinet.clear();
         let closed = database.map_or(Ok(()), Database::close);
         if !self.failed && closed.is_ok() {
@@ -318,9 +365,10 @@ impl Writer {
 /// A trouble as an error of the storage.
 pub(super) fn explain(path: &str, trouble: Trouble) -> StorageError {
     match trouble {
-        Trouble::Damaged(damaged) => {
-            StorageError::Corrupt { path: path.to_owned(), detail: damaged.to_string() }
-        }
+        Trouble::Damaged(damaged) => StorageError::Corrupt {
+            path: path.to_owned(),
+            detail: damaged.to_string(),
+        },
         Trouble::Redb(error) => super::shared::explain(path, error),
     }
 }
@@ -335,14 +383,19 @@ fn load(database: &Database, boot: u64, clock: Clock) -> Result<State, Trouble> 
 /// A durable transaction; `None` is no database only after the end.
 fn begin(database: &Option<Database>) -> Result<WriteTransaction, Trouble> {
     let database = database.as_ref().ok_or(::redb::Error::DatabaseClosed)?;
-    #[cfg_attr(not(pubsub_break = "commit_without_sync"), expect(unused_mut, reason = "see below"))]
+    #[cfg_attr(
+        not(pubsub_break = "commit_without_sync"),
+        expect(unused_mut, reason = "see below")
+    )]
     let mut txn = database.begin_write()?;
     #[cfg(pubsub_break = "commit_without_sync")]
-    txn.set_durability(::redb::Durability::None).expect("there are no savepoints");
+    txn.set_durability(::redb::Durability::None)
+        .expect("there are no savepoints");
     Ok(txn)
 }
 
-fn is_full(trouble: &Trouble) -> bool {
+/// Whether there was no room.
+pub(super) fn is_full(trouble: &Trouble) -> bool {
     use std::io::ErrorKind;
     matches!(trouble, Trouble::Redb(::redb::Error::Io(error))
         if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
@@ -359,10 +412,13 @@ impl Drop for PanicGuard<'_> {
         if !thread::panicking() {
             return;
         }
-        self.shared.set_health(Health::Failed("the writer panicked".to_owned()));
+        self.shared
+            .set_health(Health::Failed("the writer panicked".to_owned()));
         self.queue.close();
         while let Taken::Group(requests) = self.queue.take(Duration::ZERO) {
-            requests.into_iter().for_each(|request| request.fail(CommitError::Refused));
+            requests
+                .into_iter()
+                .for_each(|request| request.fail(CommitError::Refused));
         }
     }
 }

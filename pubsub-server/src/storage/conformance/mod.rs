@@ -7,15 +7,17 @@ use super::memory::Memory;
 use super::redb::{Options, Redb, simulation};
 use super::testing::{
     ALL, TestEnv, anonymous, bodies, from, keyed, message, publisher, sequences, subscription,
-    topic, topic_with_window,
+    topic,
 };
 use super::{
-    Append, AppendRefusal, Change, CommitError, Fate, Item, OpenPublisher, ReadError, ReadLimit,
-    Refusal, RefusalReason, Run, Storage, Urgency,
+    AppendRefusal, Change, CommitError, Fate, ReadError, ReadLimit, Run, Storage, Urgency,
 };
-use crate::limits;
 use crate::names::SubscriptionName;
 use crate::record::{CursorRecord, Epoch, NewMessage, Timestamp};
+
+use self::identity::*;
+
+mod identity;
 
 /// An engine under test.
 struct Lab {
@@ -28,8 +30,14 @@ const T: u64 = 7;
 
 impl Lab {
     async fn new(env: Arc<TestEnv>, mut restart: Box<dyn FnMut() -> Arc<dyn Storage>>) -> Self {
-        let lab = Self { env, storage: restart(), restart };
-        lab.storage.done(vec![Change::CreateTopic(topic("t", T))]).await;
+        let lab = Self {
+            env,
+            storage: restart(),
+            restart,
+        };
+        lab.storage
+            .done(vec![Change::CreateTopic(topic("t", T))])
+            .await;
         lab
     }
 
@@ -85,7 +93,11 @@ impl Lab {
 /// Where the messages of an answer are, and whether they were there before.
 fn places(runs: &[Run]) -> Vec<(u64, u64, bool)> {
     let place = |run: &Run| match &run.fate {
-        Fate::Stored { sequence, duplicate, .. } => {
+        Fate::Stored {
+            sequence,
+            duplicate,
+            ..
+        } => {
             (0..u64::from(run.count)).map(|i| (run.first_sequence + i, sequence + i, *duplicate))
         }
         .collect::<Vec<_>>(),
@@ -100,11 +112,17 @@ fn batch(bodies: &[&str]) -> Vec<NewMessage> {
 
 async fn messages_are_read_in_the_order_of_calls(lab: &mut Lab) {
     let tickets: Vec<_> = (0..50u8)
-        .map(|i| lab.storage.append(anonymous(T, vec![message([i]), message([i, i])])))
+        .map(|i| {
+            lab.storage
+                .append(anonymous(T, vec![message([i]), message([i, i])]))
+        })
         .collect();
     for (ticket, i) in tickets.into_iter().zip(0..) {
         let runs = ticket.await.unwrap().into_inner().unwrap();
-        assert_eq!(places(&runs), [(1, 2 * i + 1, false), (2, 2 * i + 2, false)]);
+        assert_eq!(
+            places(&runs),
+            [(1, 2 * i + 1, false), (2, 2 * i + 2, false)]
+        );
     }
     let messages = lab.read(1).await.unwrap();
     assert_eq!(sequences(&messages), (1..=100).collect::<Vec<_>>());
@@ -117,161 +135,16 @@ async fn a_message_keeps_its_recipients_and_bytes(lab: &mut Lab) {
         SubscriptionName::parse("a").unwrap(),
         SubscriptionName::parse(&"b".repeat(128)).unwrap(),
     ];
-    let sent = NewMessage { recipients: recipients.clone(), ..message("x") };
+    let sent = NewMessage {
+        recipients: recipients.clone(),
+        ..message("x")
+    };
     lab.store(vec![message(""), sent]).await;
     lab.reopen().await;
     let messages = lab.read(1).await.unwrap();
     assert_eq!(bodies(&messages), [b"".as_slice(), b"x"]);
     assert_eq!(messages[0].recipients, []);
     assert_eq!(messages[1].recipients, recipients);
-}
-
-async fn a_replay_is_answered_as_the_first_time(lab: &mut Lab) {
-    let me = publisher(1, 1, 1);
-    assert_eq!(lab.storage.opened(T, me).await, Ok(None));
-    let first = from(me, T, 1, batch(&["a", "b", "c"]));
-    let runs = lab.storage.decided(first.clone()).await.unwrap();
-    assert_eq!(places(&runs), [(1, 1, false), (2, 2, false), (3, 3, false)]);
-    let runs = lab.storage.decided(first.clone()).await.unwrap();
-    assert_eq!(places(&runs), [(1, 1, true), (2, 2, true), (3, 3, true)]);
-    lab.reopen().await;
-    let again = publisher(1, 1, 1);
-    assert_eq!(lab.storage.opened(T, again).await, Ok(Some(3)));
-    let runs = lab.storage.decided(from(again, T, 2, batch(&["b", "c", "d"]))).await.unwrap();
-    assert_eq!(places(&runs), [(2, 2, true), (3, 3, true), (4, 4, false)]);
-    assert_eq!(bodies(&lab.read(1).await.unwrap()), [b"a", b"b", b"c", b"d"]);
-}
-
-async fn of_two_publishes_in_one_commit_the_second_is_a_duplicate(lab: &mut Lab) {
-    let me = publisher(1, 1, 1);
-    lab.storage.opened(T, me).await.unwrap();
-    let append = from(me, T, 1, vec![keyed(1, "a")]);
-    let both = [lab.storage.append(append.clone()), lab.storage.append(append)];
-    let other = lab.storage.append(anonymous(T, vec![keyed(1, "a"), keyed(1, "a")]));
-    let [first, second] = both;
-    assert_eq!(places(&first.await.unwrap().into_inner().unwrap()), [(1, 1, false)]);
-    assert_eq!(places(&second.await.unwrap().into_inner().unwrap()), [(1, 1, true)]);
-    let other = places(&other.await.unwrap().into_inner().unwrap());
-    assert_eq!(other, [(1, 1, true), (2, 1, true)]);
-    assert_eq!(lab.head(), 1);
-}
-
-async fn a_gap_is_refused_and_takes_nothing(lab: &mut Lab) {
-    let me = publisher(1, 1, 1);
-    lab.storage.opened(T, me).await.unwrap();
-    let gap = lab.storage.decided(from(me, T, 2, batch(&["b"]))).await;
-    assert_eq!(gap, Err(AppendRefusal::OutOfOrder { expected: 1 }));
-    let runs = lab.storage.decided(from(me, T, 1, batch(&["a"]))).await.unwrap();
-    assert_eq!(places(&runs), [(1, 1, false)]);
-}
-
-async fn a_newer_stream_or_epoch_fences_the_older(lab: &mut Lab) {
-    let (old, new) = (publisher(1, 1, 1), publisher(1, 1, 2));
-    assert_eq!(
-        lab.storage.decided(from(old, T, 1, batch(&["a"]))).await,
-        Err(AppendRefusal::Fenced),
-        "a stream has to be opened"
-    );
-    lab.storage.opened(T, old).await.unwrap();
-    lab.storage.decided(from(old, T, 1, batch(&["a"]))).await.unwrap();
-    assert_eq!(lab.storage.opened(T, new).await, Ok(Some(1)));
-    let late = lab.storage.decided(from(old, T, 2, batch(&["late"]))).await;
-    assert_eq!(late, Err(AppendRefusal::Fenced));
-    let runs = lab.storage.decided(from(new, T, 2, batch(&["b"]))).await.unwrap();
-    assert_eq!(places(&runs), [(2, 2, false)], "a fenced append takes no sequence");
-    let newest = publisher(1, 2, 1);
-    assert_eq!(lab.storage.opened(T, newest).await, Ok(None));
-    let late = lab.storage.decided(from(new, T, 3, batch(&["late"]))).await;
-    assert_eq!(late, Err(AppendRefusal::Fenced));
-    assert_eq!(lab.storage.opened(T, new).await, Err(AppendRefusal::Fenced));
-    let runs = lab.storage.decided(from(newest, T, 1, batch(&["c"]))).await.unwrap();
-    assert_eq!(places(&runs), [(1, 3, false)]);
-    lab.reopen().await;
-    let late = lab.storage.decided(from(newest, T, 2, batch(&["d"]))).await;
-    assert_eq!(late, Err(AppendRefusal::Fenced), "a restart ends all streams");
-    assert_eq!(lab.storage.opened(T, new).await, Err(AppendRefusal::Fenced));
-}
-
-async fn a_refused_message_takes_its_sequence(lab: &mut Lab) {
-    let me = publisher(1, 1, 1);
-    lab.storage.opened(T, me).await.unwrap();
-    let refusal = Refusal { reason: RefusalReason::TooLarge, detail: "2 MiB".to_owned() };
-    let mut append = from(me, T, 1, batch(&["a", "b"]));
-    append.items.insert(1, Item::Refuse(refusal.clone()));
-    let runs = lab.storage.decided(append.clone()).await.unwrap();
-    assert_eq!(places(&runs), [(1, 1, false), (3, 2, false)]);
-    lab.reopen().await;
-    lab.storage.opened(T, me).await.unwrap();
-    let runs = lab.storage.decided(append).await.unwrap();
-    assert_eq!(places(&runs), [(1, 1, true), (3, 2, true)]);
-    assert_eq!(runs[1], Run { first_sequence: 2, count: 1, fate: Fate::Refused(refusal) });
-}
-
-async fn results_are_kept_until_they_are_resolved(lab: &mut Lab) {
-    let me = publisher(1, 1, 1);
-    lab.storage.opened(T, me).await.unwrap();
-    lab.storage.decided(from(me, T, 1, batch(&["a", "b", "c"]))).await.unwrap();
-    let next = from(me, T, 4, batch(&["d"]));
-    lab.storage.decided(Append { resolved_below: 3, ..next }).await.unwrap();
-    let old = lab.storage.decided(from(me, T, 2, batch(&["b", "c"]))).await;
-    assert_eq!(old, Err(AppendRefusal::ResultExpired { sequence: 2 }));
-    let kept = lab.storage.decided(from(me, T, 3, batch(&["c", "d"]))).await.unwrap();
-    assert_eq!(places(&kept), [(3, 3, true), (4, 4, true)]);
-    let open = OpenPublisher { topic: Epoch(T), publisher: me, resolved_below: 5 };
-    assert_eq!(lab.storage.open_publisher(open).await.unwrap().into_inner(), Ok(Some(4)));
-    let old = lab.storage.decided(from(me, T, 4, batch(&["d"]))).await;
-    assert_eq!(old, Err(AppendRefusal::ResultExpired { sequence: 4 }));
-}
-
-async fn a_key_is_stored_once_across_publishers_and_restarts(lab: &mut Lab) {
-    let runs = lab.store(vec![message("x"), keyed(1, "a"), keyed(2, "b")]).await;
-    assert_eq!(places(&runs), [(1, 1, false), (2, 2, false), (3, 3, false)]);
-    lab.reopen().await;
-    let me = publisher(1, 1, 1);
-    lab.storage.opened(T, me).await.unwrap();
-    let append = from(me, T, 1, vec![keyed(2, "b"), message("y"), keyed(1, "a")]);
-    let runs = lab.storage.decided(append).await.unwrap();
-    assert_eq!(places(&runs), [(1, 3, true), (2, 4, false), (3, 2, true)]);
-    lab.storage.done(vec![Change::Trim { topic: Epoch(T), below: 5 }]).await;
-    let runs = lab.store(vec![keyed(1, "a")]).await;
-    assert_eq!(places(&runs), [(1, 2, true)], "a key outlives its message");
-}
-
-async fn a_key_with_other_content_is_refused_for_good(lab: &mut Lab) {
-    lab.store(vec![message("x"), keyed(1, "a")]).await;
-    let me = publisher(1, 1, 1);
-    lab.storage.opened(T, me).await.unwrap();
-    let append = from(me, T, 1, vec![keyed(1, "other"), keyed(1, "a")]);
-    for duplicate in [false, true] {
-        let runs = lab.storage.decided(append.clone()).await.unwrap();
-        let Fate::Refused(refusal) = &runs[0].fate else { panic!("{runs:?}") };
-        assert_eq!(refusal.reason, RefusalReason::KeyReused);
-        assert!(refusal.detail.contains("message 2") && refusal.detail.len() <= 200);
-        assert_eq!(places(&runs[1..]), [(2, 2, true)], "{duplicate}");
-    }
-    assert_eq!(lab.head(), 2);
-}
-
-async fn a_key_is_free_again_after_its_window_and_not_before(lab: &mut Lab) {
-    let window = Duration::from_millis(200);
-    lab.storage.done(vec![Change::CreateTopic(topic_with_window("w", 9, window))]).await;
-    let publish = || lab.storage.decided(anonymous(9, vec![keyed(1, "a")]));
-    publish().await.unwrap();
-    // Ten years ahead and back: the time of day does not count.
-    lab.env.advance(315_360_000_000);
-    assert_eq!(places(&publish().await.unwrap()), [(1, 1, true)]);
-    lab.env.set(5);
-    tokio::time::sleep(window + Duration::from_millis(50)).await;
-    assert_eq!(places(&publish().await.unwrap()), [(1, 2, false)]);
-    let other = lab.storage.decided(anonymous(9, vec![keyed(1, "other")])).await.unwrap();
-    assert!(matches!(other[0].fate, Fate::Refused(_)));
-}
-
-async fn a_key_belongs_to_its_topic(lab: &mut Lab) {
-    lab.storage.done(vec![Change::CreateTopic(topic("u", 8))]).await;
-    lab.store(vec![keyed(1, "a")]).await;
-    let runs = lab.storage.decided(anonymous(8, vec![keyed(1, "other")])).await.unwrap();
-    assert_eq!(places(&runs), [(1, 1, false)]);
 }
 
 async fn heads_rise_before_tickets_resolve(lab: &mut Lab) {
@@ -281,7 +154,11 @@ async fn heads_rise_before_tickets_resolve(lab: &mut Lab) {
         lab.store(batch(&["a"])).await;
         assert!(head.has_changed().unwrap());
         assert_eq!(*head.borrow_and_update(), i);
-        assert_eq!(lab.read(i).await.unwrap().len(), 1, "what a head promises is there");
+        assert_eq!(
+            lab.read(i).await.unwrap().len(),
+            1,
+            "what a head promises is there"
+        );
     }
     assert!(lab.storage.head(Epoch(99)).is_none());
 }
@@ -289,13 +166,18 @@ async fn heads_rise_before_tickets_resolve(lab: &mut Lab) {
 async fn a_change_that_can_wait_is_committed_soon(lab: &mut Lab) {
     let change = Change::PutSubscription(subscription("s", 3));
     let ticket = lab.storage.apply(vec![change], Urgency::Soon);
-    tokio::time::timeout(Duration::from_secs(5), ticket).await.unwrap().unwrap().into_inner();
+    tokio::time::timeout(Duration::from_secs(5), ticket)
+        .await
+        .unwrap()
+        .unwrap()
+        .into_inner();
     assert_eq!(lab.storage.catalog().await.unwrap().subscriptions.len(), 1);
 }
 
 async fn a_read_keeps_its_limits(lab: &mut Lab) {
     for i in 0..4u8 {
-        lab.store((0..5).map(|_| message(vec![i; 100])).collect()).await;
+        lab.store((0..5).map(|_| message(vec![i; 100])).collect())
+            .await;
     }
     let read = async |from, messages, bytes| {
         let limit = ReadLimit { messages, bytes };
@@ -311,29 +193,52 @@ async fn a_read_keeps_its_limits(lab: &mut Lab) {
 }
 
 async fn large_messages_and_batches_are_whole(lab: &mut Lab) {
-    let sizes = [0, 1, 63_900, 64_000, 64_100, 3_000_000, 10, 30_000, 30_000, 30_000];
-    let messages = sizes.iter().zip(0u8..).map(|(size, i)| message(vec![i; *size])).collect();
+    let sizes = [
+        0, 1, 63_900, 64_000, 64_100, 3_000_000, 10, 30_000, 30_000, 30_000,
+    ];
+    let messages = sizes
+        .iter()
+        .zip(0u8..)
+        .map(|(size, i)| message(vec![i; *size]))
+        .collect();
     lab.store(messages).await;
-    lab.store((0..5000).map(|_| message("small")).collect()).await;
+    lab.store((0..5000).map(|_| message("small")).collect())
+        .await;
     lab.reopen().await;
     let messages = lab.read(1).await.unwrap();
     assert_eq!(sequences(&messages), (1..=5010).collect::<Vec<_>>());
     for (message, (size, i)) in messages.iter().zip(sizes.iter().zip(0u8..)) {
         assert!(message.body.len() == *size && message.body.iter().all(|byte| *byte == i));
     }
-    assert!(messages[10..].iter().all(|message| message.body.as_ref() == b"small"));
+    assert!(
+        messages[10..]
+            .iter()
+            .all(|message| message.body.as_ref() == b"small")
+    );
 }
 
 async fn a_trim_removes_what_is_below(lab: &mut Lab) {
     for _ in 0..10 {
         lab.store(batch(&["a", "b", "c"])).await;
     }
-    let trim = |below| vec![Change::Trim { topic: Epoch(T), below }];
+    let trim = |below| {
+        vec![Change::Trim {
+            topic: Epoch(T),
+            below,
+        }]
+    };
     lab.storage.done(trim(8)).await;
     assert_eq!(lab.read(7).await, Err(ReadError::Trimmed { first: 8 }));
-    assert_eq!(sequences(&lab.read(8).await.unwrap()), (8..=30).collect::<Vec<_>>());
+    assert_eq!(
+        sequences(&lab.read(8).await.unwrap()),
+        (8..=30).collect::<Vec<_>>()
+    );
     lab.storage.done(trim(3)).await;
-    assert_eq!(lab.storage.stats(Epoch(T)).unwrap().first, 8, "a trim never goes back");
+    assert_eq!(
+        lab.storage.stats(Epoch(T)).unwrap().first,
+        8,
+        "a trim never goes back"
+    );
     lab.storage.done(trim(1000)).await;
     assert_eq!(lab.storage.stats(Epoch(T)).unwrap().first, 31);
     assert_eq!(lab.read(31).await.unwrap(), []);
@@ -355,12 +260,22 @@ async fn a_trim_removes_what_is_below(lab: &mut Lab) {
 async fn a_deleted_topic_is_gone_with_everything(lab: &mut Lab) {
     let me = publisher(1, 1, 1);
     lab.storage.opened(T, me).await.unwrap();
-    lab.storage.decided(from(me, T, 1, vec![keyed(1, "a")])).await.unwrap();
+    lab.storage
+        .decided(from(me, T, 1, vec![keyed(1, "a")]))
+        .await
+        .unwrap();
     let mut head = lab.storage.head(Epoch(T)).unwrap();
     head.mark_unchanged();
-    let cursor = CursorRecord { floor: 1, ..CursorRecord::default() };
+    let cursor = CursorRecord {
+        floor: 1,
+        ..CursorRecord::default()
+    };
     let (subscription_epoch, topic_epoch) = (Epoch(3), Epoch(T));
-    let put = Change::PutCursor { subscription: subscription_epoch, topic: topic_epoch, cursor };
+    let put = Change::PutCursor {
+        subscription: subscription_epoch,
+        topic: topic_epoch,
+        cursor,
+    };
     let subscription = Change::PutSubscription(subscription("s", 3));
     lab.storage.done(vec![subscription, put.clone()]).await;
     lab.storage.done(vec![Change::DeleteTopic(Epoch(T))]).await;
@@ -377,13 +292,24 @@ async fn a_deleted_topic_is_gone_with_everything(lab: &mut Lab) {
         assert_eq!(catalog.subscriptions[0].1, []);
         lab.reopen().await;
     }
-    lab.storage.done(vec![Change::CreateTopic(topic("t", 8))]).await;
-    let runs = lab.storage.decided(anonymous(8, vec![keyed(1, "other")])).await.unwrap();
+    lab.storage
+        .done(vec![Change::CreateTopic(topic("t", 8))])
+        .await;
+    let runs = lab
+        .storage
+        .decided(anonymous(8, vec![keyed(1, "other")]))
+        .await
+        .unwrap();
     assert_eq!(places(&runs), [(1, 1, false)], "a new epoch starts over");
 }
 
 async fn the_catalog_is_what_was_applied(lab: &mut Lab) {
-    let mut cursor = CursorRecord { floor: 4, start: 2, generation: 9, ..CursorRecord::default() };
+    let mut cursor = CursorRecord {
+        floor: 4,
+        start: 2,
+        generation: 9,
+        ..CursorRecord::default()
+    };
     cursor.done.insert(6..=8);
     cursor.received.insert(1..=8);
     cursor.failures.insert(5, 2);
@@ -394,12 +320,18 @@ async fn the_catalog_is_what_was_applied(lab: &mut Lab) {
     };
     let subscriptions = [subscription("s", 3), subscription("gone", 4)];
     let [kept, gone] = subscriptions.clone().map(Change::PutSubscription);
-    lab.storage.done(vec![kept, gone, put(&CursorRecord::default())]).await;
-    lab.storage.done(vec![put(&cursor), Change::DeleteSubscription(Epoch(4))]).await;
+    lab.storage
+        .done(vec![kept, gone, put(&CursorRecord::default())])
+        .await;
+    lab.storage
+        .done(vec![put(&cursor), Change::DeleteSubscription(Epoch(4))])
+        .await;
     for _ in 0..2 {
         let catalog = lab.storage.catalog().await.unwrap();
         assert_eq!(catalog.topics, [topic("t", T)]);
-        let [(record, cursors)] = catalog.subscriptions.as_slice() else { panic!("{catalog:?}") };
+        let [(record, cursors)] = catalog.subscriptions.as_slice() else {
+            panic!("{catalog:?}")
+        };
         assert_eq!(record, &subscriptions[0]);
         assert_eq!(cursors.as_slice(), [(Epoch(T), cursor.clone())]);
         lab.reopen().await;
@@ -414,17 +346,38 @@ async fn published_at_never_decreases_and_is_searched(lab: &mut Lab) {
     lab.reopen().await;
     lab.env.set(70_000_000);
     lab.store(batch(&["d"])).await;
-    let times: Vec<_> =
-        lab.read(1).await.unwrap().iter().map(|message| message.published_at.0).collect();
+    let times: Vec<_> = lab
+        .read(1)
+        .await
+        .unwrap()
+        .iter()
+        .map(|message| message.published_at.0)
+        .collect();
     let [a, b, d] = [50_000_000, 60_000_000, 70_000_000];
     assert_eq!(times, [a, a, b, b, b, b, d]);
     let find = async |time| lab.storage.find(Epoch(T), Timestamp(time)).await;
-    for (time, sequence) in [(0, 1), (a, 1), (a + 1, 3), (b, 3), (b + 1, 7), (d, 7), (d + 1, 8)] {
+    for (time, sequence) in [
+        (0, 1),
+        (a, 1),
+        (a + 1, 3),
+        (b, 3),
+        (b + 1, 7),
+        (d, 7),
+        (d + 1, 8),
+    ] {
         assert_eq!(find(time).await, Ok(sequence), "{time}");
     }
-    lab.storage.done(vec![Change::Trim { topic: Epoch(T), below: 4 }]).await;
+    lab.storage
+        .done(vec![Change::Trim {
+            topic: Epoch(T),
+            below: 4,
+        }])
+        .await;
     assert_eq!(find(0).await, Ok(4));
-    assert_eq!(lab.storage.find(Epoch(99), Timestamp(0)).await, Err(ReadError::NoTopic));
+    assert_eq!(
+        lab.storage.find(Epoch(99), Timestamp(0)).await,
+        Err(ReadError::NoTopic)
+    );
 }
 
 async fn every_boot_is_in_the_ledger(lab: &mut Lab) {
@@ -438,8 +391,9 @@ async fn every_boot_is_in_the_ledger(lab: &mut Lab) {
 }
 
 async fn close_commits_what_was_accepted_and_refuses_the_rest(lab: &mut Lab) {
-    let tickets: Vec<_> =
-        (0..20).map(|_| lab.storage.append(anonymous(T, batch(&["a"])))).collect();
+    let tickets: Vec<_> = (0..20)
+        .map(|_| lab.storage.append(anonymous(T, batch(&["a"]))))
+        .collect();
     lab.storage.close().await.unwrap();
     for ticket in tickets {
         ticket.await.unwrap().into_inner().unwrap();
@@ -450,22 +404,6 @@ async fn close_commits_what_was_accepted_and_refuses_the_rest(lab: &mut Lab) {
     assert_eq!(late.unwrap_err(), CommitError::Refused);
     lab.reopen().await;
     assert_eq!(lab.head(), 20);
-}
-
-async fn the_oldest_results_of_a_window_are_given_up(lab: &mut Lab) {
-    let me = publisher(1, 1, 1);
-    lab.storage.opened(T, me).await.unwrap();
-    let window = u64::from(limits::MAX_IN_FLIGHT_MESSAGES);
-    let mut sequence = 1;
-    while sequence <= window + 1 {
-        let append = from(me, T, sequence, (0..500).map(|_| message("a")).collect());
-        lab.storage.decided(append).await.unwrap();
-        sequence += 500;
-    }
-    let old = lab.storage.decided(from(me, T, 1, batch(&["a"]))).await;
-    assert_eq!(old, Err(AppendRefusal::ResultExpired { sequence: 1 }));
-    let kept = lab.storage.decided(from(me, T, sequence - window, batch(&["a"]))).await.unwrap();
-    assert_eq!(places(&kept), [(sequence - window, sequence - window, true)]);
 }
 
 macro_rules! suite {

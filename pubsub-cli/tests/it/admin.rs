@@ -1,0 +1,143 @@
+//! Topics, subscriptions, receipts, status, and how commands fail.
+
+use anyhow::Result;
+
+use crate::harness::{Lab, json};
+
+#[test]
+fn topics_are_created_listed_described_and_deleted() -> Result<()> {
+    let lab = Lab::new()?;
+    let created = lab.run("topic create orders --retention 1day --max-bytes 64MiB")?;
+    assert_eq!(created.succeeds()?, "created topic orders\n");
+    let again = lab.run("topic create orders")?.fails(4)?;
+    assert!(again.contains("exists already") && again.contains("--if-not-exists"), "{again}");
+    lab.run("topic create orders --if-not-exists")?.succeeds()?;
+    lab.run("topic create payments")?.succeeds()?;
+
+    let list = lab.run("topic list")?.succeeds()?;
+    assert_eq!(list.lines().count(), 3, "{list}");
+    let topics = json(&lab.run("topic list --json")?.succeeds()?)?;
+    assert_eq!(topics.len(), 2);
+    assert_eq!(topics[0]["name"], "orders");
+    assert_eq!(topics[0]["max_bytes"], 64 << 20);
+    assert_eq!(topics[0]["retention_seconds"], 86_400.0);
+
+    let described = lab.run("topic describe orders")?.succeeds()?;
+    assert!(described.contains("64 MiB"), "{described}");
+    lab.run("topic delete orders")?.succeeds()?;
+    lab.run("topic describe orders")?.fails(3)?;
+    lab.run("topic delete orders")?.fails(3)?;
+    Ok(())
+}
+
+#[test]
+fn long_lists_come_whole() -> Result<()> {
+    let lab = Lab::new()?;
+    for number in 0..130 {
+        lab.run(&format!("topic create t{number}"))?.succeeds()?;
+    }
+    assert_eq!(json(&lab.run("topic list --json")?.succeeds()?)?.len(), 130);
+    Ok(())
+}
+
+#[test]
+fn subscriptions_are_created_moved_and_deleted() -> Result<()> {
+    let lab = Lab::with_orders(&["a", "b", "c"])?;
+    lab.run("subscription create billing orders --from earliest")?.succeeds()?;
+    lab.run("subscription create billing orders")?.fails(4)?;
+    lab.run("subscription create ghost nowhere")?.fails(3)?;
+
+    let backlog = |lab: &Lab| -> Result<serde_json::Value> {
+        let described = lab.run("subscription describe billing --json")?.succeeds()?;
+        Ok(json(&described)?[0]["positions"][0]["backlog"].clone())
+    };
+    assert_eq!(backlog(&lab)?, 3);
+    lab.run("subscription seek billing --to latest")?.succeeds()?;
+    assert_eq!(backlog(&lab)?, 0);
+    lab.run("subscription seek billing --to 2 --topic orders")?.succeeds()?;
+    assert_eq!(backlog(&lab)?, 2);
+    lab.run("subscription seek billing --to 10m")?.succeeds()?;
+    assert_eq!(backlog(&lab)?, 3);
+    lab.run("subscription seek billing --to 99")?.fails(3)?;
+
+    assert!(lab.run("subscription list")?.succeeds()?.contains("billing"));
+    lab.run("subscription delete billing")?.succeeds()?;
+    lab.run("subscription describe billing")?.fails(3)?;
+    Ok(())
+}
+
+#[test]
+fn receipts_tell_who_has_received_a_message() -> Result<()> {
+    let lab = Lab::with_orders(&[])?;
+    lab.run("subscription create billing orders")?.succeeds()?;
+    lab.run("subscription create audit orders")?.succeeds()?;
+    let ids = lab.run("publish orders first second --to billing")?.succeeds()?;
+    lab.run("subscribe --subscription billing --count 1")?.succeeds()?;
+
+    let receipts = json(&lab.run("receipts orders 1 --json")?.succeeds()?)?;
+    let states: Vec<_> = receipts
+        .iter()
+        .map(|receipt| format!("{} {}", receipt["subscription"], receipt["state"]))
+        .collect();
+    assert_eq!(states, [r#""audit" "not_addressed""#, r#""billing" "received""#]);
+
+    let second = ids.lines().last().unwrap_or_default();
+    let receipts = lab.run(&format!("receipts orders {second} --subscription billing"))?;
+    let receipts = receipts.succeeds()?;
+    assert!(receipts.contains("pending") && !receipts.contains("audit"), "{receipts}");
+    lab.run("receipts orders 3")?.fails(3)?;
+    lab.run(&format!("receipts payments {second}"))?.fails(2)?;
+    Ok(())
+}
+
+#[test]
+fn status_describes_the_server() -> Result<()> {
+    let lab = Lab::new()?;
+    let status = &json(&lab.run("status --json")?.succeeds()?)?[0];
+    assert_eq!(status["state"], "SERVING");
+    assert_eq!(status["url"], lab.url());
+    assert!(lab.run("status")?.succeeds()?.contains("SERVING"));
+    Ok(())
+}
+
+#[test]
+fn an_absent_server_is_named_with_the_way_to_start_one() -> Result<()> {
+    let lab = Lab::new()?;
+    let error = lab.run("topic list --server http://127.0.0.1:1")?.fails(5)?;
+    assert!(error.contains("http://127.0.0.1:1") && error.contains("pubsub-server"), "{error}");
+    let error = lab.run("topic list --json --server http://127.0.0.1:1")?.fails(5)?;
+    assert_eq!(json(&error)?[0]["exit_code"], 5);
+    lab.run("topic list --server gopher://nowhere")?.fails(2)?;
+    Ok(())
+}
+
+#[test]
+fn wrong_usage_fails_with_2() -> Result<()> {
+    let lab = Lab::new()?;
+    for line in [
+        "frobnicate",
+        "subscribe",
+        "subscribe orders --from soon",
+        "subscribe orders --count 0",
+        "subscribe orders --no-ack",
+        "publish orders a b --idempotency-key k",
+        "topic create .hidden",
+        "topic create big --max-bytes lots",
+        "receipts orders none",
+    ] {
+        lab.run(line)?.fails(2)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn help_and_completions_need_no_server() -> Result<()> {
+    let lab = Lab::new()?;
+    let help = lab.run("--help --server http://127.0.0.1:1")?.succeeds()?;
+    assert!(help.contains("Exit codes:") && help.contains("pubsub topic create"), "{help}");
+    for shell in ["bash", "zsh", "fish"] {
+        let script = lab.run(&format!("completions {shell} --server http://127.0.0.1:1"))?;
+        assert!(script.succeeds()?.contains("receipts"));
+    }
+    Ok(())
+}

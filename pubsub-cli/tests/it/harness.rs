@@ -1,0 +1,175 @@
+//! A server in this process, and the command as a child process.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::process::{Child, Command, Output, Stdio};
+
+use anyhow::{Context as _, Result};
+use pubsub_server::{Config, Server};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::runtime::Runtime;
+
+/// A server, and the command that talks to it.
+pub(crate) struct Lab {
+    runtime: Runtime,
+    server: Option<Server>,
+    directory: tempfile::TempDir,
+    url: String,
+}
+
+impl Lab {
+    pub(crate) fn new() -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let runtime = Runtime::new()?;
+        let server = runtime.block_on(Server::start(Config::at(directory.path())))?;
+        let url = server.url();
+        Ok(Self { runtime, server: Some(server), directory, url })
+    }
+
+    /// A lab with a topic `orders` that holds these messages.
+    pub(crate) fn with_orders(messages: &[&str]) -> Result<Self> {
+        let lab = Self::new()?;
+        lab.run("topic create orders")?.succeeds()?;
+        if !messages.is_empty() {
+            let mut args = vec!["publish", "orders"];
+            args.extend(messages);
+            lab.run_args(&args)?.succeeds()?;
+        }
+        Ok(lab)
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Restarts the server on the same address.
+    pub(crate) fn restart(&mut self) -> Result<()> {
+        let server = self.server.take().context("no server")?;
+        let address = server.address();
+        let config = Config::at(self.directory.path()).listen(address);
+        self.server = Some(self.runtime.block_on(async {
+            server.stop().await?;
+            Ok::<_, anyhow::Error>(Server::start(config).await?)
+        })?);
+        Ok(())
+    }
+
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pubsub"));
+        command.args(args).env("PUBSUB_SERVER", &self.url).stdin(Stdio::null());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs a command, given as a line of words.
+    pub(crate) fn run(&self, line: &str) -> Result<Ran> {
+        self.run_args(&line.split_whitespace().collect::<Vec<_>>())
+    }
+
+    pub(crate) fn run_args(&self, args: &[&str]) -> Result<Ran> {
+        Ok(self.command(args).output()?.into())
+    }
+
+    /// Runs a command with this as its standard input.
+    pub(crate) fn run_with_input(&self, line: &str, input: &[u8]) -> Result<Ran> {
+        let args: Vec<_> = line.split_whitespace().collect();
+        let mut child = self.command(&args).stdin(Stdio::piped()).spawn()?;
+        let mut stdin = child.stdin.take().context("no stdin")?;
+        std::thread::scope(|scope| {
+            // Beside the reading of the output, or both could wait for ever.
+            scope.spawn(move || stdin.write_all(input));
+            Ok(child.wait_with_output()?.into())
+        })
+    }
+
+    /// Starts a command that goes on until it is told to end.
+    pub(crate) fn start(&self, line: &str) -> Result<Running> {
+        let args: Vec<_> = line.split_whitespace().collect();
+        let mut child = self.command(&args).spawn()?;
+        let stdout = BufReader::new(child.stdout.take().context("no stdout")?);
+        Ok(Running { child, stdout })
+    }
+}
+
+/// A command that has ended.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl From<Output> for Ran {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+impl Ran {
+    /// Its standard output, if it succeeded.
+    pub(crate) fn succeeds(self) -> Result<String> {
+        anyhow::ensure!(self.code == Some(0), "{self:?}");
+        Ok(self.stdout)
+    }
+
+    /// Its standard error, if it failed with this code.
+    pub(crate) fn fails(self, code: i32) -> Result<String> {
+        anyhow::ensure!(self.code == Some(code), "expected exit code {code}: {self:?}");
+        Ok(self.stderr)
+    }
+}
+
+/// A command that runs. Dropping it kills it.
+pub(crate) struct Running {
+    child: Child,
+    stdout: BufReader<std::process::ChildStdout>,
+}
+
+impl Running {
+    /// The next line of standard output.
+    pub(crate) fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line)?;
+        Ok(line.trim_end().to_owned())
+    }
+
+    /// Closes its standard output, as `head` does.
+    pub(crate) fn stop_reading(&mut self) {
+        let empty = Command::new("true").stdout(Stdio::piped()).spawn();
+        if let Some(stdout) = empty.ok().and_then(|mut child| child.stdout.take()) {
+            self.stdout = BufReader::new(stdout);
+        }
+    }
+
+    /// Presses Ctrl-C and waits for the end.
+    pub(crate) fn interrupt(self) -> Result<Ran> {
+        let pid = Pid::from_raw(i32::try_from(self.child.id())?).context("pid 0")?;
+        kill_process(pid, Signal::INT)?;
+        self.end()
+    }
+
+    /// Waits for the end.
+    pub(crate) fn end(mut self) -> Result<Ran> {
+        let status = self.child.wait()?;
+        let (mut stdout, mut stderr) = (String::new(), String::new());
+        self.stdout.read_to_string(&mut stdout)?;
+        self.child.stderr.take().context("no stderr")?.read_to_string(&mut stderr)?;
+        Ok(Ran { code: status.code(), stdout, stderr })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The objects of JSON lines.
+pub(crate) fn json(lines: &str) -> Result<Vec<serde_json::Value>> {
+    Ok(lines.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
+}

@@ -1,0 +1,6 @@
+//! The command as a user runs it: the built binary against a server.
+
+mod admin;
+mod harness;
+mod publish;
+mod subscribe;

@@ -1,0 +1,300 @@
+//! The client against a server that follows a script: what no correct server does, and what
+//! stands between.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pubsub_client::{Cause, Client, ConnectionState, Event, PublishErrorKind, RetryPolicy};
+use pubsub_proto::v1::publish_stream_request::Frame as PublishFrame;
+use pubsub_proto::v1::publish_stream_response::Frame as PublishAnswer;
+use pubsub_proto::v1::publisher_service_server::{PublisherService, PublisherServiceServer};
+use pubsub_proto::v1::subscribe_request::Frame as SubscribeFrame;
+use pubsub_proto::v1::subscribe_response::Frame as SubscribeAnswer;
+use pubsub_proto::v1::subscriber_service_server::{SubscriberService, SubscriberServiceServer};
+use pubsub_proto::v1::{self as pb, SubscribeHello};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::harness::soon;
+
+/// What the server does with the n-th stream, from 0. Nothing: it leaves the call unanswered.
+type Script<T> = fn(usize) -> Option<Vec<Result<T, Status>>>;
+
+struct Scripted {
+    subscribe: Script<SubscribeAnswer>,
+    publish: Script<PublishAnswer>,
+    hellos: Mutex<Vec<SubscribeHello>>,
+    publishers: Mutex<usize>,
+}
+
+type Frames<R> = ReceiverStream<Result<R, Status>>;
+
+/// Plays the frames, then keeps the stream open.
+fn play<A, R: Send + 'static>(
+    frames: Vec<Result<A, Status>>,
+    wrap: fn(A) -> R,
+) -> (Response<Frames<R>>, mpsc::Sender<Result<R, Status>>) {
+    let (sender, receiver) = mpsc::channel(64);
+    for frame in frames {
+        sender.try_send(frame.map(wrap)).unwrap();
+    }
+    (Response::new(ReceiverStream::new(receiver)), sender)
+}
+
+#[tonic::async_trait]
+impl SubscriberService for Scripted {
+    type SubscribeStream = ReceiverStream<Result<pb::SubscribeResponse, Status>>;
+
+    async fn subscribe(
+        &self,
+        request: Request<Streaming<pb::SubscribeRequest>>,
+    ) -> Result<Response<Self::SubscribeStream>, Status> {
+        let mut inbound = request.into_inner();
+        let first = inbound.message().await?.unwrap();
+        let Some(SubscribeFrame::Hello(hello)) = first.frame else { panic!("no hello") };
+        let stream = {
+            let mut hellos = self.hellos.lock().unwrap();
+            hellos.push(hello);
+            hellos.len() - 1
+        };
+        let Some(frames) = (self.subscribe)(stream) else { return std::future::pending().await };
+        let (response, sender) = play(frames, |frame| pb::SubscribeResponse { frame: Some(frame) });
+        tokio::spawn(async move {
+            while let Some(Ok(_)) = inbound.next().await {}
+            drop(sender);
+        });
+        Ok(response)
+    }
+
+    async fn pull(
+        &self,
+        _: Request<pb::PullRequest>,
+    ) -> Result<Response<pb::PullResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn acknowledge(
+        &self,
+        _: Request<pb::AcknowledgeRequest>,
+    ) -> Result<Response<pb::AcknowledgeResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn nack(
+        &self,
+        _: Request<pb::NackRequest>,
+    ) -> Result<Response<pb::NackResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}
+
+#[tonic::async_trait]
+impl PublisherService for Scripted {
+    type PublishStreamStream = ReceiverStream<Result<pb::PublishStreamResponse, Status>>;
+
+    async fn publish(
+        &self,
+        _: Request<pb::PublishRequest>,
+    ) -> Result<Response<pb::PublishResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn publish_stream(
+        &self,
+        request: Request<Streaming<pb::PublishStreamRequest>>,
+    ) -> Result<Response<Self::PublishStreamStream>, Status> {
+        let mut inbound = request.into_inner();
+        let stream = {
+            let mut publishers = self.publishers.lock().unwrap();
+            *publishers += 1;
+            *publishers - 1
+        };
+        let Some(mut frames) = (self.publish)(stream) else {
+            return std::future::pending().await;
+        };
+        // The welcome first; the rest when there is something to answer.
+        let rest = frames.split_off(1.min(frames.len()));
+        let wrap = |frame| pb::PublishStreamResponse { frame: Some(frame) };
+        let (response, sender) = play(frames, wrap);
+        tokio::spawn(async move {
+            let mut rest = Some(rest);
+            while let Some(Ok(request)) = inbound.next().await {
+                if let Some(PublishFrame::Batch(_)) = request.frame {
+                    for frame in rest.take().into_iter().flatten() {
+                        drop(sender.send(frame.map(wrap)).await);
+                    }
+                }
+            }
+        });
+        Ok(response)
+    }
+}
+
+struct World {
+    client: Client,
+    server: Arc<Scripted>,
+    _tasks: JoinSet<()>,
+}
+
+async fn world(subscribe: Script<SubscribeAnswer>, publish: Script<PublishAnswer>) -> World {
+    let server = Arc::new(Scripted {
+        subscribe,
+        publish,
+        hellos: Mutex::default(),
+        publishers: Mutex::default(),
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (publisher, subscriber) = (Arc::clone(&server), Arc::clone(&server));
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        tonic::transport::Server::builder()
+            .add_service(PublisherServiceServer::from_arc(publisher))
+            .add_service(SubscriberServiceServer::from_arc(subscriber))
+            .serve_with_incoming(TcpListenerStream::new(listener))
+            .await
+            .unwrap();
+    });
+    let client = Client::builder(format!("http://{address}"))
+        .retry(RetryPolicy::new(Duration::from_millis(20), Duration::from_millis(20)))
+        .handshake_timeout(Duration::from_millis(300))
+        .fast()
+        .connect_lazy()
+        .unwrap();
+    World { client, server, _tasks: tasks }
+}
+
+fn nothing<T>(_: usize) -> Option<Vec<Result<T, Status>>> {
+    None
+}
+
+fn welcome() -> SubscribeAnswer {
+    let topic = pb::SessionTopic {
+        number: 1,
+        topic: "t".to_owned(),
+        epoch: 7,
+        head: 9,
+        ..pb::SessionTopic::default()
+    };
+    SubscribeAnswer::Welcome(pb::SubscribeWelcome {
+        boot_id: vec![1; 16].into(),
+        subscription_epoch: 5,
+        grace: Some(prost_types::Duration { seconds: 30, nanos: 0 }),
+        topics: vec![topic],
+        ..pb::SubscribeWelcome::default()
+    })
+}
+
+fn deliver(first_delivery: u64, sequence: u64) -> SubscribeAnswer {
+    let message = pb::ReceivedMessage { sequence, ..pb::ReceivedMessage::default() };
+    SubscribeAnswer::Deliver(pb::Deliver {
+        topic: 1,
+        first_delivery,
+        generation: 0,
+        messages: vec![message],
+    })
+}
+
+fn publisher_welcome(last_sequence: Option<u64>) -> PublishAnswer {
+    PublishAnswer::Welcome(pb::PublisherWelcome {
+        topic_epoch: 7,
+        last_sequence,
+        ..pb::PublisherWelcome::default()
+    })
+}
+
+fn stored(first_sequence: u64, count: u32) -> PublishAnswer {
+    let stored = pb::Stored { epoch: 7, sequence: 1, ..pb::Stored::default() };
+    let outcome = Some(pb::publish_run::Outcome::Stored(stored));
+    let run = pb::PublishRun { first_sequence, count, outcome };
+    PublishAnswer::Results(pb::PublishResults { runs: vec![run] })
+}
+
+#[tokio::test]
+async fn a_lost_delivery_makes_the_subscriber_attach_again_with_what_it_holds() {
+    let script: Script<SubscribeAnswer> = |stream| {
+        Some(match stream {
+            0 => vec![Ok(welcome()), Ok(deliver(1, 1)), Ok(deliver(3, 3))],
+            _ => vec![Ok(welcome()), Ok(deliver(1, 2))],
+        })
+    };
+    let world = world(script, nothing).await;
+    let mut subscriber = world.client.subscriber("s").topic("t").open().await.unwrap();
+    let mut held = Vec::new();
+    for sequence in 1..=2 {
+        let Some(Ok(Event::Message(delivery))) = soon(subscriber.next()).await else {
+            panic!("no message")
+        };
+        assert_eq!(delivery.id.sequence, sequence);
+        held.push(delivery);
+    }
+    let hellos = world.server.hellos.lock().unwrap();
+    assert_eq!(hellos.len(), 2);
+    let consumer = |n: usize| hellos[n].consumer.clone().unwrap();
+    assert_eq!((consumer(0).attach, consumer(1).attach), (1, 2));
+    assert_eq!(consumer(0).instance, consumer(1).instance);
+    assert_eq!((hellos[0].subscription_epoch, hellos[1].subscription_epoch), (0, 5));
+    let position = &hellos[1].positions[0];
+    assert_eq!(position.held, [pb::SequenceRange { first: 1, last: 1 }]);
+    assert_eq!((position.epoch, position.last_received), (7, 1));
+}
+
+#[tokio::test]
+async fn a_status_of_a_proxy_is_no_word_of_the_server() {
+    let script: Script<SubscribeAnswer> = |stream| {
+        Some(match stream {
+            0 => vec![Err(Status::not_found("the proxy says"))],
+            1 => vec![Err(Status::permission_denied("the proxy says"))],
+            2 => vec![],
+            _ => vec![Ok(welcome()), Ok(deliver(1, 1))],
+        })
+    };
+    let world = world(script, nothing).await;
+    let mut subscriber = soon(world.client.subscriber("s").topic("t").open()).await.unwrap();
+    let Some(Ok(Event::Message(delivery))) = soon(subscriber.next()).await else { panic!() };
+    assert_eq!(delivery.id.sequence, 1);
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_answer_is_left() {
+    let world = world(nothing, nothing).await;
+    let publisher = world.client.publisher("t").open_lazy();
+    let state = soon(publisher.state().wait_for(ConnectionState::is_reconnecting)).await;
+    let Some(ConnectionState::Reconnecting { cause, .. }) = state else { panic!("{state:?}") };
+    assert!(matches!(*cause, Cause::HandshakeTimeout(_)), "{cause}");
+    let error = Client::connect(world.client.url()).await.unwrap_err();
+    assert!(error.is_retryable(), "{error}");
+}
+
+#[tokio::test]
+async fn results_that_are_not_due_end_the_publisher_the_second_time() {
+    let script: Script<PublishAnswer> =
+        |_| Some(vec![Ok(publisher_welcome(None)), Ok(stored(2, 1))]);
+    let world = world(nothing, script).await;
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    let error = soon(publisher.publish("1")).await.unwrap_err();
+    assert!(matches!(error.kind(), PublishErrorKind::Protocol(_)), "{error}");
+    assert_eq!(error.outcome(), pubsub_client::Outcome::Unknown);
+    assert_eq!(*world.server.publishers.lock().unwrap(), 2);
+    assert!(publisher.state().get().is_closed());
+}
+
+#[tokio::test]
+async fn a_server_that_lost_what_it_acknowledged_ends_the_publisher_loudly() {
+    let script: Script<PublishAnswer> = |stream| {
+        Some(match stream {
+            0 => vec![Ok(publisher_welcome(None)), Ok(stored(1, 1)), Err(Status::unknown("cut"))],
+            _ => vec![Ok(publisher_welcome(Some(0)))],
+        })
+    };
+    let world = world(nothing, script).await;
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    soon(publisher.publish("1")).await.unwrap();
+    soon(publisher.state().wait_for(ConnectionState::is_closed)).await.unwrap();
+    let error = soon(publisher.publish("2")).await.unwrap_err();
+    assert!(matches!(error.kind(), PublishErrorKind::ServerRegressed { .. }), "{error}");
+}

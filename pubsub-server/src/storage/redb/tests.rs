@@ -1,0 +1,565 @@
+//! What the engine does when something is wrong: with the disk, the files, or another server.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use std::{fs, thread};
+
+use ::redb::{Database, ReadableDatabase, ReadableTable};
+use futures_util::FutureExt;
+
+use super::directory::Directory;
+use super::disk::{Disk, HOT};
+use super::open::Opening;
+use super::simulation::{self, SimDisk};
+use super::tables::{HEADS, META, META_FORMAT, put};
+use super::{CACHE_BYTES, Options, Redb, sealed};
+use crate::env::SharedEnv;
+use crate::limits;
+use crate::record::{CursorRecord, Epoch, NewMessage, StoredMessage};
+use crate::storage::testing::{
+    ALL, Random, TestEnv, anonymous, from, message, publisher, sequences, subscription, topic,
+};
+use crate::storage::{
+    AppendOutcome, AppendRefusal, Change, CommitError, Health, ReadError, Storage, StorageError,
+    Urgency,
+};
+
+const T: u64 = 7;
+
+fn env() -> SharedEnv {
+    TestEnv::new(1)
+}
+
+fn open(path: &Path) -> Result<Redb, StorageError> {
+    Redb::open(Options {
+        inline: true,
+        ..Options::new(path, env())
+    })
+}
+
+/// A simulated store with topic `T`.
+fn simulated(disk: &SimDisk) -> Redb {
+    let engine = simulation::open(disk, env()).unwrap();
+    apply(&engine, Change::CreateTopic(topic("t", T))).unwrap();
+    engine
+}
+
+fn apply(engine: &Redb, change: Change) -> Result<(), CommitError> {
+    let ticket = engine.apply(vec![change], Urgency::Now);
+    ticket
+        .now_or_never()
+        .unwrap()
+        .map(|committed| committed.into_inner())
+}
+
+fn publish(engine: &Redb, topic: u64, body: Vec<u8>) -> Result<AppendOutcome, CommitError> {
+    let ticket = engine.append(anonymous(topic, vec![message(body)]));
+    ticket
+        .now_or_never()
+        .unwrap()
+        .map(|committed| committed.into_inner())
+}
+
+fn read(engine: &Redb, topic: u64, from: u64) -> Result<Vec<StoredMessage>, ReadError> {
+    engine.read(Epoch(topic), from, ALL).now_or_never().unwrap()
+}
+
+fn head(engine: &Redb, topic: u64) -> u64 {
+    *engine.head(Epoch(topic)).unwrap().borrow()
+}
+
+fn floor(floor: u64) -> Change {
+    let cursor = CursorRecord {
+        floor,
+        ..CursorRecord::default()
+    };
+    Change::PutCursor {
+        subscription: Epoch(3),
+        topic: Epoch(T),
+        cursor,
+    }
+}
+
+fn close(engine: &Redb) {
+    engine.close().now_or_never().unwrap().unwrap();
+}
+
+#[test]
+fn a_failed_sync_stops_the_engine_and_shows_nothing() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    publish(&engine, T, vec![1]).unwrap().unwrap();
+    disk.fail_next_sync();
+    assert_eq!(
+        publish(&engine, T, vec![2]).unwrap_err(),
+        CommitError::Unknown
+    );
+    assert!(matches!(&*engine.health().borrow(), Health::Failed(_)));
+    assert_eq!(head(&engine, T), 1, "a head is raised after the commit");
+    assert_eq!(
+        publish(&engine, T, vec![3]).unwrap_err(),
+        CommitError::Refused
+    );
+    assert_eq!(apply(&engine, floor(1)).unwrap_err(), CommitError::Refused);
+    drop(engine);
+    // The system's cache still has what the disk does not. The next start must not believe it.
+    let engine = simulation::open(&disk, env()).unwrap();
+    assert_eq!(sequences(&read(&engine, T, 1).unwrap()), [1]);
+    publish(&engine, T, vec![4]).unwrap().unwrap();
+    let engine = simulation::open(&disk.after_cut(&mut Random(1)), env()).unwrap();
+    assert_eq!(sequences(&read(&engine, T, 1).unwrap()), [1, 2]);
+}
+
+#[test]
+fn a_full_disk_refuses_publishes_and_nothing_else() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    apply(&engine, Change::PutSubscription(subscription("s", 3))).unwrap();
+    disk.set_free_pages(100);
+    let mut stored = 0;
+    loop {
+        match publish(&engine, T, vec![1; 2_000]) {
+            Ok(Ok(_)) => stored += 1,
+            Ok(Err(refusal)) => {
+                assert_eq!(refusal, AppendRefusal::DiskFull);
+                break;
+            }
+            Err(error) => assert_eq!(error, CommitError::Unknown),
+        }
+    }
+    assert_eq!(*engine.health().borrow(), Health::DiskFull);
+    assert!(stored > 10);
+    for i in 1..20 {
+        apply(&engine, floor(i)).unwrap();
+    }
+    assert!(read(&engine, T, 1).unwrap().len() >= stored);
+    apply(
+        &engine,
+        Change::Trim {
+            topic: Epoch(T),
+            below: head(&engine, T),
+        },
+    )
+    .unwrap();
+    drop(engine);
+    disk.set_free_pages(0);
+    let engine = simulation::open(&disk, env()).expect("the ballast makes room for the start");
+    disk.set_free_pages(10_000);
+    thread::sleep(Duration::from_millis(1100));
+    publish(&engine, T, vec![2]).unwrap().unwrap();
+    assert_eq!(*engine.health().borrow(), Health::Ok);
+}
+
+#[test]
+fn publishes_are_refused_before_the_disk_is_full() {
+    let disk = SimDisk::new();
+    let opening = Opening {
+        cache_bytes: CACHE_BYTES,
+        watermark: Some(1 << 20),
+        hot_bytes: 1 << 20,
+        file_bytes: 1 << 20,
+        inline: true,
+    };
+    let engine = Redb::open_on(Arc::new(disk.clone()), env(), opening).unwrap();
+    apply(&engine, Change::CreateTopic(topic("t", T))).unwrap();
+    disk.set_free_pages(255);
+    assert_eq!(
+        publish(&engine, T, vec![1]),
+        Ok(Err(AppendRefusal::DiskFull))
+    );
+    assert_eq!(*engine.health().borrow(), Health::DiskFull);
+    assert_eq!(
+        apply(&engine, Change::PutSubscription(subscription("s", 3))),
+        Ok(())
+    );
+    disk.set_free_pages(1000);
+    thread::sleep(Duration::from_millis(1100));
+    publish(&engine, T, vec![1]).unwrap().unwrap();
+}
+
+/// A store with sealed files that was closed, and what it holds.
+fn filled() -> (SimDisk, BTreeMap<u64, Vec<StoredMessage>>) {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    apply(&engine, Change::CreateTopic(topic("u", 8))).unwrap();
+    apply(&engine, Change::PutSubscription(subscription("s", 3))).unwrap();
+    apply(&engine, floor(5)).unwrap();
+    let mut random = Random(9);
+    for i in 0..60u8 {
+        publish(&engine, T, vec![i; 100 + random.index(300)])
+            .unwrap()
+            .unwrap();
+        publish(&engine, 8, vec![i; 10 + random.index(50)])
+            .unwrap()
+            .unwrap();
+    }
+    let held = [T, 8]
+        .map(|topic| (topic, read(&engine, topic, 1).unwrap()))
+        .into();
+    close(&engine);
+    assert!(
+        disk.names()
+            .iter()
+            .filter(|name| sealed::number(name).is_some())
+            .count()
+            >= 3
+    );
+    (disk, held)
+}
+
+/// Reads all that can be read, and says whether something could not.
+fn agrees(engine: &Redb, held: &BTreeMap<u64, Vec<StoredMessage>>) -> bool {
+    let mut complete = true;
+    for (topic, messages) in held {
+        let mut from = 1;
+        while from <= messages.len() as u64 {
+            match read(engine, *topic, from) {
+                Ok(found) => {
+                    assert!(!found.is_empty(), "a silent end at {from}");
+                    let start = usize::try_from(from).unwrap() - 1;
+                    assert_eq!(found, messages[start..start + found.len()], "wrong bytes");
+                    from += found.len() as u64;
+                }
+                Err(ReadError::DataLoss { sequence }) => {
+                    assert!(sequence >= from);
+                    complete = false;
+                    from = sequence + 1;
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+    complete
+}
+
+#[test]
+fn a_flipped_bit_is_an_error_and_never_a_wrong_byte() {
+    const FLIPS: u64 = 1_500;
+    let (disk, held) = filled();
+    let mut random = Random(4);
+    let (mut refused, mut lost, mut harmless) = (0, 0, 0);
+    for flip in 0..FLIPS {
+        let disk = disk.copy();
+        let names = disk.names();
+        let name = if flip % 2 == 0 {
+            HOT
+        } else {
+            &names[random.index(names.len())]
+        };
+        disk.edit(name, |bytes| {
+            let at = random.index(bytes.len());
+            bytes[at] ^= 1 << random.below(8);
+        });
+        let outcome = catch_unwind(AssertUnwindSafe(|| match simulation::open(&disk, env()) {
+            Ok(engine) => Some(agrees(&engine, &held)),
+            Err(_) => None,
+        }));
+        match outcome {
+            Ok(None) => refused += 1,
+            Ok(Some(false)) => lost += 1,
+            Ok(Some(true)) => harmless += 1,
+            Err(_) => panic!("flip {flip} in {name}"),
+        }
+    }
+    println!("{FLIPS} flips: {refused} refused, {lost} with lost messages, {harmless} harmless");
+    assert!(refused > 0 && lost > 0 && harmless > 0);
+}
+
+#[test]
+fn a_damaged_sealed_file_costs_its_messages_only() {
+    let (disk, held) = filled();
+    let names = disk.names();
+    let name = names
+        .iter()
+        .find(|name| sealed::number(name).is_some())
+        .unwrap();
+    disk.edit(name, |bytes| bytes[5000] ^= 1);
+    let engine = simulation::open(&disk, env()).unwrap();
+    assert!(!agrees(&engine, &held));
+    publish(&engine, T, vec![1]).unwrap().unwrap();
+    let last = held[&T].len() as u64 + 1;
+    assert_eq!(sequences(&read(&engine, T, last).unwrap()), [last]);
+}
+
+#[test]
+fn a_damaged_head_stops_its_topic_only() {
+    let (disk, held) = filled();
+    {
+        let database = disk
+            .open(HOT, &::redb::Builder::new())
+            .unwrap()
+            .expect("the store has a hot file");
+        let txn = database.begin_write().unwrap();
+        let mut heads = txn.open_table(HEADS).unwrap();
+        let mut row = heads.get(T).unwrap().unwrap().value().to_vec();
+        row[0] ^= 1;
+        heads.insert(T, row.as_slice()).unwrap();
+        drop(heads);
+        txn.commit().unwrap();
+        database.close().unwrap();
+    }
+    let engine = simulation::open(&disk, env()).unwrap();
+    assert_eq!(
+        read(&engine, T, 1),
+        Err(ReadError::DataLoss { sequence: 1 })
+    );
+    assert_eq!(
+        publish(&engine, T, vec![1]),
+        Ok(Err(AppendRefusal::Damaged))
+    );
+    assert_eq!(read(&engine, 8, 1).unwrap(), held[&8]);
+    publish(&engine, 8, vec![1]).unwrap().unwrap();
+    apply(&engine, Change::DeleteTopic(Epoch(T))).unwrap();
+    assert_eq!(read(&engine, T, 1), Err(ReadError::NoTopic));
+}
+
+#[test]
+fn sealed_files_go_when_they_are_trimmed_or_their_topic_is_deleted() {
+    let (disk, held) = filled();
+    let sealed = |disk: &SimDisk| {
+        disk.names()
+            .iter()
+            .filter(|name| sealed::number(name).is_some())
+            .count()
+    };
+    let engine = simulation::open(&disk, env()).unwrap();
+    let last = held[&T].len() as u64;
+    let before = sealed(&disk);
+    apply(
+        &engine,
+        Change::Trim {
+            topic: Epoch(T),
+            below: last,
+        },
+    )
+    .unwrap();
+    apply(&engine, Change::DeleteTopic(Epoch(8))).unwrap();
+    for i in 0..20 {
+        apply(&engine, floor(i)).unwrap();
+    }
+    assert!(before >= 3);
+    assert_eq!(sealed(&disk), 0);
+    assert_eq!(sequences(&read(&engine, T, last).unwrap()), [last]);
+    let stats = engine.stats(Epoch(T)).unwrap();
+    assert_eq!(stats.bytes, held[&T].last().unwrap().body.len() as u64);
+}
+
+#[test]
+fn a_second_server_is_told_who_has_the_directory() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("data");
+    let engine = open(&path).unwrap();
+    match open(&path) {
+        Err(StorageError::InUse { holder, .. }) => {
+            assert!(holder.contains(&std::process::id().to_string()), "{holder}");
+        }
+        other => panic!("{other:?}"),
+    }
+    close(&engine);
+    let again = open(&path).unwrap();
+    drop(again);
+    // What a dead server left in the file does not matter.
+    fs::write(path.join("LOCK"), "process 1").unwrap();
+    open(&path).unwrap();
+}
+
+#[test]
+fn files_are_private() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("data");
+    let engine = open(&path).unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&path), 0o700);
+    for name in [HOT, "LOCK", "ballast"] {
+        assert_eq!(mode(&path.join(name)), 0o600, "{name}");
+    }
+    drop(engine);
+}
+
+#[test]
+fn a_file_that_is_not_ours_is_refused_and_left_alone() {
+    let check = |make: &dyn Fn(&Path)| {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join(HOT);
+        make(&file);
+        let before = fs::read(&file).ok();
+        let error = open(directory.path()).unwrap_err();
+        assert!(error.to_string().contains(HOT), "{error}");
+        assert!(before.is_none_or(|before| before == fs::read(&file).unwrap()));
+        error
+    };
+    let empty = check(&|file| fs::write(file, "").unwrap());
+    assert!(matches!(empty, StorageError::Corrupt { .. }), "{empty:?}");
+    let text = check(&|file| fs::write(file, "not a database".repeat(1000)).unwrap());
+    assert!(matches!(text, StorageError::Corrupt { .. }), "{text:?}");
+    check(&|file| fs::create_dir(file).unwrap());
+}
+
+#[test]
+fn another_format_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    drop(open(directory.path()).unwrap());
+    let edit = |version: u32| {
+        let database = Database::open(directory.path().join(HOT)).unwrap();
+        let txn = database.begin_write().unwrap();
+        let mut meta = txn.open_table(META).unwrap();
+        put(&mut meta, META_FORMAT, version.to_le_bytes().to_vec()).unwrap();
+        drop(meta);
+        txn.commit().unwrap();
+    };
+    edit(9);
+    let error = open(directory.path()).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            StorageError::Format {
+                found: 9,
+                supported: 1,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    let foreign = tempfile::tempdir().unwrap();
+    drop(Database::create(foreign.path().join(HOT)).unwrap());
+    let error = open(foreign.path()).unwrap_err();
+    assert!(matches!(error, StorageError::Corrupt { .. }), "{error:?}");
+    let database = Database::open(foreign.path().join(HOT)).unwrap();
+    assert_eq!(
+        database
+            .begin_read()
+            .unwrap()
+            .list_tables()
+            .unwrap()
+            .count(),
+        0
+    );
+}
+
+#[test]
+fn leftovers_of_a_stop_are_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    drop(open(directory.path()).unwrap());
+    let leftovers = [
+        sealed::name(77),
+        format!("{}.tmp", sealed::name(78)),
+        format!("{HOT}.tmp"),
+    ];
+    for name in &leftovers {
+        fs::write(directory.path().join(name), "x").unwrap();
+    }
+    fs::write(directory.path().join("notes.txt"), "x").unwrap();
+    drop(open(directory.path()).unwrap());
+    for name in &leftovers {
+        assert!(!directory.path().join(name).exists(), "{name}");
+    }
+    assert!(directory.path().join("notes.txt").exists());
+    fs::remove_file(directory.path().join(HOT)).unwrap();
+    fs::write(directory.path().join(sealed::name(1)), "x").unwrap();
+    let error = open(directory.path()).unwrap_err();
+    assert!(
+        matches!(error, StorageError::Corrupt { .. }),
+        "messages without their hot file"
+    );
+}
+
+#[test]
+fn only_an_end_in_order_is_clean() {
+    let directory = tempfile::tempdir().unwrap();
+    let is_clean = || directory.path().join("CLEAN").exists();
+    let engine = open(directory.path()).unwrap();
+    assert!(!is_clean());
+    close(&engine);
+    assert!(is_clean());
+}
+
+#[test]
+fn old_boots_leave_the_ledger() {
+    let disk = SimDisk::new();
+    let boots: Vec<_> = (0..3)
+        .map(|i| {
+            simulation::open(&disk, TestEnv::new(i * 1_000_000))
+                .unwrap()
+                .boot_id()
+        })
+        .collect();
+    let engine = simulation::open(&disk, env()).unwrap();
+    assert!(boots.iter().all(|boot| engine.knows_boot(*boot)));
+    assert!(limits::MAX_BOOTS > boots.len());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_follow_messages_into_sealed_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let opening = Opening {
+        cache_bytes: CACHE_BYTES,
+        watermark: Some(0),
+        hot_bytes: 200_000,
+        file_bytes: 100_000,
+        inline: false,
+    };
+    let disk = Arc::new(Directory::lock(directory.path(), env().now()).unwrap());
+    let engine = Arc::new(Redb::open_on(Arc::clone(&disk) as _, env(), opening).unwrap());
+    engine
+        .apply(vec![Change::CreateTopic(topic("t", T))], Urgency::Now)
+        .await
+        .unwrap()
+        .into_inner();
+    let me = publisher(1, 1, 1);
+    let storage: Arc<dyn Storage> = Arc::clone(&engine) as _;
+    storage.opened(T, me).await.unwrap();
+    let count = 600u64;
+    let reader = {
+        let engine = Arc::clone(&engine);
+        async move {
+            let mut head = engine.head(Epoch(T)).unwrap();
+            let (mut next, mut from_start) = (1, 0);
+            while next <= 5 * count {
+                head.wait_for(|head| *head >= next).await.unwrap();
+                let live = engine.read(Epoch(T), next, ALL).await.unwrap();
+                assert_eq!(live[0].sequence, next);
+                next += live.len() as u64;
+                let old = engine
+                    .read(Epoch(T), 1 + from_start % next, ALL)
+                    .await
+                    .unwrap();
+                assert_eq!(
+                    old.first().map_or(next, |first| first.sequence),
+                    1 + from_start % next
+                );
+                from_start += 97;
+            }
+        }
+    };
+    let writer = async {
+        for i in 0..count {
+            let body = vec![u8::try_from(i % 251).unwrap(); 500];
+            let batch: Vec<NewMessage> = (0..5).map(|_| message(body.clone())).collect();
+            storage
+                .decided(from(me, T, 1 + 5 * i, batch))
+                .await
+                .unwrap();
+        }
+    };
+    tokio::join!(reader, writer);
+    let sealed = disk
+        .list()
+        .unwrap()
+        .iter()
+        .filter(|name| sealed::number(name).is_some())
+        .count();
+    assert!(sealed >= 3, "{sealed} sealed files");
+    let all = engine.read(Epoch(T), 1, ALL).await.unwrap();
+    assert_eq!(sequences(&all), (1..=5 * count).collect::<Vec<_>>());
+    engine.close().await.unwrap();
+    let engine = Redb::open_on(
+        Arc::new(Directory::lock(directory.path(), env().now()).unwrap()),
+        env(),
+        opening,
+    );
+    assert_eq!(engine.unwrap().read(Epoch(T), 1, ALL).await.unwrap(), all);
+}
