@@ -5,8 +5,7 @@
 //! cargo run --release --example resume_subscriber    # let it run, kill -9 it, run it again
 //! ```
 //!
-//! Try also to kill the server and to start it again: the stream does not notice. PUBSUB_SERVER
-//! is the address of the server, by default http://127.0.0.1:7670.
+//! Try also to kill the server and to start it again. PUBSUB_SERVER is its address.
 
 use std::time::Duration;
 
@@ -75,9 +74,7 @@ async fn publish(publisher: Publisher) {
 async fn tell_state(mut state: StateWatch) {
     while let Some(state) = state.changed().await {
         if let ConnectionState::Reconnecting { cause, .. } = &state {
-            println!("        away: {cause}");
-        } else if state.is_connected() {
-            println!("        connected");
+            println!("        reconnecting: {cause}");
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use pubsub_client::{Client, Message, PublishReceipt, PublishTicket, Publisher, StateWatch};
+use pubsub_client::{Client, Message, PublishTicket, Publisher, StateWatch};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{interval, timeout};
@@ -20,11 +20,18 @@ const AT_ONCE: u64 = 9;
 #[derive(Debug)]
 pub(crate) struct Publishers {
     states: Vec<StateWatch>,
-    tasks: JoinSet<Result<(usize, Vec<PublishReceipt>)>>,
+    tasks: JoinSet<Result<(usize, Vec<Stored>)>>,
 }
 
-/// What was published to one topic: the receipts, in the order of the calls.
-pub(crate) type Published = [Vec<PublishReceipt>; TOPICS.len()];
+/// What the publisher was told of a message.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stored {
+    pub(crate) sequence: u64,
+    pub(crate) duplicate: bool,
+}
+
+/// What was published to each topic, in the order of the calls.
+pub(crate) type Published = [Vec<Stored>; TOPICS.len()];
 
 impl Publishers {
     pub(crate) async fn start(client: &Client, tally: &Arc<Tally>) -> Result<Self> {
@@ -60,7 +67,7 @@ impl Publishers {
     }
 }
 
-async fn publish(publisher: Publisher, tally: &Tally) -> Result<Vec<PublishReceipt>> {
+async fn publish(publisher: Publisher, tally: &Tally) -> Result<Vec<Stored>> {
     let share = MESSAGES / TOPICS.len() as u64;
     let (tickets, queue) = mpsc::channel(10_000);
     let enqueue = async {
@@ -81,13 +88,11 @@ async fn publish(publisher: Publisher, tally: &Tally) -> Result<Vec<PublishRecei
     Ok(receipts)
 }
 
-async fn collect(
-    mut queue: mpsc::Receiver<PublishTicket>,
-    tally: &Tally,
-) -> Result<Vec<PublishReceipt>> {
+async fn collect(mut queue: mpsc::Receiver<PublishTicket>, tally: &Tally) -> Result<Vec<Stored>> {
     let mut receipts = Vec::new();
     while let Some(ticket) = queue.recv().await {
-        receipts.push(ticket.await.context("a publish failed")?);
+        let receipt = ticket.await.context("a publish failed")?;
+        receipts.push(Stored { sequence: receipt.id.sequence, duplicate: receipt.duplicate });
         tally.answered.add();
         tally.changed();
     }

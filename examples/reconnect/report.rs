@@ -4,13 +4,11 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
-use pubsub_client::PublishReceipt;
-
-use crate::MESSAGES;
 use crate::audit::{Audit, Topic};
 use crate::consumer::{Seen, Shown};
-use crate::publishers::Published;
+use crate::publishers::{Published, Stored};
 use crate::tally::Tally;
+use crate::{MESSAGES, TOPICS};
 
 /// The result of the run.
 #[derive(Debug, Default)]
@@ -53,12 +51,13 @@ impl Report {
         for ((published, shown), topic) in published.iter().zip(&shown.topics).zip(audit) {
             report.topic(published, shown, topic);
         }
-        // What never got a receipt was not published; that is no better.
-        report.lost += MESSAGES.saturating_sub(report.published as u64);
         report
     }
 
-    fn topic(&mut self, published: &[PublishReceipt], shown: &[Seen], topic: &Topic) {
+    fn topic(&mut self, published: &[Stored], shown: &[Seen], topic: &Topic) {
+        // What never got a receipt was not published; that is no better.
+        let share = MESSAGES / TOPICS.len() as u64;
+        self.lost += share.saturating_sub(published.len() as u64);
         self.published += published.len();
         self.duplicates += published.iter().filter(|receipt| receipt.duplicate).count();
         self.received += shown.len();
@@ -71,7 +70,7 @@ impl Report {
         let received = topic.log.iter().zip(&topic.received).filter(|(_, received)| **received);
         let received: BTreeSet<_> = received.map(|(seen, _)| key(seen)).collect();
         for (receipt, number) in published.iter().zip(0..) {
-            let key = (receipt.id.sequence, number);
+            let key = (receipt.sequence, number);
             let safe = in_log.contains(&key) && was_shown.contains(&key) && received.contains(&key);
             self.lost += u64::from(!safe);
         }
@@ -120,5 +119,67 @@ impl fmt::Display for Report {
         writeln!(f, "  longest silence        {silence:>8}   between two messages")?;
         writeln!(f)?;
         write!(f, "RESULT lost={lost} shown_twice={shown_twice} out_of_order={out_of_order}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A run in which everything went well, and what is then done to it.
+    fn check(damage: impl FnOnce(&mut Published, &mut Shown, &mut Audit)) -> (u64, u64, u64) {
+        let share = MESSAGES / TOPICS.len() as u64;
+        let seen: Vec<_> = (0..share).map(|number| Seen { sequence: number + 1, number }).collect();
+        let stored = |seen: &Seen| Stored { sequence: seen.sequence, duplicate: false };
+        let topic = || Topic { log: seen.clone(), received: vec![true; seen.len()] };
+        let mut published: Published = [(); 3].map(|()| seen.iter().map(stored).collect());
+        let mut shown = Shown { topics: [(); 3].map(|()| seen.clone()), ..Shown::default() };
+        let mut audit: Audit = [(); 3].map(|()| topic());
+        damage(&mut published, &mut shown, &mut audit);
+        let report = Report::new(&Tally::new(), &published, &shown, &audit, 0);
+        assert_eq!(
+            report.is_clean(),
+            (report.lost, report.shown_twice, report.out_of_order) == (0, 0, 0)
+        );
+        (report.lost, report.shown_twice, report.out_of_order)
+    }
+
+    #[test]
+    fn a_good_run_is_clean() {
+        assert_eq!(check(|_, _, _| {}), (0, 0, 0));
+    }
+
+    #[test]
+    fn each_kind_of_loss_is_found() {
+        assert_eq!(check(|published, _, _| drop(published[0].pop())), (1, 0, 0));
+        assert_eq!(check(|_, shown, _| drop(shown.topics[1].remove(17))), (1, 0, 0));
+        assert_eq!(check(|_, _, audit| audit[2].received[17] = false), (1, 0, 0));
+        let unlogged = check(|_, _, audit| {
+            audit[0].log.remove(17);
+            audit[0].received.remove(17);
+        });
+        assert_eq!(unlogged, (1, 0, 0));
+        assert_eq!(check(|published, _, _| published[0][17].sequence += 1), (1, 0, 0));
+    }
+
+    #[test]
+    fn what_comes_twice_is_found() {
+        let shown_twice = check(|_, shown, _| {
+            let seen = shown.topics[0][17];
+            shown.topics[0].insert(18, seen);
+        });
+        assert_eq!(shown_twice, (0, 1, 1));
+        let stored_twice = check(|_, _, audit| {
+            let number = audit[0].log[17].number;
+            audit[0].log.push(Seen { sequence: 10_001, number });
+            audit[0].received.push(true);
+        });
+        assert_eq!(stored_twice, (0, 1, 1));
+    }
+
+    #[test]
+    fn another_order_is_found() {
+        assert_eq!(check(|_, shown, _| shown.topics[0].swap(17, 18)), (0, 0, 1));
+        assert_eq!(check(|_, shown, _| shown.topics[0].swap(17, 19)), (0, 0, 2));
     }
 }

@@ -26,11 +26,7 @@ fn check(what: &'static str, name: &str) -> Result<Arc<str>, InvalidName> {
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
         && name.chars().all(body)
         && !name.contains("..");
-    if valid {
-        Ok(name.into())
-    } else {
-        Err(invalid(what, name, RULE))
-    }
+    if valid { Ok(name.into()) } else { Err(invalid(what, name, RULE)) }
 }
 
 fn invalid(what: &'static str, name: &str, rule: &'static str) -> InvalidName {
@@ -100,11 +96,7 @@ impl ConsumerId {
         if valid {
             Ok(Self(id.into()))
         } else {
-            Err(invalid(
-                "consumer id",
-                id,
-                "use 1 to 128 bytes without control characters",
-            ))
+            Err(invalid("consumer id", id, "use 1 to 128 bytes without control characters"))
         }
     }
 
@@ -141,10 +133,7 @@ impl TopicPattern {
         const WHAT: &str = "topic pattern";
         if !text.contains('*') {
             let name = TopicName::parse(text)?;
-            return Ok(Self {
-                text: text.into(),
-                matcher: Matcher::Name(name),
-            });
+            return Ok(Self { text: text.into(), matcher: Matcher::Name(name) });
         }
         // A name with each '*' replaced by a letter must be a name: patterns that cannot match
         // are refused, and no other glob syntax gets through.
@@ -154,10 +143,7 @@ impl TopicPattern {
             .build()
             .map_err(|_| invalid(WHAT, text, "'*' is the only wildcard"))?;
         let matcher = Matcher::Glob(Box::new(glob.compile_matcher()));
-        Ok(Self {
-            text: text.into(),
-            matcher,
-        })
+        Ok(Self { text: text.into(), matcher })
     }
 
     /// Whether the topic is meant.
@@ -213,18 +199,7 @@ mod tests {
         for good in ["a", "orders", "eu.orders-2", "0_x", &"n".repeat(128)] {
             assert!(TopicName::parse(good).is_ok(), "{good}");
         }
-        for bad in [
-            "",
-            ".a",
-            "_a",
-            "-a",
-            "a..b",
-            "a/b",
-            "a b",
-            "ä",
-            "a\n",
-            &"n".repeat(129),
-        ] {
+        for bad in ["", ".a", "_a", "-a", "a..b", "a/b", "a b", "ä", "a\n", &"n".repeat(129)] {
             assert!(TopicName::parse(bad).is_err(), "{bad:?}");
         }
     }

@@ -46,29 +46,29 @@ fn faults_of_all_kinds_at_random_lose_repeat_and_reorder_nothing() {
 async fn break_something(rig: &mut Rig, load: &mut Load, rng: &mut Rng) -> Result<()> {
     let cut = if rng.one_in(2) { Cut::Reset } else { Cut::Finish };
     let direction = if rng.one_in(2) { Direction::Up } else { Direction::Down };
-    match rng.below(10) {
-        0 | 1 => {
+    match rng.below(14) {
+        0..=2 => {
             load.fault("kill");
             rig.crash().await?;
         }
-        2 => {
+        3 => {
             load.fault("stop");
             rig.server.begin_stop()?;
             rig.server.exited(SOON).await?;
             rig.revive().await?;
         }
-        3 => load.crash_consumer(rng).await?,
-        4 => load.crash_publisher(rng).await?,
-        5 => {
+        4 | 5 => load.crash_consumer(rng).await?,
+        6 | 7 => load.crash_publisher(rng).await?,
+        8 | 9 => {
             load.fault("cut");
             rig.proxy.cut_all(cut);
         }
-        6 | 7 => {
+        10 | 11 => {
             load.fault("cut at a byte");
             rig.proxy.arm(direction, At::Byte(rng.between(1, 5000)), cut);
             rig.proxy.cut_all(cut);
         }
-        8 => lose_bytes(rig, load, direction, cut).await?,
+        12 => lose_bytes(rig, load, direction, cut).await?,
         _ => {
             load.fault("a freeze");
             rig.server.freeze()?;

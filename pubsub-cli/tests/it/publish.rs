@@ -43,7 +43,8 @@ fn everything_that_a_message_can_carry_arrives() -> Result<()> {
          --content-type application/json --to billing --timeout 10s",
     )?
     .succeeds()?;
-    let message = &json(&lab.run(&format!("{READ} --json"))?.succeeds()?)?[0];
+    let read = lab.run("subscribe --subscription billing --count 1 --json")?.succeeds()?;
+    let message = &json(&read)?[0];
     assert_eq!(message["payload"], "{}");
     assert_eq!(message["ordering_key"], "customer-7");
     assert_eq!(message["idempotency_key"], "order-7");

@@ -202,6 +202,11 @@ impl TransportError {
         }
         Self(text)
     }
+
+    /// With this in front, unless it says so already.
+    fn after(self, text: &str) -> Self {
+        if self.0.contains(text) { self } else { Self(format!("{text}: {}", self.0)) }
+    }
 }
 
 /// Why a session lost its connection, or ended.
@@ -265,9 +270,7 @@ impl Verdict {
                 text => text,
             };
             return Self::Transport(match std::error::Error::source(status) {
-                Some(source) => {
-                    TransportError::new(format!("{text}: {}", TransportError::chain(source)))
-                }
+                Some(source) => TransportError::chain(source).after(text),
                 None => TransportError::new(text),
             });
         };

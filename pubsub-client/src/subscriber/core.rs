@@ -51,6 +51,8 @@ pub(super) struct Inner {
     /// Someone waits for a confirmation or nacked: acks are not to wait for company.
     pub(super) urgent: bool,
     welcomed: bool,
+    /// Whether the last thing heard is that this is the active consumer.
+    active: bool,
     ended: bool,
     error: Option<SubscribeError>,
     consumer: Option<Waker>,
@@ -92,6 +94,7 @@ impl Core {
             stop: None,
             urgent: false,
             welcomed: false,
+            active: false,
             ended: false,
             error: None,
             consumer: None,
@@ -242,7 +245,7 @@ impl Core {
             caught_up: topic.caught_up(),
         });
         let topics: Vec<_> = topics.collect();
-        let caught_up = inner.welcomed && topics.iter().all(|topic| topic.caught_up);
+        let caught_up = inner.active && topics.iter().all(|topic| topic.caught_up);
         Position { topics, caught_up }
     }
 
@@ -307,8 +310,10 @@ impl Core {
         self.changed.notify_waiters();
     }
 
-    pub(super) fn welcomed(&self, inner: &mut Inner) {
+    /// The server has taken the subscriber in: as the active consumer, or to stand by.
+    pub(super) fn welcomed(&self, inner: &mut Inner, active: bool) {
         inner.welcomed = true;
+        inner.active = active;
         self.arrived(inner, Settled::default());
     }
 

@@ -285,9 +285,10 @@ impl<M> Resume<M> {
         Ok(news)
     }
 
-    pub(super) fn head(&mut self, number: u32, head: u64) {
+    pub(super) fn head(&mut self, number: u32, head: u64, passed: u64) {
         if let Ok(topic) = self.key(number).and_then(|key| self.topic(key)) {
             topic.head = topic.head.max(head);
+            topic.passed = passed;
         }
     }
 
@@ -315,11 +316,21 @@ impl<M> Resume<M> {
         settled
     }
 
+    /// Whether something is left of a deleted topic of the same name: its end comes first.
+    fn is_preceded(&self, key: TopicKey) -> bool {
+        let Some(topic) = self.topics.get(&key) else { return false };
+        let mut earlier = self.ready.range(..key).filter_map(|key| self.topics.get(key));
+        // Without a deleted topic there are no more topics than numbers.
+        self.topics.len() > self.by_number.len()
+            && earlier.any(|other| other.left && other.name == topic.name)
+    }
+
     /// Takes the next thing to show: the oldest of a topic, the topics by turns. `allowed` says
     /// which topics may be served.
     pub(super) fn take(&mut self, allowed: impl Fn(TopicKey) -> bool) -> Option<Shown<M>> {
         let after = self.ready.range((Excluded(self.served), Unbounded));
-        let key = *after.chain(self.ready.range(..=self.served)).find(|key| allowed(**key))?;
+        let mut turns = after.chain(self.ready.range(..=self.served));
+        let key = *turns.find(|key| allowed(**key) && !self.is_preceded(**key))?;
         let topic = self.topics.get_mut(&key)?;
         self.showings += 1;
         let showing = self.showings;

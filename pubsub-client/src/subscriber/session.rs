@@ -178,6 +178,10 @@ impl Session<'_> {
     fn first(&mut self, response: pb::SubscribeResponse) -> Result<(), End> {
         match response.frame {
             Some(Frame::Welcome(_) | Frame::Standby(_)) => self.frame(response),
+            Some(Frame::Drain(drain)) => {
+                let after = duration(drain.reconnect_after).unwrap_or_default();
+                Err(End::Advised { reason: drain.reason, after })
+            }
             _ => Err(Broken("the first frame is neither welcome nor standby".to_owned()).into()),
         }
     }
@@ -352,7 +356,7 @@ impl Session<'_> {
             let settled = inner.resume.welcome(topics);
             inner.gate = self.gate();
             self.core.arrived(&mut inner, settled);
-            self.core.welcomed(&mut inner);
+            self.core.welcomed(&mut inner, true);
         }
         self.core.state.set(ConnectionState::Connected);
     }
@@ -362,7 +366,7 @@ impl Session<'_> {
         {
             let mut inner = self.core.lock();
             inner.gate = Gate::Closed;
-            self.core.welcomed(&mut inner);
+            self.core.welcomed(&mut inner, false);
         }
         self.core.state.set(ConnectionState::Standby { active: standby.active_consumer });
     }
@@ -396,13 +400,14 @@ impl Session<'_> {
         self.live.answer(heartbeat.echoed_nonce);
         let mut inner = self.core.lock();
         inner.resume.check_deliveries(heartbeat.last_delivery)?;
+        let moved = !heartbeat.heads.is_empty();
         for head in heartbeat.heads {
-            inner.resume.head(head.topic, head.head);
+            inner.resume.head(head.topic, head.head, head.passed);
         }
         let gate = self.gate();
         let reopened = gate != inner.gate;
         inner.gate = gate;
-        if reopened {
+        if reopened || moved {
             self.core.arrived(&mut inner, Settled::default());
         }
         Ok(())

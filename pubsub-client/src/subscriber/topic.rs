@@ -91,6 +91,8 @@ pub(super) struct Topic<M> {
     /// The rewinds on the present stream.
     pub(super) generation: u32,
     pub(super) head: u64,
+    /// The server has sent all up to here on this stream, or has found it not to be for us.
+    pub(super) passed: u64,
     pub(super) last_received: u64,
     /// The last message that was handed out; 0 if none was.
     pub(super) last_shown: u64,
@@ -122,6 +124,7 @@ impl<M> Topic<M> {
             number: Some(joined.number),
             generation: 0,
             head: joined.head,
+            passed: joined.floor,
             // "Latest" is resolved once: a reader that is cut off before its first message goes
             // on from here.
             last_received: joined.floor,
@@ -146,6 +149,7 @@ impl<M> Topic<M> {
         self.number = Some(joined.number);
         self.generation = 0;
         self.head = self.head.max(joined.head);
+        self.passed = joined.floor;
         self.done.raise_floor(joined.floor);
         for range in &joined.dropped {
             self.buffered.retain(|sequence, _| !range.contains(sequence));
@@ -254,6 +258,7 @@ impl<M> Topic<M> {
     /// The server is going to deliver again from here on.
     pub(super) fn rewind(&mut self, from: u64, generation: u32) {
         self.generation = generation;
+        self.passed = self.passed.min(from.saturating_sub(1));
         self.take_back(from);
     }
 
@@ -375,7 +380,7 @@ impl<M> Topic<M> {
 
     /// Whether everything up to the head was shown.
     pub(super) fn caught_up(&self) -> bool {
-        let read = self.last_received.max(self.done.floor());
+        let read = self.last_received.max(self.done.floor()).max(self.passed);
         read >= self.head && self.buffered.is_empty() && self.gaps.is_empty()
     }
 

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::delivery::Claim;
 use super::error::BrokerError;
-use super::session::{AckBatch, Event, Heartbeat, Session, SessionId, SessionTopic, Welcome};
+use super::session::{AckBatch, Event, Heartbeat, Session, SessionId, SessionTopic, Told, Welcome};
 use super::subscription::{Keeper, Subscription};
 use crate::limits;
 use crate::names::ConsumerId;
@@ -76,7 +76,7 @@ impl Subscription {
             let none =
                 Claim { cursor_generation: topic.delivery.cursor().generation, ..Claim::default() };
             let dropped = topic.delivery.attach(claims.get(epoch).unwrap_or(&none), now);
-            topic.told_head = topic.delivery.head();
+            topic.told = topic.tell();
             topics.push(SessionTopic { dropped, ..topic.describe(*epoch) });
         }
         let known = self.record.consumer.as_ref();
@@ -210,9 +210,8 @@ impl Subscription {
         let due = |session: &&mut Session| session.next_heartbeat <= now;
         if let Some(session) = self.active.as_mut().filter(due) {
             let moved = self.topics.values_mut().filter_map(|topic| {
-                let head = topic.delivery.head();
-                let moved = head != std::mem::replace(&mut topic.told_head, head);
-                moved.then_some((topic.number, head))
+                let told = topic.tell();
+                (told != std::mem::replace(&mut topic.told, told)).then_some(told)
             });
             session.beat(moved.collect());
         }
@@ -245,7 +244,7 @@ impl Subscription {
 }
 
 impl Session {
-    pub(super) fn beat(&mut self, heads: Vec<(u32, u64)>) {
+    pub(super) fn beat(&mut self, heads: Vec<Told>) {
         self.next_heartbeat = Instant::now() + self.heartbeat;
         let (nonce, last_delivery) = (self.last_nonce, self.last_delivery);
         self.tell(Event::Heartbeat(Heartbeat { nonce, last_delivery, heads }));

@@ -44,6 +44,7 @@ impl Subscription {
         };
         let mut out = Vec::with_capacity(messages.len());
         let mut bytes = 0;
+        let mut passed_over = false;
         for message in messages {
             let size = message.body.len();
             if bytes + size > limit.bytes && !out.is_empty() {
@@ -52,7 +53,14 @@ impl Subscription {
             if let Some(attempt) = topic.delivery.offer(&message, &self.record.name) {
                 bytes += size;
                 out.push((message, attempt));
+                passed_over = false;
+            } else {
+                passed_over = true;
             }
+        }
+        if passed_over && topic.delivery.passed() == topic.delivery.head() {
+            // The consumer has caught up, which it cannot see from what it receives.
+            session.next_heartbeat = Instant::now();
         }
         if out.is_empty() {
             return;

@@ -205,6 +205,11 @@ impl Delivery {
         ready.then(|| (self.next, last - self.next + 1))
     }
 
+    /// All messages up to here were sent in this session, or are not for it.
+    pub fn passed(&self) -> u64 {
+        self.next.max(self.cursor.floor + 1) - 1
+    }
+
     /// When a message that is held back by a backoff may be shown.
     pub fn ready_at(&self, now: Instant) -> Option<Instant> {
         let (_, at) = self.not_before.range(..=self.next).next()?;

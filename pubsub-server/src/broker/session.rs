@@ -195,8 +195,19 @@ pub struct Heartbeat {
     pub nonce: u64,
     /// The number of the last message sent.
     pub last_delivery: u64,
-    /// Topic numbers with their heads.
-    pub heads: Vec<(u32, u64)>,
+    /// The topics in which something has moved.
+    pub heads: Vec<Told>,
+}
+
+/// What a session was told of a topic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// Its number.
+    pub topic: u32,
+    /// Its head.
+    pub head: u64,
+    /// All messages up to here were sent in this session, or are not for it.
+    pub passed: u64,
 }
 
 /// Why messages will never come.

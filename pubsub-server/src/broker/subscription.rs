@@ -15,7 +15,7 @@ use super::delivery::{Delivery, Receipt};
 use super::error::BrokerError;
 use super::lease::Leases;
 use super::saving::{Save, Waiter, saved};
-use super::session::{Command, Event, GapReason, Session, SessionTopic};
+use super::session::{Command, Event, GapReason, Session, SessionTopic, Told};
 use crate::limits;
 use crate::names::{ConsumerId, SubscriptionName, TopicName};
 use crate::record::{CursorRecord, Epoch, Sequences, SubscriptionRecord};
@@ -90,8 +90,8 @@ pub(super) struct Topic {
     pub(super) delivery: Delivery,
     /// The durable floor, for retention.
     pub(super) floor: Arc<AtomicU64>,
-    /// The head that the session knows.
-    pub(super) told_head: u64,
+    /// What the session knows.
+    pub(super) told: Told,
     /// The message that cannot be read.
     pub(super) damaged: Option<u64>,
 }
@@ -257,10 +257,10 @@ impl Subscription {
         let TopicStart { name, epoch, cursor, head, floor } = start;
         floor.store(cursor.floor, Ordering::Release);
         let delivery = Delivery::new(cursor, *head.borrow());
-        let (number, told_head) = (self.next_number, delivery.head());
+        let (number, told) = (self.next_number, Told::default());
         self.next_number += 1;
         self.numbers.insert(number, epoch);
-        let topic = Topic { name, number, delivery, floor, told_head, damaged: None };
+        let topic = Topic { name, number, delivery, floor, told, damaged: None };
         self.topics.insert(epoch, topic);
         self.turns.push_back(epoch);
         self.heads.push(WatchStream::new(head).map(move |head| (epoch, head)).boxed());
@@ -324,6 +324,11 @@ impl Subscription {
 }
 
 impl Topic {
+    /// What there is to tell a session.
+    pub(super) fn tell(&self) -> Told {
+        Told { topic: self.number, head: self.delivery.head(), passed: self.delivery.passed() }
+    }
+
     pub(super) fn describe(&self, epoch: Epoch) -> SessionTopic {
         let cursor = self.delivery.cursor();
         SessionTopic {

@@ -90,12 +90,7 @@ pub(super) struct Admission {
 
 impl Admission {
     fn refused(refusal: AppendRefusal) -> Self {
-        Self {
-            outcome: Err(refusal),
-            messages: Vec::new(),
-            keys: Vec::new(),
-            publisher: None,
-        }
+        Self { outcome: Err(refusal), messages: Vec::new(), keys: Vec::new(), publisher: None }
     }
 }
 
@@ -117,9 +112,7 @@ pub(super) fn admit<E>(
     let mut known = Vec::new();
     let mut skip = 0;
     if let Some(publisher) = &mut publisher {
-        let end = append
-            .first_sequence
-            .saturating_add(append.items.len() as u64);
+        let end = append.first_sequence.saturating_add(append.items.len() as u64);
         known = publisher.known(append.first_sequence, end);
         skip = known.iter().map(|run| run.count as usize).sum();
         publisher.used = context.now.age;
@@ -140,18 +133,8 @@ pub(super) fn admit<E>(
     if let Some(publisher) = &mut publisher {
         publisher.forget_below(append.resolved_below);
     }
-    let Decider {
-        runs,
-        messages,
-        keys,
-        ..
-    } = decider;
-    Ok(Admission {
-        outcome: Ok(runs),
-        messages,
-        keys: keys.into_iter().collect(),
-        publisher,
-    })
+    let Decider { runs, messages, keys, .. } = decider;
+    Ok(Admission { outcome: Ok(runs), messages, keys: keys.into_iter().collect(), publisher })
 }
 
 /// The publisher, if the append may go on.
@@ -179,9 +162,7 @@ fn admit_publisher(
         return refuse(AppendRefusal::OutOfOrder { expected });
     }
     if append.first_sequence < publisher.kept_from() {
-        return refuse(AppendRefusal::ResultExpired {
-            sequence: append.first_sequence,
-        });
+        return refuse(AppendRefusal::ResultExpired { sequence: append.first_sequence });
     }
     Ok(Some(publisher))
 }
@@ -194,26 +175,11 @@ impl Publisher {
         boot: u64,
         now: Now,
     ) -> Result<Self, AppendRefusal> {
-        let OpenPublisher {
-            publisher: PublisherRef { epoch, stream, .. },
-            ..
-        } = *open;
-        let fresh = Self {
-            epoch,
-            boot,
-            stream,
-            decided: 0,
-            runs: VecDeque::new(),
-            used: now.age,
-        };
+        let OpenPublisher { publisher: PublisherRef { epoch, stream, .. }, .. } = *open;
+        let fresh = Self { epoch, boot, stream, decided: 0, runs: VecDeque::new(), used: now.age };
         let mut publisher = match known {
             Some(known) if known.epoch > epoch => return Err(AppendRefusal::Fenced),
-            Some(known) if known.epoch == epoch => Self {
-                boot,
-                stream,
-                used: now.age,
-                ..known
-            },
+            Some(known) if known.epoch == epoch => Self { boot, stream, used: now.age, ..known },
             Some(_) | None => fresh,
         };
         publisher.forget_below(open.resolved_below);
@@ -238,28 +204,19 @@ impl Publisher {
     fn known(&self, from: u64, end: u64) -> Vec<Run> {
         let start = self.runs.partition_point(|run| run.end() <= from);
         let overlapping = self.runs.range(start..).take_while(|run| run.first < end);
-        overlapping
-            .map(|run| run.part(from, end).answer())
-            .collect()
+        overlapping.map(|run| run.part(from, end).answer()).collect()
     }
 
     fn record(&mut self, sequence: u64, fate: &Fate) {
         debug_assert_eq!(sequence, self.decided + 1, "publisher sequences are dense");
         self.decided = sequence;
         let fate = match fate {
-            Fate::Stored { sequence, at, .. } => KeptFate::Stored {
-                sequence: *sequence,
-                at: *at,
-            },
+            Fate::Stored { sequence, at, .. } => KeptFate::Stored { sequence: *sequence, at: *at },
             Fate::Refused(refusal) => KeptFate::Refused(refusal.clone()),
         };
         match self.runs.back_mut() {
             Some(last) if last.extends_to(&fate) => last.count += 1,
-            Some(_) | None => self.runs.push_back(KeptRun {
-                first: sequence,
-                count: 1,
-                fate,
-            }),
+            Some(_) | None => self.runs.push_back(KeptRun { first: sequence, count: 1, fate }),
         }
     }
 
@@ -282,17 +239,11 @@ impl Publisher {
     /// The bug that a test has to find: a frame of a fenced stream takes its sequences.
     #[cfg(pubsub_break = "fenced_frame_consumes_sequence")]
     fn broken_by_fenced_frame(mut self, append: &Append) -> Admission {
-        let refusal = Refusal {
-            reason: RefusalReason::Invalid,
-            detail: String::new(),
-        };
+        let refusal = Refusal { reason: RefusalReason::Invalid, detail: String::new() };
         for _ in &append.items {
             self.record(self.decided + 1, &Fate::Refused(refusal.clone()));
         }
-        Admission {
-            publisher: Some(self),
-            ..Admission::refused(AppendRefusal::Fenced)
-        }
+        Admission { publisher: Some(self), ..Admission::refused(AppendRefusal::Fenced) }
     }
 }
 
@@ -306,10 +257,7 @@ impl KeptRun {
         match (&self.fate, next) {
             (
                 KeptFate::Stored { sequence, at },
-                KeptFate::Stored {
-                    sequence: next_sequence,
-                    at: next_at,
-                },
+                KeptFate::Stored { sequence: next_sequence, at: next_at },
             ) => sequence + u64::from(self.count) == *next_sequence && at == next_at,
             (KeptFate::Refused(refusal), KeptFate::Refused(next)) => refusal == next,
             (KeptFate::Stored { .. }, KeptFate::Refused(_))
@@ -323,10 +271,9 @@ impl KeptRun {
         let end = self.end().min(end);
         let count = u32::try_from(end - first).expect("a part is not longer than its run");
         let fate = match &self.fate {
-            KeptFate::Stored { sequence, at } => KeptFate::Stored {
-                sequence: sequence + (first - self.first),
-                at: *at,
-            },
+            KeptFate::Stored { sequence, at } => {
+                KeptFate::Stored { sequence: sequence + (first - self.first), at: *at }
+            }
             KeptFate::Refused(refusal) => KeptFate::Refused(refusal.clone()),
         };
         Self { first, count, fate }
@@ -334,18 +281,10 @@ impl KeptRun {
 
     fn answer(self) -> Run {
         let fate = match self.fate {
-            KeptFate::Stored { sequence, at } => Fate::Stored {
-                sequence,
-                duplicate: true,
-                at,
-            },
+            KeptFate::Stored { sequence, at } => Fate::Stored { sequence, duplicate: true, at },
             KeptFate::Refused(refusal) => Fate::Refused(refusal),
         };
-        Run {
-            first_sequence: self.first,
-            count: self.count,
-            fate,
-        }
+        Run { first_sequence: self.first, count: self.count, fate }
     }
 }
 
@@ -359,12 +298,7 @@ struct Decider {
 
 impl Decider {
     fn new(context: Context, runs: Vec<Run>) -> Self {
-        Self {
-            context,
-            runs,
-            messages: Vec::new(),
-            keys: HashMap::new(),
-        }
+        Self { context, runs, messages: Vec::new(), keys: HashMap::new() }
     }
 
     fn decide<E>(
@@ -388,41 +322,20 @@ impl Decider {
                 return Ok(known_key(&row, &key));
             }
             let expires = self.context.now.age.after(self.context.window);
-            self.keys.insert(
-                key.key,
-                KeyRow {
-                    content: key.content,
-                    sequence,
-                    at,
-                    expires,
-                },
-            );
+            self.keys.insert(key.key, KeyRow { content: key.content, sequence, at, expires });
         }
         self.messages.push(message);
-        Ok(Fate::Stored {
-            sequence,
-            duplicate: false,
-            at,
-        })
+        Ok(Fate::Stored { sequence, duplicate: false, at })
     }
 }
 
 fn known_key(row: &KeyRow, key: &IdempotencyKey) -> Fate {
     if row.content == key.content {
-        return Fate::Stored {
-            sequence: row.sequence,
-            duplicate: true,
-            at: row.at,
-        };
+        return Fate::Stored { sequence: row.sequence, duplicate: true, at: row.at };
     }
-    let detail = format!(
-        "the idempotency key was used with other content by message {}",
-        row.sequence
-    );
-    Fate::Refused(Refusal {
-        reason: RefusalReason::KeyReused,
-        detail,
-    })
+    let detail =
+        format!("the idempotency key was used with other content by message {}", row.sequence);
+    Fate::Refused(Refusal { reason: RefusalReason::KeyReused, detail })
 }
 
 /// Adds a fate to an answer, to its last run if it continues it.
@@ -430,16 +343,8 @@ fn push(runs: &mut Vec<Run>, first_sequence: u64, fate: Fate) {
     if let Some(last) = runs.last_mut() {
         let continues = match (&last.fate, &fate) {
             (
-                Fate::Stored {
-                    sequence,
-                    duplicate,
-                    at,
-                },
-                Fate::Stored {
-                    sequence: next,
-                    duplicate: next_duplicate,
-                    at: next_at,
-                },
+                Fate::Stored { sequence, duplicate, at },
+                Fate::Stored { sequence: next, duplicate: next_duplicate, at: next_at },
             ) => {
                 sequence + u64::from(last.count) == *next
                     && (duplicate, at) == (next_duplicate, next_at)
@@ -454,11 +359,7 @@ fn push(runs: &mut Vec<Run>, first_sequence: u64, fate: Fate) {
             return;
         }
     }
-    runs.push(Run {
-        first_sequence,
-        count: 1,
-        fate,
-    });
+    runs.push(Run { first_sequence, count: 1, fate });
 }
 
 #[cfg(test)]

@@ -40,10 +40,7 @@ impl Naive {
     }
 
     fn resolve(&mut self, below: usize) {
-        self.resolved = self
-            .resolved
-            .max(below.saturating_sub(1))
-            .min(self.fates.len());
+        self.resolved = self.resolved.max(below.saturating_sub(1)).min(self.fates.len());
     }
 
     fn append(&mut self, append: &Append, now: u64) -> Result<Vec<NaiveFate>, AppendRefusal> {
@@ -54,14 +51,10 @@ impl Naive {
                 return Err(AppendRefusal::Fenced);
             }
             if first > self.fates.len() + 1 {
-                return Err(AppendRefusal::OutOfOrder {
-                    expected: self.fates.len() as u64 + 1,
-                });
+                return Err(AppendRefusal::OutOfOrder { expected: self.fates.len() as u64 + 1 });
             }
             if first <= self.resolved {
-                return Err(AppendRefusal::ResultExpired {
-                    sequence: append.first_sequence,
-                });
+                return Err(AppendRefusal::ResultExpired { sequence: append.first_sequence });
             }
             known = (self.fates.len() + 1 - first).min(append.items.len());
         }
@@ -111,27 +104,13 @@ const WINDOW: u64 = 100;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Open {
-        epoch: u32,
-        stream: u64,
-        resolved: u64,
-    },
-    Append {
-        known: bool,
-        stream: u64,
-        back: u64,
-        skip: u64,
-        items: Vec<Item>,
-        resolved: u64,
-    },
+    Open { epoch: u32, stream: u64, resolved: u64 },
+    Append { known: bool, stream: u64, back: u64, skip: u64, items: Vec<Item>, resolved: u64 },
     Wait(u64),
 }
 
 fn item() -> impl Strategy<Value = Item> {
-    let refusal = Refusal {
-        reason: RefusalReason::TooLarge,
-        detail: String::new(),
-    };
+    let refusal = Refusal { reason: RefusalReason::TooLarge, detail: String::new() };
     prop_oneof![
         4 => any::<u8>().prop_map(|body| Item::Store(message([body]))),
         3 => (0..4u8, 0..2u8).prop_map(|(key, body)| Item::Store(keyed(key, [body]))),
@@ -169,10 +148,7 @@ struct Real {
 
 impl Real {
     fn now(&self) -> Now {
-        Now {
-            wall: Timestamp(self.age),
-            age: Age(self.age),
-        }
+        Now { wall: Timestamp(self.age), age: Age(self.age) }
     }
 
     fn append(&mut self, append: Append) -> AppendOutcome {
@@ -185,15 +161,11 @@ impl Real {
             boot: 1,
         };
         let known = append.publisher.and(self.publisher.clone());
-        let Ok(admission) = admit(append, known, &context, |key| {
-            Ok::<_, Infallible>(self.keys.get(key).copied())
-        });
+        let Ok(admission) =
+            admit(append, known, &context, |key| Ok::<_, Infallible>(self.keys.get(key).copied()));
         if admission.outcome.is_err() {
             assert!(admission.messages.is_empty() && admission.keys.is_empty());
-            assert_eq!(
-                admission.publisher, None,
-                "a refused append changes nothing"
-            );
+            assert_eq!(admission.publisher, None, "a refused append changes nothing");
         }
         self.head += admission.messages.len() as u64;
         self.keys.extend(admission.keys);
@@ -214,11 +186,7 @@ impl Publisher {
             assert!(run.count > 0);
             next = run.end();
         }
-        assert_eq!(
-            next,
-            self.decided + 1,
-            "runs end at the last decided sequence"
-        );
+        assert_eq!(next, self.decided + 1, "runs end at the last decided sequence");
     }
 }
 
@@ -245,18 +213,10 @@ fn compare(steps: Vec<Step>) {
         let decided = naive.fates.len() as u64;
         match step {
             Step::Wait(millis) => real.age += millis,
-            Step::Open {
-                epoch,
-                stream,
-                resolved,
-            } => {
+            Step::Open { epoch, stream, resolved } => {
                 let publisher = publisher(1, epoch, stream);
                 let resolved_below = (decided + 1).saturating_sub(resolved);
-                let open = OpenPublisher {
-                    topic: Epoch(1),
-                    publisher,
-                    resolved_below,
-                };
+                let open = OpenPublisher { topic: Epoch(1), publisher, resolved_below };
                 let opened = Publisher::open(real.publisher.clone(), &open, 1, real.now());
                 let expected = naive.open(epoch, stream, usize::try_from(resolved_below).unwrap());
                 match opened {
@@ -268,14 +228,7 @@ fn compare(steps: Vec<Step>) {
                     Err(refusal) => assert_eq!(Err(refusal), expected),
                 }
             }
-            Step::Append {
-                known,
-                stream,
-                back,
-                skip,
-                items,
-                resolved,
-            } => {
+            Step::Append { known, stream, back, skip, items, resolved } => {
                 let epoch = naive.epoch;
                 let append = Append {
                     publisher: known.then(|| publisher(1, epoch, stream)),
@@ -332,32 +285,18 @@ fn no_key_is_added_beyond_the_limit_and_nothing_else_either() {
 fn the_time_of_a_message_is_not_before_that_of_the_last_one() {
     let nothing = |_: &[u8; 16]| Ok::<_, Infallible>(None);
     let Ok(admission) = admit(anonymous(1, vec![message("a")]), None, &context(), nothing);
-    let stored = Fate::Stored {
-        sequence: 11,
-        duplicate: false,
-        at: Timestamp(500),
-    };
+    let stored = Fate::Stored { sequence: 11, duplicate: false, at: Timestamp(500) };
     assert_eq!(admission.outcome.unwrap()[0].fate, stored);
 }
 
 #[test]
 fn a_stream_of_an_earlier_boot_is_fenced() {
     let from = publisher(1, 1, 1);
-    let open = OpenPublisher {
-        topic: Epoch(1),
-        publisher: from,
-        resolved_below: 0,
-    };
+    let open = OpenPublisher { topic: Epoch(1), publisher: from, resolved_below: 0 };
     let known = Publisher::open(None, &open, 1, Now::default()).unwrap();
-    let append = Append {
-        publisher: Some(from),
-        ..anonymous(1, vec![message("a")])
-    };
+    let append = Append { publisher: Some(from), ..anonymous(1, vec![message("a")]) };
     let nothing = |_: &[u8; 16]| Ok::<_, Infallible>(None);
-    let later = Context {
-        boot: 2,
-        ..context()
-    };
+    let later = Context { boot: 2, ..context() };
     let Ok(admission) = admit(append, Some(known), &later, nothing);
     assert_eq!(admission.outcome, Err(AppendRefusal::Fenced));
     assert_eq!(from.id, Uuid([1; 16]));

@@ -51,25 +51,15 @@ impl Clock {
     /// Goes on from the moment that was stored last.
     pub(super) fn resume(stored: Now, wall: Timestamp, instant: Instant) -> Self {
         let down = wall.since(stored.wall).min(MAX_DOWNTIME);
-        let start = Now {
-            wall: stored.wall.max(wall),
-            age: stored.age.after(millis(down)),
-        };
-        Self {
-            highest: start.wall,
-            start,
-            started: instant,
-        }
+        let start = Now { wall: stored.wall.max(wall), age: stored.age.after(millis(down)) };
+        Self { highest: start.wall, start, started: instant }
     }
 
     /// The moment, given what the outer clocks say.
     pub(super) fn now(&mut self, wall: Timestamp, instant: Instant) -> Now {
         self.highest = self.highest.max(wall);
         let running = instant.saturating_duration_since(self.started);
-        Now {
-            wall: self.highest,
-            age: self.start.age.after(millis(running)),
-        }
+        Now { wall: self.highest, age: self.start.age.after(millis(running)) }
     }
 }
 
@@ -100,10 +90,7 @@ mod tests {
 
     #[test]
     fn a_restart_counts_the_pause_up_to_a_day() {
-        let stored = Now {
-            wall: Timestamp(100 * HOUR),
-            age: Age(5 * HOUR),
-        };
+        let stored = Now { wall: Timestamp(100 * HOUR), age: Age(5 * HOUR) };
         let age = |wall: u64| {
             Clock::resume(stored, Timestamp(wall), Instant::now())
                 .now(Timestamp(wall), Instant::now())

@@ -96,20 +96,9 @@ impl Memory {
         let ordinal = store.boots.len() as u64;
         let clock = Clock::resume(store.now, env.now(), Instant::now());
         drop(store);
-        let session = Mutex::new(Session {
-            clock,
-            fault,
-            closed: false,
-        });
+        let session = Mutex::new(Session { clock, fault, closed: false });
         let health = watch::Sender::new(Health::Ok);
-        Self {
-            env,
-            boot,
-            ordinal,
-            store: shared,
-            session,
-            health,
-        }
+        Self { env, boot, ordinal, store: shared, session, health }
     }
 
     fn store(&self) -> MutexGuard<'_, Store> {
@@ -147,8 +136,7 @@ impl Memory {
     fn fail<T>(&self, mut session: MutexGuard<'_, Session>, promise: Promise<T>) {
         session.closed = true;
         drop(session);
-        self.health
-            .send_replace(Health::Failed("the fault that was asked for".to_owned()));
+        self.health.send_replace(Health::Failed("the fault that was asked for".to_owned()));
         promise.fail(CommitError::Unknown);
     }
 }
@@ -157,10 +145,7 @@ impl Store {
     fn append(&mut self, append: Append, now: Now, boot: u64) -> AppendOutcome {
         let keys: usize = self.topics.values().map(|topic| topic.keys.len()).sum();
         let key_room = limits::MAX_IDEMPOTENCY_KEYS.saturating_sub(keys as u64);
-        let topic = self
-            .topics
-            .get_mut(&append.topic)
-            .ok_or(AppendRefusal::NoTopic)?;
+        let topic = self.topics.get_mut(&append.topic).ok_or(AppendRefusal::NoTopic)?;
         topic.keys.retain(|_, row| row.expires > now.age);
         let context = Context {
             now,
@@ -175,12 +160,7 @@ impl Store {
         let decided = admit(append, known, &context, |key| {
             Ok::<_, std::convert::Infallible>(topic.keys.get(key).copied())
         });
-        let Ok(Admission {
-            outcome,
-            messages,
-            keys,
-            publisher: row,
-        }) = decided;
+        let Ok(Admission { outcome, messages, keys, publisher: row }) = decided;
         topic.keys.extend(keys);
         topic.publishers.extend(publisher.zip(row));
         let at = context.at();
@@ -194,22 +174,13 @@ impl Store {
             });
         }
         let head = topic.first + topic.messages.len() as u64 - 1;
-        topic
-            .head
-            .send_if_modified(|known| std::mem::replace(known, head) != head);
+        topic.head.send_if_modified(|known| std::mem::replace(known, head) != head);
         outcome
     }
 
     fn open(&mut self, open: &OpenPublisher, now: Now, boot: u64) -> OpenOutcome {
-        let publishers: usize = self
-            .topics
-            .values()
-            .map(|topic| topic.publishers.len())
-            .sum();
-        let topic = self
-            .topics
-            .get_mut(&open.topic)
-            .ok_or(AppendRefusal::NoTopic)?;
+        let publishers: usize = self.topics.values().map(|topic| topic.publishers.len()).sum();
+        let topic = self.topics.get_mut(&open.topic).ok_or(AppendRefusal::NoTopic)?;
         topic.forget_publishers(now.age);
         let known = topic.publishers.get(&open.publisher.id).cloned();
         if known.is_none() && publishers as u64 >= limits::MAX_PUBLISHERS {
@@ -237,11 +208,7 @@ impl Store {
                 self.subscriptions.remove(&subscription);
                 self.cursors.retain(|(_, of), _| *of != subscription);
             }
-            Change::PutCursor {
-                subscription,
-                topic,
-                cursor,
-            } => {
+            Change::PutCursor { subscription, topic, cursor } => {
                 let both = self.topics.contains_key(&topic)
                     && self.subscriptions.contains_key(&subscription);
                 if both {
@@ -286,8 +253,7 @@ impl Topic {
 
     fn forget_publishers(&mut self, age: Age) {
         let horizon = millis(limits::SESSION_HORIZON);
-        self.publishers
-            .retain(|_, publisher| publisher.used.after(horizon) > age);
+        self.publishers.retain(|_, publisher| publisher.used.after(horizon) > age);
     }
 
     fn read(&self, from: u64, limit: ReadLimit) -> Result<Vec<StoredMessage>, ReadError> {
@@ -322,11 +288,7 @@ impl Storage for Memory {
 
     fn catalog(&self) -> BoxFuture<'_, Result<Catalog, StorageError>> {
         let store = self.store();
-        let topics = store
-            .topics
-            .values()
-            .map(|topic| topic.record.clone())
-            .collect();
+        let topics = store.topics.values().map(|topic| topic.record.clone()).collect();
         let cursors: HashSet<_> = store.cursors.keys().copied().collect();
         let subscriptions = store.subscriptions.values().map(|subscription| {
             let own = cursors.iter().filter(|(_, of)| *of == subscription.epoch);
@@ -334,18 +296,12 @@ impl Storage for Memory {
             (subscription.clone(), own)
         });
         let subscriptions = subscriptions.collect();
-        ready(Ok(Catalog {
-            topics,
-            subscriptions,
-        }))
-        .boxed()
+        ready(Ok(Catalog { topics, subscriptions })).boxed()
     }
 
     fn append(&self, append: Append) -> Ticket<AppendOutcome> {
         let (promise, ticket) = ticket();
-        self.write(promise, |store, now| {
-            store.append(append, now, self.ordinal)
-        });
+        self.write(promise, |store, now| store.append(append, now, self.ordinal));
         ticket
     }
 
@@ -357,17 +313,12 @@ impl Storage for Memory {
 
     fn apply(&self, changes: Vec<Change>, _: Urgency) -> Ticket<()> {
         let (promise, ticket) = ticket();
-        self.write(promise, |store, _| {
-            changes.into_iter().for_each(|change| store.apply(change))
-        });
+        self.write(promise, |store, _| changes.into_iter().for_each(|change| store.apply(change)));
         ticket
     }
 
     fn head(&self, topic: Epoch) -> Option<watch::Receiver<u64>> {
-        self.store()
-            .topics
-            .get(&topic)
-            .map(|topic| topic.head.subscribe())
+        self.store().topics.get(&topic).map(|topic| topic.head.subscribe())
     }
 
     fn read(
@@ -385,9 +336,7 @@ impl Storage for Memory {
         let store = self.store();
         let topic = store.topics.get(&topic).ok_or(ReadError::NoTopic);
         let found = topic.map(|topic| {
-            let earlier = topic
-                .messages
-                .partition_point(|message| message.published_at < time);
+            let earlier = topic.messages.partition_point(|message| message.published_at < time);
             topic.first + earlier as u64
         });
         ready(found).boxed()
@@ -396,16 +345,8 @@ impl Storage for Memory {
     fn stats(&self, topic: Epoch) -> Option<TopicStats> {
         let store = self.store();
         let topic = store.topics.get(&topic)?;
-        let bytes = topic
-            .messages
-            .iter()
-            .map(|message| message.body.len() as u64)
-            .sum();
-        Some(TopicStats {
-            first: topic.first,
-            head: topic.head(),
-            bytes,
-        })
+        let bytes = topic.messages.iter().map(|message| message.body.len() as u64).sum();
+        Some(TopicStats { first: topic.first, head: topic.head(), bytes })
     }
 
     fn health(&self) -> watch::Receiver<Health> {
@@ -413,17 +354,11 @@ impl Storage for Memory {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            name: "memory",
-            durable: false,
-        }
+        Capabilities { name: "memory", durable: false }
     }
 
     fn close(&self) -> BoxFuture<'_, Result<(), StorageError>> {
-        self.session
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .closed = true;
+        self.session.lock().unwrap_or_else(PoisonError::into_inner).closed = true;
         ready(Ok(())).boxed()
     }
 }

@@ -26,10 +26,7 @@ pub(super) struct TestEnv {
 
 impl TestEnv {
     pub(super) fn new(seed: u64) -> Arc<Self> {
-        Arc::new(Self {
-            wall: AtomicU64::new(1_000_000),
-            random: AtomicU64::new(seed),
-        })
+        Arc::new(Self { wall: AtomicU64::new(1_000_000), random: AtomicU64::new(seed) })
     }
 
     pub(super) fn set(&self, wall: u64) {
@@ -75,10 +72,7 @@ impl Random {
     }
 }
 
-pub(super) const ALL: ReadLimit = ReadLimit {
-    messages: usize::MAX,
-    bytes: usize::MAX,
-};
+pub(super) const ALL: ReadLimit = ReadLimit { messages: usize::MAX, bytes: usize::MAX };
 
 pub(super) fn topic(name: &str, epoch: u64) -> TopicRecord {
     topic_with_window(name, epoch, limits::IDEMPOTENCY_WINDOW)
@@ -110,11 +104,7 @@ pub(super) fn subscription(name: &str, epoch: u64) -> SubscriptionRecord {
 }
 
 pub(super) fn message(body: impl Into<Vec<u8>>) -> NewMessage {
-    NewMessage {
-        body: Bytes::from(body.into()),
-        recipients: Vec::new(),
-        key: None,
-    }
+    NewMessage { body: Bytes::from(body.into()), recipients: Vec::new(), key: None }
 }
 
 /// The same key with the same body is the same publish.
@@ -122,21 +112,11 @@ pub(super) fn keyed(key: u8, body: impl Into<Vec<u8>>) -> NewMessage {
     let message = message(body);
     let mut content = [0; 32];
     content[..8].copy_from_slice(&xxh3_64(&message.body).to_le_bytes());
-    NewMessage {
-        key: Some(IdempotencyKey {
-            key: [key; 16],
-            content,
-        }),
-        ..message
-    }
+    NewMessage { key: Some(IdempotencyKey { key: [key; 16], content }), ..message }
 }
 
 pub(super) fn publisher(id: u8, epoch: u32, stream: u64) -> PublisherRef {
-    PublisherRef {
-        id: Uuid([id; 16]),
-        epoch,
-        stream,
-    }
+    PublisherRef { id: Uuid([id; 16]), epoch, stream }
 }
 
 /// Messages outside of a publisher session.
@@ -156,18 +136,11 @@ pub(super) fn from(
     first_sequence: u64,
     messages: Vec<NewMessage>,
 ) -> Append {
-    Append {
-        publisher: Some(publisher),
-        first_sequence,
-        ..anonymous(topic, messages)
-    }
+    Append { publisher: Some(publisher), first_sequence, ..anonymous(topic, messages) }
 }
 
 pub(super) fn bodies(messages: &[StoredMessage]) -> Vec<&[u8]> {
-    messages
-        .iter()
-        .map(|message| message.body.as_ref())
-        .collect()
+    messages.iter().map(|message| message.body.as_ref()).collect()
 }
 
 pub(super) fn sequences(messages: &[StoredMessage]) -> Vec<u64> {
@@ -177,10 +150,7 @@ pub(super) fn sequences(messages: &[StoredMessage]) -> Vec<u64> {
 /// Writes that must be committed.
 impl dyn Storage {
     pub(super) async fn done(&self, changes: Vec<Change>) {
-        self.apply(changes, Urgency::Now)
-            .await
-            .unwrap()
-            .into_inner();
+        self.apply(changes, Urgency::Now).await.unwrap().into_inner();
     }
 
     pub(super) async fn decided(&self, append: Append) -> AppendOutcome {
@@ -188,11 +158,7 @@ impl dyn Storage {
     }
 
     pub(super) async fn opened(&self, topic: u64, publisher: PublisherRef) -> OpenOutcome {
-        let open = OpenPublisher {
-            topic: Epoch(topic),
-            publisher,
-            resolved_below: 0,
-        };
+        let open = OpenPublisher { topic: Epoch(topic), publisher, resolved_below: 0 };
         self.open_publisher(open).await.unwrap().into_inner()
     }
 }

@@ -15,7 +15,7 @@ use tonic::Status;
 use tonic::service::{Routes, RoutesBuilder};
 use tonic_health::server::HealthReporter;
 
-use crate::broker::Broker;
+use crate::broker::{Broker, BrokerError};
 use crate::limits;
 use crate::record::Timestamp;
 
@@ -112,6 +112,14 @@ impl<T> Frames<T> {
         // If it fails the peer is gone.
         let _ = self.0.send_timeout(Err(status), WRITE_STALL).await;
     }
+}
+
+/// Refuses new streams when the server is about to stop.
+fn check_open(context: &Context) -> Result<(), Status> {
+    if *context.draining.borrow() {
+        return Err(status::status(&BrokerError::Unavailable("the server is stopping")));
+    }
+    Ok(())
 }
 
 /// The status of a stream whose next frame cannot be read. If the cause is that the peer is gone

@@ -119,6 +119,7 @@ async fn open(
         "heartbeat_interval",
         hello.heartbeat_interval,
     )?);
+    super::check_open(context)?;
     let publisher = context.broker.open_publisher(parse_hello(&hello)?).await?;
     let welcome = PublisherWelcome {
         boot_id: convert::uuid(context.broker.boot_id()),

@@ -20,7 +20,7 @@ use tonic::{Status, Streaming};
 use super::convert;
 use super::status::{self, invalid, protocol, status};
 use super::{Context, FRAME_QUEUE, Frames, Gone, HELLO_TIMEOUT};
-use crate::broker::session::{Attach, Command, Credit, Deliver, Event, Pull, Welcome};
+use crate::broker::session::{Attach, Command, Credit, Deliver, Event, Pull, Told, Welcome};
 use crate::broker::{BrokerError, Consume, Stream};
 use crate::limits;
 use crate::names::ConsumerId;
@@ -169,6 +169,7 @@ async fn open(
         Err(error) => return Err(super::unreadable(&error).into()),
     };
     let consume = parse_hello(hello)?;
+    super::check_open(context)?;
     let heartbeat = consume.attach.heartbeat;
     Ok((context.broker.consume(consume).await?, heartbeat))
 }
@@ -225,7 +226,8 @@ async fn run(
     let (mut draining, mut stopping) = (context.draining.clone(), context.stopping.clone());
     let dead_after = super::dead_after(heartbeat);
     let mut dead_at = Instant::now() + dead_after;
-    let mut drained = false;
+    // The first thing a client is told is its place.
+    let (mut placed, mut drained) = (false, false);
     loop {
         let step = tokio::select! {
             biased;
@@ -239,11 +241,14 @@ async fn run(
                 Err(error) => return super::unreadable(&error).into(),
             },
             event = stream.events.recv() => match event {
-                Some(event) => on_event(&context, event, heartbeat, frames).await,
+                Some(event) => {
+                    placed |= matches!(event, Event::Welcome(_) | Event::Standby(_));
+                    on_event(&context, event, heartbeat, frames).await
+                }
                 None => return BrokerError::Unavailable("the server is stopping").into(),
             },
             () = tokio::time::sleep_until(dead_at) => return End::Gone,
-            () = super::turned(&mut draining), if !drained => {
+            () = super::turned(&mut draining), if placed && !drained => {
                 drained = true;
                 send(frames, Response::Drain(super::drain())).await
             }
@@ -285,7 +290,8 @@ async fn on_event(
         Event::Deliver(deliver) => Response::Deliver(self::deliver(deliver)?),
         Event::Confirm(number) => Response::Confirm(AckConfirm { number }),
         Event::Heartbeat(beat) => {
-            let head = |(topic, head)| TopicHead { topic, head };
+            let head =
+                |told: Told| TopicHead { topic: told.topic, head: told.head, passed: told.passed };
             Response::Heartbeat(SubscriberHeartbeat {
                 echoed_nonce: beat.nonce,
                 last_delivery: beat.last_delivery,

@@ -30,14 +30,8 @@ const T: u64 = 7;
 
 impl Lab {
     async fn new(env: Arc<TestEnv>, mut restart: Box<dyn FnMut() -> Arc<dyn Storage>>) -> Self {
-        let lab = Self {
-            env,
-            storage: restart(),
-            restart,
-        };
-        lab.storage
-            .done(vec![Change::CreateTopic(topic("t", T))])
-            .await;
+        let lab = Self { env, storage: restart(), restart };
+        lab.storage.done(vec![Change::CreateTopic(topic("t", T))]).await;
         lab
     }
 
@@ -93,11 +87,7 @@ impl Lab {
 /// Where the messages of an answer are, and whether they were there before.
 fn places(runs: &[Run]) -> Vec<(u64, u64, bool)> {
     let place = |run: &Run| match &run.fate {
-        Fate::Stored {
-            sequence,
-            duplicate,
-            ..
-        } => {
+        Fate::Stored { sequence, duplicate, .. } => {
             (0..u64::from(run.count)).map(|i| (run.first_sequence + i, sequence + i, *duplicate))
         }
         .collect::<Vec<_>>(),
@@ -112,17 +102,11 @@ fn batch(bodies: &[&str]) -> Vec<NewMessage> {
 
 async fn messages_are_read_in_the_order_of_calls(lab: &mut Lab) {
     let tickets: Vec<_> = (0..50u8)
-        .map(|i| {
-            lab.storage
-                .append(anonymous(T, vec![message([i]), message([i, i])]))
-        })
+        .map(|i| lab.storage.append(anonymous(T, vec![message([i]), message([i, i])])))
         .collect();
     for (ticket, i) in tickets.into_iter().zip(0..) {
         let runs = ticket.await.unwrap().into_inner().unwrap();
-        assert_eq!(
-            places(&runs),
-            [(1, 2 * i + 1, false), (2, 2 * i + 2, false)]
-        );
+        assert_eq!(places(&runs), [(1, 2 * i + 1, false), (2, 2 * i + 2, false)]);
     }
     let messages = lab.read(1).await.unwrap();
     assert_eq!(sequences(&messages), (1..=100).collect::<Vec<_>>());
@@ -135,10 +119,7 @@ async fn a_message_keeps_its_recipients_and_bytes(lab: &mut Lab) {
         SubscriptionName::parse("a").unwrap(),
         SubscriptionName::parse(&"b".repeat(128)).unwrap(),
     ];
-    let sent = NewMessage {
-        recipients: recipients.clone(),
-        ..message("x")
-    };
+    let sent = NewMessage { recipients: recipients.clone(), ..message("x") };
     lab.store(vec![message(""), sent]).await;
     lab.reopen().await;
     let messages = lab.read(1).await.unwrap();
@@ -154,11 +135,7 @@ async fn heads_rise_before_tickets_resolve(lab: &mut Lab) {
         lab.store(batch(&["a"])).await;
         assert!(head.has_changed().unwrap());
         assert_eq!(*head.borrow_and_update(), i);
-        assert_eq!(
-            lab.read(i).await.unwrap().len(),
-            1,
-            "what a head promises is there"
-        );
+        assert_eq!(lab.read(i).await.unwrap().len(), 1, "what a head promises is there");
     }
     assert!(lab.storage.head(Epoch(99)).is_none());
 }
@@ -166,18 +143,13 @@ async fn heads_rise_before_tickets_resolve(lab: &mut Lab) {
 async fn a_change_that_can_wait_is_committed_soon(lab: &mut Lab) {
     let change = Change::PutSubscription(subscription("s", 3));
     let ticket = lab.storage.apply(vec![change], Urgency::Soon);
-    tokio::time::timeout(Duration::from_secs(5), ticket)
-        .await
-        .unwrap()
-        .unwrap()
-        .into_inner();
+    tokio::time::timeout(Duration::from_secs(5), ticket).await.unwrap().unwrap().into_inner();
     assert_eq!(lab.storage.catalog().await.unwrap().subscriptions.len(), 1);
 }
 
 async fn a_read_keeps_its_limits(lab: &mut Lab) {
     for i in 0..4u8 {
-        lab.store((0..5).map(|_| message(vec![i; 100])).collect())
-            .await;
+        lab.store((0..5).map(|_| message(vec![i; 100])).collect()).await;
     }
     let read = async |from, messages, bytes| {
         let limit = ReadLimit { messages, bytes };
@@ -193,52 +165,29 @@ async fn a_read_keeps_its_limits(lab: &mut Lab) {
 }
 
 async fn large_messages_and_batches_are_whole(lab: &mut Lab) {
-    let sizes = [
-        0, 1, 63_900, 64_000, 64_100, 3_000_000, 10, 30_000, 30_000, 30_000,
-    ];
-    let messages = sizes
-        .iter()
-        .zip(0u8..)
-        .map(|(size, i)| message(vec![i; *size]))
-        .collect();
+    let sizes = [0, 1, 63_900, 64_000, 64_100, 3_000_000, 10, 30_000, 30_000, 30_000];
+    let messages = sizes.iter().zip(0u8..).map(|(size, i)| message(vec![i; *size])).collect();
     lab.store(messages).await;
-    lab.store((0..5000).map(|_| message("small")).collect())
-        .await;
+    lab.store((0..5000).map(|_| message("small")).collect()).await;
     lab.reopen().await;
     let messages = lab.read(1).await.unwrap();
     assert_eq!(sequences(&messages), (1..=5010).collect::<Vec<_>>());
     for (message, (size, i)) in messages.iter().zip(sizes.iter().zip(0u8..)) {
         assert!(message.body.len() == *size && message.body.iter().all(|byte| *byte == i));
     }
-    assert!(
-        messages[10..]
-            .iter()
-            .all(|message| message.body.as_ref() == b"small")
-    );
+    assert!(messages[10..].iter().all(|message| message.body.as_ref() == b"small"));
 }
 
 async fn a_trim_removes_what_is_below(lab: &mut Lab) {
     for _ in 0..10 {
         lab.store(batch(&["a", "b", "c"])).await;
     }
-    let trim = |below| {
-        vec![Change::Trim {
-            topic: Epoch(T),
-            below,
-        }]
-    };
+    let trim = |below| vec![Change::Trim { topic: Epoch(T), below }];
     lab.storage.done(trim(8)).await;
     assert_eq!(lab.read(7).await, Err(ReadError::Trimmed { first: 8 }));
-    assert_eq!(
-        sequences(&lab.read(8).await.unwrap()),
-        (8..=30).collect::<Vec<_>>()
-    );
+    assert_eq!(sequences(&lab.read(8).await.unwrap()), (8..=30).collect::<Vec<_>>());
     lab.storage.done(trim(3)).await;
-    assert_eq!(
-        lab.storage.stats(Epoch(T)).unwrap().first,
-        8,
-        "a trim never goes back"
-    );
+    assert_eq!(lab.storage.stats(Epoch(T)).unwrap().first, 8, "a trim never goes back");
     lab.storage.done(trim(1000)).await;
     assert_eq!(lab.storage.stats(Epoch(T)).unwrap().first, 31);
     assert_eq!(lab.read(31).await.unwrap(), []);
@@ -260,22 +209,12 @@ async fn a_trim_removes_what_is_below(lab: &mut Lab) {
 async fn a_deleted_topic_is_gone_with_everything(lab: &mut Lab) {
     let me = publisher(1, 1, 1);
     lab.storage.opened(T, me).await.unwrap();
-    lab.storage
-        .decided(from(me, T, 1, vec![keyed(1, "a")]))
-        .await
-        .unwrap();
+    lab.storage.decided(from(me, T, 1, vec![keyed(1, "a")])).await.unwrap();
     let mut head = lab.storage.head(Epoch(T)).unwrap();
     head.mark_unchanged();
-    let cursor = CursorRecord {
-        floor: 1,
-        ..CursorRecord::default()
-    };
+    let cursor = CursorRecord { floor: 1, ..CursorRecord::default() };
     let (subscription_epoch, topic_epoch) = (Epoch(3), Epoch(T));
-    let put = Change::PutCursor {
-        subscription: subscription_epoch,
-        topic: topic_epoch,
-        cursor,
-    };
+    let put = Change::PutCursor { subscription: subscription_epoch, topic: topic_epoch, cursor };
     let subscription = Change::PutSubscription(subscription("s", 3));
     lab.storage.done(vec![subscription, put.clone()]).await;
     lab.storage.done(vec![Change::DeleteTopic(Epoch(T))]).await;
@@ -292,24 +231,13 @@ async fn a_deleted_topic_is_gone_with_everything(lab: &mut Lab) {
         assert_eq!(catalog.subscriptions[0].1, []);
         lab.reopen().await;
     }
-    lab.storage
-        .done(vec![Change::CreateTopic(topic("t", 8))])
-        .await;
-    let runs = lab
-        .storage
-        .decided(anonymous(8, vec![keyed(1, "other")]))
-        .await
-        .unwrap();
+    lab.storage.done(vec![Change::CreateTopic(topic("t", 8))]).await;
+    let runs = lab.storage.decided(anonymous(8, vec![keyed(1, "other")])).await.unwrap();
     assert_eq!(places(&runs), [(1, 1, false)], "a new epoch starts over");
 }
 
 async fn the_catalog_is_what_was_applied(lab: &mut Lab) {
-    let mut cursor = CursorRecord {
-        floor: 4,
-        start: 2,
-        generation: 9,
-        ..CursorRecord::default()
-    };
+    let mut cursor = CursorRecord { floor: 4, start: 2, generation: 9, ..CursorRecord::default() };
     cursor.done.insert(6..=8);
     cursor.received.insert(1..=8);
     cursor.failures.insert(5, 2);
@@ -320,18 +248,12 @@ async fn the_catalog_is_what_was_applied(lab: &mut Lab) {
     };
     let subscriptions = [subscription("s", 3), subscription("gone", 4)];
     let [kept, gone] = subscriptions.clone().map(Change::PutSubscription);
-    lab.storage
-        .done(vec![kept, gone, put(&CursorRecord::default())])
-        .await;
-    lab.storage
-        .done(vec![put(&cursor), Change::DeleteSubscription(Epoch(4))])
-        .await;
+    lab.storage.done(vec![kept, gone, put(&CursorRecord::default())]).await;
+    lab.storage.done(vec![put(&cursor), Change::DeleteSubscription(Epoch(4))]).await;
     for _ in 0..2 {
         let catalog = lab.storage.catalog().await.unwrap();
         assert_eq!(catalog.topics, [topic("t", T)]);
-        let [(record, cursors)] = catalog.subscriptions.as_slice() else {
-            panic!("{catalog:?}")
-        };
+        let [(record, cursors)] = catalog.subscriptions.as_slice() else { panic!("{catalog:?}") };
         assert_eq!(record, &subscriptions[0]);
         assert_eq!(cursors.as_slice(), [(Epoch(T), cursor.clone())]);
         lab.reopen().await;
@@ -346,38 +268,17 @@ async fn published_at_never_decreases_and_is_searched(lab: &mut Lab) {
     lab.reopen().await;
     lab.env.set(70_000_000);
     lab.store(batch(&["d"])).await;
-    let times: Vec<_> = lab
-        .read(1)
-        .await
-        .unwrap()
-        .iter()
-        .map(|message| message.published_at.0)
-        .collect();
+    let times: Vec<_> =
+        lab.read(1).await.unwrap().iter().map(|message| message.published_at.0).collect();
     let [a, b, d] = [50_000_000, 60_000_000, 70_000_000];
     assert_eq!(times, [a, a, b, b, b, b, d]);
     let find = async |time| lab.storage.find(Epoch(T), Timestamp(time)).await;
-    for (time, sequence) in [
-        (0, 1),
-        (a, 1),
-        (a + 1, 3),
-        (b, 3),
-        (b + 1, 7),
-        (d, 7),
-        (d + 1, 8),
-    ] {
+    for (time, sequence) in [(0, 1), (a, 1), (a + 1, 3), (b, 3), (b + 1, 7), (d, 7), (d + 1, 8)] {
         assert_eq!(find(time).await, Ok(sequence), "{time}");
     }
-    lab.storage
-        .done(vec![Change::Trim {
-            topic: Epoch(T),
-            below: 4,
-        }])
-        .await;
+    lab.storage.done(vec![Change::Trim { topic: Epoch(T), below: 4 }]).await;
     assert_eq!(find(0).await, Ok(4));
-    assert_eq!(
-        lab.storage.find(Epoch(99), Timestamp(0)).await,
-        Err(ReadError::NoTopic)
-    );
+    assert_eq!(lab.storage.find(Epoch(99), Timestamp(0)).await, Err(ReadError::NoTopic));
 }
 
 async fn every_boot_is_in_the_ledger(lab: &mut Lab) {
@@ -391,9 +292,8 @@ async fn every_boot_is_in_the_ledger(lab: &mut Lab) {
 }
 
 async fn close_commits_what_was_accepted_and_refuses_the_rest(lab: &mut Lab) {
-    let tickets: Vec<_> = (0..20)
-        .map(|_| lab.storage.append(anonymous(T, batch(&["a"]))))
-        .collect();
+    let tickets: Vec<_> =
+        (0..20).map(|_| lab.storage.append(anonymous(T, batch(&["a"])))).collect();
     lab.storage.close().await.unwrap();
     for ticket in tickets {
         ticket.await.unwrap().into_inner().unwrap();

@@ -43,11 +43,7 @@ pub(super) struct Chores {
 impl Chores {
     /// Everything may have been left undone.
     pub(super) fn after_open(state: &State) -> Self {
-        Self {
-            trims: state.topics.keys().copied().collect(),
-            garbage: true,
-            ..Self::default()
-        }
+        Self { trims: state.topics.keys().copied().collect(), garbage: true, ..Self::default() }
     }
 
     pub(super) fn note(&mut self, effects: &Effects) {
@@ -79,9 +75,7 @@ impl Writer {
                 surplus.then(|| self.transact(|tables, state| trim_piece(tables, state, topic)));
             if let Some(doomed) = piece.flatten() {
                 self.show_topic(topic);
-                doomed
-                    .iter()
-                    .for_each(|file| self.shared.cabinet.forget(*file));
+                doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
                 self.sealing.doomed.extend(doomed);
                 return true;
             }
@@ -114,9 +108,7 @@ impl Writer {
         if self.chores.next_expiry > age {
             return false;
         }
-        let did = self
-            .transact(|tables, _| expiry_piece(tables, age))
-            .is_some();
+        let did = self.transact(|tables, _| expiry_piece(tables, age)).is_some();
         if !did {
             // Nothing is due; a key that comes later lives longer than this.
             self.chores.next_expiry = age.after(1_000);
@@ -146,10 +138,7 @@ impl Writer {
 fn has_surplus(topic: &Topic) -> bool {
     let Some(head) = topic.head else { return false };
     head.collected < head.first.max(topic.hot_from())
-        || topic
-            .segments
-            .first()
-            .is_some_and(|segment| segment.last < head.first)
+        || topic.segments.first().is_some_and(|segment| segment.last < head.first)
 }
 
 /// Removes trimmed segments and some rows that are trimmed or sealed; `Some` if something was
@@ -167,9 +156,7 @@ fn trim_piece(
     };
     // Kept here for when the segments are gone.
     head.sealed_below = topic.hot_from();
-    let trimmed = topic
-        .segments
-        .partition_point(|segment| segment.last < head.first);
+    let trimmed = topic.segments.partition_point(|segment| segment.last < head.first);
     let (trimmed, kept) = topic.segments.split_at(trimmed);
     let (trimmed, kept) = (trimmed.to_vec(), Arc::new(kept.to_vec()));
     let mut doomed = Vec::new();
@@ -244,11 +231,7 @@ fn garbage_piece(
         let rows = |low, high| (epoch, low)..=(epoch, high);
         let keys = (epoch, 0)..=(epoch, u128::MAX);
         let removed = remove_some(&mut tables.publishers, keys.clone(), PIECE_ROWS)?
-            + remove_some(
-                &mut tables.messages,
-                rows(0, u64::MAX),
-                PIECE_BYTES / ROW_BYTES,
-            )?
+            + remove_some(&mut tables.messages, rows(0, u64::MAX), PIECE_BYTES / ROW_BYTES)?
             + remove_some(&mut tables.cursors, rows(0, u64::MAX), PIECE_ROWS)?
             + remove_some(&mut tables.keys, keys, PIECE_ROWS)?;
         state.publisher_rows = tables.publishers.len()?;
@@ -290,9 +273,8 @@ where
     K: Key + for<'a> Value<SelfType<'a> = K> + Copy + 'static,
 {
     let keys = table.range(range)?.take(limit);
-    let keys: Vec<K> = keys
-        .map(|entry| entry.map(|(key, _)| key.value()))
-        .collect::<Result<_, _>>()?;
+    let keys: Vec<K> =
+        keys.map(|entry| entry.map(|(key, _)| key.value())).collect::<Result<_, _>>()?;
     for key in &keys {
         table.remove(*key)?;
     }
@@ -300,11 +282,7 @@ where
 }
 
 fn expiry_piece(tables: &mut Tables<'_>, age: Age) -> Result<Option<()>, Trouble> {
-    let Some((key, row)) = tables
-        .expiries
-        .first()?
-        .map(|(key, row)| (key.value(), row))
-    else {
+    let Some((key, row)) = tables.expiries.first()?.map(|(key, row)| (key.value(), row)) else {
         return Ok(None);
     };
     let (expires, topic, _) = key;

@@ -41,16 +41,8 @@ impl Directory {
             path: path.display().to_string(),
             detail: error.to_string(),
         };
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(path)
-            .map_err(io)?;
-        let mut lock = private()
-            .create(true)
-            .truncate(false)
-            .open(path.join(LOCK))
-            .map_err(io)?;
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
+        let mut lock = private().create(true).truncate(false).open(path.join(LOCK)).map_err(io)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -58,16 +50,9 @@ impl Directory {
                 // The text helps people; the lock itself has spoken already.
                 let _ = lock.take(200).read_to_string(&mut holder);
                 let holder = holder.trim();
-                let holder = if holder.is_empty() {
-                    "another server"
-                } else {
-                    holder
-                };
+                let holder = if holder.is_empty() { "another server" } else { holder };
                 let path = path.display().to_string();
-                return Err(StorageError::InUse {
-                    path,
-                    holder: holder.to_owned(),
-                });
+                return Err(StorageError::InUse { path, holder: holder.to_owned() });
             }
             Err(TryLockError::Error(error)) => return Err(io(error)),
         }
@@ -75,10 +60,7 @@ impl Directory {
         lock.set_len(0).map_err(io)?;
         lock.rewind().map_err(io)?;
         writeln!(lock, "{holder}").map_err(io)?;
-        Ok(Self {
-            path: path.to_owned(),
-            lock: Mutex::new(Some(lock)),
-        })
+        Ok(Self { path: path.to_owned(), lock: Mutex::new(Some(lock)) })
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -117,16 +99,14 @@ impl Disk for Directory {
         let stop = Arc::clone(&opened);
         // redb reads pages in the order of its trees. A disk is several times faster in the order of
         // the file, so that this is ahead of it soon.
-        let reading = thread::Builder::new()
-            .name("read-ahead".to_owned())
-            .spawn(move || {
-                let (mut chunk, mut offset) = (vec![0; CHUNK_BYTES], 0);
-                while let Ok(read @ 1..) = ahead.read_at(&mut chunk, offset)
-                    && !stop.load(Ordering::Relaxed)
-                {
-                    offset += read as u64;
-                }
-            });
+        let reading = thread::Builder::new().name("read-ahead".to_owned()).spawn(move || {
+            let (mut chunk, mut offset) = (vec![0; CHUNK_BYTES], 0);
+            while let Ok(read @ 1..) = ahead.read_at(&mut chunk, offset)
+                && !stop.load(Ordering::Relaxed)
+            {
+                offset += read as u64;
+            }
+        });
         let database = builder.create_with_backend(FileBackend::new(file)?);
         opened.store(true, Ordering::Relaxed);
         if let Ok(reading) = reading {
@@ -136,10 +116,7 @@ impl Disk for Directory {
     }
 
     fn create(&self, name: &str, builder: &Builder) -> Result<Database, DatabaseError> {
-        let file = private()
-            .create(true)
-            .truncate(true)
-            .open(self.file(name))?;
+        let file = private().create(true).truncate(true).open(self.file(name))?;
         builder.create_with_backend(FileBackend::new(file)?)
     }
 
@@ -160,10 +137,7 @@ impl Disk for Directory {
         loop {
             let read = file.read(&mut chunk)?;
             if read == 0 {
-                return Ok(Digest {
-                    length,
-                    hash: hash.digest(),
-                });
+                return Ok(Digest { length, hash: hash.digest() });
             }
             length += read as u64;
             hash.update(&chunk[..read]);
@@ -195,9 +169,7 @@ impl Disk for Directory {
     fn list(&self) -> io::Result<Vec<String>> {
         let names = fs::read_dir(&self.path)?.map(|entry| Ok(entry?.file_name().into_string()));
         // A name that is not text is not one of ours.
-        names
-            .filter_map(|name: io::Result<_>| name.map(Result::ok).transpose())
-            .collect()
+        names.filter_map(|name: io::Result<_>| name.map(Result::ok).transpose()).collect()
     }
 
     fn space(&self) -> io::Result<Space> {
@@ -212,10 +184,7 @@ impl Disk for Directory {
         if !wanted {
             return self.remove(BALLAST);
         }
-        let mut file = private()
-            .create(true)
-            .truncate(false)
-            .open(self.file(BALLAST))?;
+        let mut file = private().create(true).truncate(false).open(self.file(BALLAST))?;
         if file.metadata()?.len() == BALLAST_BYTES {
             return Ok(());
         }
@@ -234,10 +203,7 @@ impl Disk for Directory {
 
     fn set_clean(&self, clean: bool) -> io::Result<()> {
         if clean {
-            private()
-                .create(true)
-                .truncate(true)
-                .open(self.file(CLEAN))?;
+            private().create(true).truncate(true).open(self.file(CLEAN))?;
         } else {
             self.remove(CLEAN)?;
         }
@@ -245,9 +211,6 @@ impl Disk for Directory {
     }
 
     fn unlock(&self) {
-        self.lock
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }

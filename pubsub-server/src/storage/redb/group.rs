@@ -100,9 +100,8 @@ impl<'t, 's> Group<'t, 's> {
             None => None,
         };
         let keys = &self.tables.keys;
-        let admission = admit(append, known, &context, |key| {
-            get(keys, (topic.0, wide(*key)), KeyRow::decode)
-        })?;
+        let admission =
+            admit(append, known, &context, |key| get(keys, (topic.0, wide(*key)), KeyRow::decode))?;
         if let (Some(id), Some(publisher)) = (id, &admission.publisher) {
             self.remember(topic, id, publisher.clone());
         }
@@ -120,14 +119,7 @@ impl<'t, 's> Group<'t, 's> {
             return Ok(None);
         };
         let Head { head, last_at, .. } = *head;
-        Ok(Some(Context {
-            now,
-            head,
-            last_at,
-            window,
-            key_room,
-            boot,
-        }))
+        Ok(Some(Context { now, head, last_at, window, key_room, boot }))
     }
 
     fn store(
@@ -136,31 +128,20 @@ impl<'t, 's> Group<'t, 's> {
         context: &Context,
         admission: Admission,
     ) -> Result<AppendOutcome, Trouble> {
-        let Admission {
-            outcome,
-            messages,
-            keys,
-            ..
-        } = admission;
+        let Admission { outcome, messages, keys, .. } = admission;
         for (key, row) in keys {
             #[cfg(pubsub_break = "dedup_in_second_transaction")]
             self.late_keys.push((topic, key, row));
             #[cfg(not(pubsub_break = "dedup_in_second_transaction"))]
             put(&mut self.tables.keys, (topic.0, wide(key)), row.encode())?;
-            self.expiries
-                .entry((row.expires, topic))
-                .or_default()
-                .push((key, row.sequence));
+            self.expiries.entry((row.expires, topic)).or_default().push((key, row.sequence));
         }
         if messages.is_empty() {
             return Ok(outcome);
         }
         if let Some(head) = self.state.head(topic)? {
             head.head += messages.len() as u64;
-            let bytes = messages
-                .iter()
-                .map(|message| message.body.len() as u64)
-                .sum::<u64>();
+            let bytes = messages.iter().map(|message| message.body.len() as u64).sum::<u64>();
             head.bytes += bytes;
             self.effects.bytes += bytes;
             head.last_at = context.at();
@@ -222,11 +203,7 @@ impl<'t, 's> Group<'t, 's> {
             }
             Change::DeleteTopic(topic) => self.delete_topic(topic)?,
             Change::PutSubscription(record) => {
-                put(
-                    &mut self.tables.subscriptions,
-                    record.epoch.0,
-                    encode(&record),
-                )?;
+                put(&mut self.tables.subscriptions, record.epoch.0, encode(&record))?;
                 self.state.subscriptions.insert(record.epoch);
             }
             Change::DeleteSubscription(subscription) => {
@@ -240,19 +217,11 @@ impl<'t, 's> Group<'t, 's> {
                     self.effects.garbage = true;
                 }
             }
-            Change::PutCursor {
-                subscription,
-                topic,
-                cursor,
-            } => {
+            Change::PutCursor { subscription, topic, cursor } => {
                 let both = self.state.topics.contains_key(&topic)
                     && self.state.subscriptions.contains(&subscription);
                 if both {
-                    put(
-                        &mut self.tables.cursors,
-                        (topic.0, subscription.0),
-                        encode(&cursor),
-                    )?;
+                    put(&mut self.tables.cursors, (topic.0, subscription.0), encode(&cursor))?;
                 }
             }
             Change::Trim { topic, below } => {
@@ -277,11 +246,7 @@ impl<'t, 's> Group<'t, 's> {
         }
         self.tables.topics.remove(topic.0)?;
         self.tables.heads.remove(topic.0)?;
-        put(
-            &mut self.tables.garbage,
-            (GARBAGE_TOPIC, topic.0),
-            Vec::new(),
-        )?;
+        put(&mut self.tables.garbage, (GARBAGE_TOPIC, topic.0), Vec::new())?;
         self.messages.remove(&topic);
         self.publishers.retain(|(of, _), _| *of != topic);
         self.effects.touched.remove(&topic);
@@ -308,29 +273,18 @@ impl<'t, 's> Group<'t, 's> {
         }
         #[cfg(pubsub_break = "dedup_in_second_transaction")]
         {
-            self.effects.late = Late {
-                publishers: self.publishers,
-                keys: self.late_keys,
-            };
+            self.effects.late = Late { publishers: self.publishers, keys: self.late_keys };
             self.publishers = BTreeMap::new();
         }
         for ((topic, id), publisher) in &self.publishers {
-            put(
-                &mut self.tables.publishers,
-                (topic.0, wide(id.0)),
-                encode(publisher),
-            )?;
+            put(&mut self.tables.publishers, (topic.0, wide(id.0)), encode(publisher))?;
         }
         for ((expires, topic), keys) in &self.expiries {
             for keys in keys.chunks(KEYS_PER_EXPIRY) {
                 // The number of a message with a key is unique, and all that is asked of it.
                 let number = keys.first().map_or(0, |(_, sequence)| *sequence);
                 let hashes = keys.iter().flat_map(|(key, _)| *key).collect();
-                put(
-                    &mut self.tables.expiries,
-                    (expires.0, topic.0, number),
-                    hashes,
-                )?;
+                put(&mut self.tables.expiries, (expires.0, topic.0, number), hashes)?;
             }
         }
         self.state.publisher_rows = self.tables.publishers.len()?;
@@ -349,9 +303,7 @@ impl<'t, 's> Group<'t, 's> {
             while !rest.is_empty() {
                 let (row, after) = rest.split_at(row_length(rest));
                 encode_batch(&mut self.row, *topic, base, at, row);
-                self.tables
-                    .messages
-                    .insert((topic.0, base), self.row.as_slice())?;
+                self.tables.messages.insert((topic.0, base), self.row.as_slice())?;
                 base += row.len() as u64;
                 rest = after;
             }
@@ -378,11 +330,7 @@ fn refuse_damaged<T>(
 impl Late {
     pub(super) fn write(&self, tables: &mut Tables<'_>) -> Result<(), Trouble> {
         for ((topic, id), publisher) in &self.publishers {
-            put(
-                &mut tables.publishers,
-                (topic.0, wide(id.0)),
-                encode(publisher),
-            )?;
+            put(&mut tables.publishers, (topic.0, wide(id.0)), encode(publisher))?;
         }
         for (topic, key, row) in &self.keys {
             put(&mut tables.keys, (topic.0, wide(*key)), row.encode())?;

@@ -74,12 +74,7 @@ pub struct Options {
 impl Options {
     /// The defaults.
     pub fn new(path: impl AsRef<Path>, env: SharedEnv) -> Self {
-        Self {
-            path: path.as_ref().to_owned(),
-            env,
-            free_bytes: None,
-            inline: false,
-        }
+        Self { path: path.as_ref().to_owned(), env, free_bytes: None, inline: false }
     }
 }
 
@@ -95,10 +90,7 @@ pub struct Redb {
 /// Who commits.
 #[derive(Debug)]
 enum Committer {
-    Thread {
-        queue: Arc<Queue>,
-        thread: Mutex<Option<JoinHandle<Result<(), StorageError>>>>,
-    },
+    Thread { queue: Arc<Queue>, thread: Mutex<Option<JoinHandle<Result<(), StorageError>>>> },
     Inline(Arc<Mutex<Option<Box<Writer>>>>),
 }
 
@@ -127,12 +119,7 @@ impl Redb {
         env: SharedEnv,
         opening: Opening,
     ) -> Result<Self, StorageError> {
-        let Opened {
-            shared,
-            writer,
-            boot,
-            boots,
-        } = open::open(disk, env, opening)?;
+        let Opened { shared, writer, boot, boots } = open::open(disk, env, opening)?;
         let committer = if opening.inline {
             Committer::Inline(Arc::new(Mutex::new(Some(Box::new(writer)))))
         } else {
@@ -141,12 +128,7 @@ impl Redb {
                 detail: format!("the committer cannot be started: {error}"),
             })?
         };
-        Ok(Self {
-            shared,
-            committer,
-            boot,
-            boots,
-        })
+        Ok(Self { shared, committer, boot, boots })
     }
 
     /// Does blocking work on the part that everyone sees.
@@ -162,10 +144,7 @@ impl Redb {
                 let done = tokio::task::spawn_blocking(move || work(&shared)).await;
                 done.map_err(|error| match error.try_into_panic() {
                     // redb asserts what a damaged file need not keep.
-                    Ok(_) => StorageError::Corrupt {
-                        path,
-                        detail: "reading panicked".to_owned(),
-                    },
+                    Ok(_) => StorageError::Corrupt { path, detail: "reading panicked".to_owned() },
                     Err(_) => StorageError::Closed,
                 })
             }
@@ -181,21 +160,14 @@ impl Committer {
         let thread = thread::Builder::new()
             .name("committer".to_owned())
             .spawn(move || writer.run(&taken))?;
-        Ok(Self::Thread {
-            queue,
-            thread: Mutex::new(Some(thread)),
-        })
+        Ok(Self::Thread { queue, thread: Mutex::new(Some(thread)) })
     }
 
     fn push(&self, request: Request) {
         match self {
             Self::Thread { queue, .. } => queue.push(request),
             Self::Inline(writer) => {
-                match writer
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .as_mut()
-                {
+                match writer.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
                     Some(writer) => {
                         writer.commit(vec![request]);
                         writer.tend();
@@ -260,8 +232,7 @@ impl Storage for Redb {
 
     fn apply(&self, changes: Vec<Change>, urgency: Urgency) -> Ticket<()> {
         let (promise, ticket) = ticket();
-        self.committer
-            .push(Request::Apply(changes, urgency, promise));
+        self.committer.push(Request::Apply(changes, urgency, promise));
         ticket
     }
 
@@ -293,10 +264,7 @@ impl Storage for Redb {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            name: "redb",
-            durable: true,
-        }
+        Capabilities { name: "redb", durable: true }
     }
 
     fn close(&self) -> BoxFuture<'_, Result<(), StorageError>> {

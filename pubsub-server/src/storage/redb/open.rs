@@ -85,9 +85,7 @@ pub(super) fn open(
     };
     let (state, boots) = started.map_err(|trouble| explain(&path, trouble))?;
     let cabinet = Cabinet::new(Arc::clone(&disk));
-    state
-        .files()
-        .for_each(|(file, digest)| cabinet.register(file, digest));
+    state.files().for_each(|(file, digest)| cabinet.register(file, digest));
     let known: HashSet<u64> = state.files().map(|(file, _)| file).collect();
     for name in &names {
         // It was not registered, or is not used any more: the server stopped in between.
@@ -97,28 +95,18 @@ pub(super) fn open(
     }
     let shared = Arc::new(Shared::new(path, database, cabinet));
     let writer = Writer::new(Arc::clone(&shared), disk, env, opening, state);
-    Ok(Opened {
-        shared,
-        writer,
-        boot,
-        boots,
-    })
+    Ok(Opened { shared, writer, boot, boots })
 }
 
 /// Opens the hot file. All of it is read and checked, also after a clean end: redb may panic on
 /// pages that it did not write, and may miss rows without a word.
 pub(super) fn open_hot(disk: &dyn Disk, opening: Opening) -> Result<Database, StorageError> {
     let mut builder = Builder::new();
-    builder
-        .set_cache_size(opening.cache_bytes)
-        .set_check_integrity_on_open(true);
+    builder.set_cache_size(opening.cache_bytes).set_check_integrity_on_open(true);
     let path = format!("{}/{HOT}", disk.path());
     match disk.open(HOT, &builder) {
         Ok(Some(database)) => Ok(database),
-        Ok(None) => Err(StorageError::Corrupt {
-            path,
-            detail: "the file is missing".to_owned(),
-        }),
+        Ok(None) => Err(StorageError::Corrupt { path, detail: "the file is missing".to_owned() }),
         Err(error) => Err(explain_redb(&path, error.into())),
     }
 }
@@ -131,16 +119,10 @@ fn create(disk: &dyn Disk, opening: Opening) -> Result<(), Trouble> {
     builder.set_cache_size(opening.cache_bytes);
     let database = disk.create(&temporary, &builder)?;
     let txn = database.begin_write()?;
-    put(
-        &mut Tables::open(&txn)?.meta,
-        META_FORMAT,
-        FORMAT.to_le_bytes().to_vec(),
-    )?;
+    put(&mut Tables::open(&txn)?.meta, META_FORMAT, FORMAT.to_le_bytes().to_vec())?;
     txn.commit()?;
     database.close()?;
-    let named = disk
-        .sync(&temporary)
-        .and_then(|()| disk.rename(&temporary, HOT));
+    let named = disk.sync(&temporary).and_then(|()| disk.rename(&temporary, HOT));
     named.map_err(|error| ::redb::Error::Io(error).into())
 }
 
@@ -158,11 +140,7 @@ fn check_format(path: &str, database: &Database) -> Result<(), StorageError> {
     })();
     match found.map_err(|trouble| explain(&path, trouble))? {
         Some(FORMAT) => Ok(()),
-        Some(found) => Err(StorageError::Format {
-            path,
-            found,
-            supported: FORMAT,
-        }),
+        Some(found) => Err(StorageError::Format { path, found, supported: FORMAT }),
         None => {
             let detail = "it is no store of this server".to_owned();
             Err(StorageError::Corrupt { path, detail })
@@ -194,12 +172,7 @@ fn enter(tables: &mut Tables<'_>, boot: Uuid) -> Result<(u64, HashSet<Uuid>), Tr
     for entry in tables.boots.iter()? {
         let (ordinal, row) = entry?;
         ordinals.push(ordinal.value());
-        boots.insert(decoded::<u64, _>(
-            "boots",
-            &ordinal.value(),
-            row.value(),
-            decode_uuid,
-        )?);
+        boots.insert(decoded::<u64, _>("boots", &ordinal.value(), row.value(), decode_uuid)?);
     }
     let ordinal = ordinals.last().map_or(1, |last| last + 1);
     put(&mut tables.boots, ordinal, encode_uuid(boot))?;

@@ -41,21 +41,9 @@ fn acknowledged_writes_survive_power_cuts() {
     let run = |seeds: std::ops::Range<u64>| seeds.map(live_and_die).sum::<Tally>();
     let tally = thread::scope(|scope| {
         let other = scope.spawn(move || run(first + half..first + stores));
-        [
-            run(first..first + half),
-            other.join().expect("the seed is above"),
-        ]
-        .into_iter()
-        .sum()
+        [run(first..first + half), other.join().expect("the seed is above")].into_iter().sum()
     });
-    let Tally {
-        cuts,
-        acked,
-        unknown,
-        found,
-        sealed,
-        half_sealed,
-    } = tally;
+    let Tally { cuts, acked, unknown, found, sealed, half_sealed } = tally;
     println!(
         "{cuts} cuts, {acked} messages acknowledged, {unknown} outcomes unknown of which {found} \
          had been stored, {sealed} sealed files, {half_sealed} cuts while sealing"
@@ -96,10 +84,7 @@ struct Seed(u64);
 impl Drop for Seed {
     fn drop(&mut self) {
         if thread::panicking() {
-            eprintln!(
-                "repeat with PUBSUB_SEED={} PUBSUB_POWER_CUTS={CUTS_PER_STORE}",
-                self.0
-            );
+            eprintln!("repeat with PUBSUB_SEED={} PUBSUB_POWER_CUTS={CUTS_PER_STORE}", self.0);
         }
     }
 }
@@ -177,14 +162,9 @@ impl World {
     fn cut(&mut self) {
         let names = self.disk.names();
         self.tally.half_sealed += u64::from(
-            names
-                .iter()
-                .any(|name| name.starts_with("sealed") && name.ends_with(".tmp")),
+            names.iter().any(|name| name.starts_with("sealed") && name.ends_with(".tmp")),
         );
-        let files = names
-            .iter()
-            .filter(|name| sealed::number(name).is_some())
-            .count() as u64;
+        let files = names.iter().filter(|name| sealed::number(name).is_some()).count() as u64;
         self.tally.sealed = self.tally.sealed.max(files);
         self.disk = self.disk.after_cut(&mut self.random);
         self.tally.cuts += 1;
@@ -212,14 +192,8 @@ impl World {
             return Err(Dark);
         }
         if !self.model.created {
-            let known: Vec<_> = engine
-                .catalog()
-                .now_or_never()
-                .unwrap()
-                .unwrap()
-                .topics
-                .into_iter()
-                .collect();
+            let known: Vec<_> =
+                engine.catalog().now_or_never().unwrap().unwrap().topics.into_iter().collect();
             if known.is_empty() {
                 let mut changes: Vec<_> = TOPICS
                     .iter()
@@ -228,19 +202,12 @@ impl World {
                 changes.push(Change::PutSubscription(subscription("s", SUBSCRIPTION)));
                 self.done(engine.apply(changes, Urgency::Now))?;
             }
-            assert!(
-                known.is_empty() || known.len() == TOPICS.len(),
-                "half a change is stored"
-            );
+            assert!(known.is_empty() || known.len() == TOPICS.len(), "half a change is stored");
             self.model.created = true;
             for epoch in TOPICS {
-                self.model.topics.insert(
-                    epoch,
-                    TopicModel {
-                        first: (1, 1),
-                        ..TopicModel::default()
-                    },
-                );
+                self.model
+                    .topics
+                    .insert(epoch, TopicModel { first: (1, 1), ..TopicModel::default() });
             }
         }
         for epoch in TOPICS {
@@ -262,10 +229,7 @@ impl World {
         let outcome = self.done(engine.open_publisher(request))?;
         let decided = outcome.expect("nobody else publishes").unwrap_or(0);
         let possible = answered..=answered + open;
-        assert!(
-            possible.contains(&decided),
-            "{decided} decided of {possible:?}"
-        );
+        assert!(possible.contains(&decided), "{decided} decided of {possible:?}");
         Ok(())
     }
 
@@ -300,17 +264,12 @@ impl World {
             _ => 60,
         };
         let mut body = self.bodies.to_le_bytes().to_vec();
-        body.resize(
-            8 + self.random.index(length),
-            u8::try_from(self.bodies % 251).unwrap(),
-        );
+        body.resize(8 + self.random.index(length), u8::try_from(self.bodies % 251).unwrap());
         body
     }
 
     fn messages(&mut self) -> Vec<NewMessage> {
-        (0..=self.random.below(4))
-            .map(|_| message(self.body()))
-            .collect()
+        (0..=self.random.below(4)).map(|_| message(self.body())).collect()
     }
 
     /// The next messages of the publisher, noted as under way.
@@ -321,10 +280,7 @@ impl World {
         let first = model.answered + 1 + model.open.len() as u64;
         model.open.extend(messages.iter().cloned());
         let resolved_below = model.answered + 1;
-        Append {
-            resolved_below,
-            ..from(publisher, epoch, first, messages)
-        }
+        Append { resolved_below, ..from(publisher, epoch, first, messages) }
     }
 
     fn publish(&mut self, engine: &Redb) -> Result<(), Dark> {
@@ -348,19 +304,13 @@ impl World {
 
     /// Several publishes in one commit, one of them twice.
     fn publish_together(&mut self, engine: &Redb) -> Result<(), Dark> {
-        let Committer::Inline(writer) = &engine.committer else {
-            unreachable!()
-        };
+        let Committer::Inline(writer) = &engine.committer else { unreachable!() };
         let epochs = [TOPICS[0], TOPICS[1], self.topic()];
         let appends = epochs.map(|epoch| (epoch, self.next(epoch)));
         let again = appends[2].1.clone();
         let mut requests = Vec::new();
         let mut tickets = Vec::new();
-        for append in appends
-            .iter()
-            .map(|(_, append)| append.clone())
-            .chain([again])
-        {
+        for append in appends.iter().map(|(_, append)| append.clone()).chain([again]) {
             let (promise, ticket) = ticket();
             requests.push(Request::Append(append, promise));
             tickets.push(ticket);
@@ -372,15 +322,9 @@ impl World {
         }
         let ids = |outcome: &AppendOutcome| {
             let places = places(outcome.as_ref().unwrap()).into_iter();
-            places
-                .map(|(sequence, id, _)| (sequence, id))
-                .collect::<Vec<_>>()
+            places.map(|(sequence, id, _)| (sequence, id)).collect::<Vec<_>>()
         };
-        assert_eq!(
-            ids(&outcomes[2]),
-            ids(&outcomes[3]),
-            "a duplicate has another id"
-        );
+        assert_eq!(ids(&outcomes[2]), ids(&outcomes[3]), "a duplicate has another id");
         for ((epoch, _), outcome) in appends.iter().zip(&outcomes) {
             self.answer(*epoch, outcome);
         }
@@ -393,10 +337,7 @@ impl World {
         let change = Change::PutCursor {
             subscription: Epoch(SUBSCRIPTION),
             topic: Epoch(TOPICS[0]),
-            cursor: CursorRecord {
-                floor,
-                ..CursorRecord::default()
-            },
+            cursor: CursorRecord { floor, ..CursorRecord::default() },
         };
         self.done(engine.apply(vec![change], Urgency::Soon))?;
         self.model.floor.0 = floor;
@@ -409,23 +350,14 @@ impl World {
         let first = self.model.topics[&epoch].first.1;
         let below = first + self.random.below((head + 1).saturating_sub(first) / 2 + 1);
         self.model.topics.get_mut(&epoch).unwrap().first.1 = below;
-        self.done(engine.apply(
-            vec![Change::Trim {
-                topic: Epoch(epoch),
-                below,
-            }],
-            Urgency::Now,
-        ))?;
+        self.done(engine.apply(vec![Change::Trim { topic: Epoch(epoch), below }], Urgency::Now))?;
         self.model.topics.get_mut(&epoch).unwrap().first.0 = below;
         Ok(())
     }
 
     /// Waits for a ticket; without an answer the power must be gone.
     fn done<T: Unpin>(&mut self, ticket: Ticket<T>) -> Result<T, Dark> {
-        match ticket
-            .now_or_never()
-            .expect("an inline engine answers at once")
-        {
+        match ticket.now_or_never().expect("an inline engine answers at once") {
             Ok(committed) => Ok(committed.into_inner()),
             Err(error) => {
                 assert!(self.disk.is_cut(), "a commit failed: {error}");
@@ -443,11 +375,7 @@ impl World {
             if sequence <= model.answered {
                 continue;
             }
-            assert_eq!(
-                sequence,
-                model.answered + 1,
-                "sequences are answered in order"
-            );
+            assert_eq!(sequence, model.answered + 1, "sequences are answered in order");
             let message = model.open.remove(0);
             model.answered = sequence;
             self.tally.acked += 1;
@@ -458,9 +386,7 @@ impl World {
     }
 
     fn answer_key(&mut self, epoch: u64, key: u8, outcome: &AppendOutcome) {
-        let [(_, id, _)] = places(outcome.as_ref().unwrap())[..] else {
-            panic!("{outcome:?}")
-        };
+        let [(_, id, _)] = places(outcome.as_ref().unwrap())[..] else { panic!("{outcome:?}") };
         let model = self.model.topics.get_mut(&epoch).unwrap();
         let first = model.keys.insert(key, id).unwrap_or(id);
         assert_eq!(first, id, "a key has two ids");
@@ -477,19 +403,12 @@ impl World {
         let model = &self.model.topics[&epoch];
         let stored = stored(engine, epoch, model);
         for (id, body) in model.log.range(first(engine, epoch)..) {
-            assert_eq!(
-                stored.get(id),
-                Some(body),
-                "message {id} of topic {epoch} is lost"
-            );
+            assert_eq!(stored.get(id), Some(body), "message {id} of topic {epoch} is lost");
         }
         for (id, body) in stored.iter().filter(|(id, _)| !model.log.contains_key(id)) {
             let keyed = model.open_keys.iter().map(|(_, message)| message);
             let mut open = model.open.iter().chain(keyed);
-            assert!(
-                open.any(|message| message.body == *body),
-                "nobody sent {id}: {body:?}"
-            );
+            assert!(open.any(|message| message.body == *body), "nobody sent {id}: {body:?}");
         }
     }
 
@@ -501,70 +420,39 @@ impl World {
         for (epoch, model) in &self.model.topics {
             assert!(model.open.is_empty() && model.open_keys.is_empty());
             let first = first(engine, *epoch);
-            let expected: BTreeMap<_, _> = model
-                .log
-                .range(first..)
-                .map(|(id, body)| (*id, body.clone()))
-                .collect();
+            let expected: BTreeMap<_, _> =
+                model.log.range(first..).map(|(id, body)| (*id, body.clone())).collect();
             assert_eq!(stored(engine, *epoch, model), expected);
         }
         let catalog = engine.catalog().now_or_never().unwrap().unwrap();
-        let [(_, cursors)] = catalog.subscriptions.as_slice() else {
-            panic!("{catalog:?}")
-        };
+        let [(_, cursors)] = catalog.subscriptions.as_slice() else { panic!("{catalog:?}") };
         let floor = cursors.first().map_or(0, |(_, cursor)| cursor.floor);
         let (acked, asked) = self.model.floor;
-        assert!(
-            (acked..=asked).contains(&floor),
-            "{floor} is not in {acked}..={asked}"
-        );
+        assert!((acked..=asked).contains(&floor), "{floor} is not in {acked}..={asked}");
     }
 }
 
 fn first(engine: &Redb, epoch: u64) -> u64 {
-    engine
-        .stats(Epoch(epoch))
-        .expect("the topic is there")
-        .first
+    engine.stats(Epoch(epoch)).expect("the topic is there").first
 }
 
 /// All messages of a topic.
 fn stored(engine: &Redb, epoch: u64, model: &TopicModel) -> BTreeMap<u64, Vec<u8>> {
     let first = first(engine, epoch);
     let (acked, asked) = model.first;
-    assert!(
-        (acked..=asked).contains(&first),
-        "{first} is not in {acked}..={asked}"
-    );
+    assert!((acked..=asked).contains(&first), "{first} is not in {acked}..={asked}");
     let head = *engine.head(Epoch(epoch)).unwrap().borrow();
-    let messages = engine
-        .read(Epoch(epoch), first, ALL)
-        .now_or_never()
-        .unwrap()
-        .unwrap();
-    let stored: BTreeMap<_, _> = messages
-        .into_iter()
-        .map(|message| (message.sequence, message.body.to_vec()))
-        .collect();
-    assert_eq!(
-        stored.len() as u64,
-        head + 1 - first,
-        "messages are missing"
-    );
+    let messages = engine.read(Epoch(epoch), first, ALL).now_or_never().unwrap().unwrap();
+    let stored: BTreeMap<_, _> =
+        messages.into_iter().map(|message| (message.sequence, message.body.to_vec())).collect();
+    assert_eq!(stored.len() as u64, head + 1 - first, "messages are missing");
     stored
 }
 
 /// The publisher's sequences of an answer, with their ids and whether they were known.
 fn places(runs: &[Run]) -> Vec<(u64, u64, bool)> {
     let place = |run: &Run| {
-        let Fate::Stored {
-            sequence,
-            duplicate,
-            ..
-        } = run.fate
-        else {
-            panic!("{run:?}")
-        };
+        let Fate::Stored { sequence, duplicate, .. } = run.fate else { panic!("{run:?}") };
         let first = run.first_sequence;
         (0..u64::from(run.count)).map(move |i| (first + i, sequence + i, duplicate))
     };

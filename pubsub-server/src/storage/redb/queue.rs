@@ -98,9 +98,9 @@ impl Queue {
         request.fail(refusal);
     }
 
-    /// Waits for requests, and takes as many as one commit should have. Requests that are not
+    /// Waits for requests, and takes as many as have so many bytes, or a single larger one. Requests that are not
     /// urgent wait for company.
-    pub(super) fn take(&self, patience: Duration) -> Taken {
+    pub(super) fn take(&self, patience: Duration, max_bytes: usize) -> Taken {
         let state = self.lock();
         let nothing = |state: &mut State| state.requests.is_empty() && !state.closed;
         let (state, _) = self
@@ -113,7 +113,7 @@ impl Queue {
             .arrived
             .wait_timeout_while(state, limits::ACK_LINGER, lonely)
             .unwrap_or_else(PoisonError::into_inner);
-        let group = state.pop_group();
+        let group = state.pop_group(max_bytes);
         match (group.is_empty(), state.closed) {
             (false, _) => Taken::Group(group),
             (true, false) => Taken::Idle,
@@ -134,12 +134,12 @@ impl Queue {
 }
 
 impl State {
-    fn pop_group(&mut self) -> Vec<Request> {
+    fn pop_group(&mut self, max_bytes: usize) -> Vec<Request> {
         let mut group = Vec::new();
         let mut bytes = 0;
         while let Some(request) = self.requests.front() {
             bytes += request.bytes();
-            if bytes > limits::MAX_COMMIT_BYTES && !group.is_empty() {
+            if bytes > max_bytes && !group.is_empty() {
                 break;
             }
             let request = self.requests.pop_front().expect("it was just looked at");

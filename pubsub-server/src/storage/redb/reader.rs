@@ -28,19 +28,10 @@ pub(super) fn read(
     // The head comes first: whatever is looked up after it holds all that the head promises.
     let until = shared.view(topic).ok_or(ReadError::NoTopic)?.head();
     readable(shared, topic, from)?;
-    let mut chunk = Chunk {
-        topic,
-        next: from,
-        limit,
-        bytes: 0,
-        messages: Vec::new(),
-        full: false,
-    };
+    let mut chunk = Chunk { topic, next: from, limit, bytes: 0, messages: Vec::new(), full: false };
     while chunk.next <= until && !chunk.full {
         let next = chunk.next;
-        look_up(shared, topic, next, |table, end| {
-            chunk.fill(table, until.min(end))
-        })?;
+        look_up(shared, topic, next, |table, end| chunk.fill(table, until.min(end)))?;
     }
     Ok(chunk.messages)
 }
@@ -53,9 +44,7 @@ pub(super) fn find(shared: &Shared, topic: Epoch, time: Timestamp) -> Result<u64
     // All messages of a row have one time, and times never decrease.
     while low < high {
         let middle = low + (high - low) / 2;
-        let header = match look_up(shared, topic, middle, |table, _| {
-            locate(table, topic, middle)
-        }) {
+        let header = match look_up(shared, topic, middle, |table, _| locate(table, topic, middle)) {
             // Trimmed in the meantime.
             Err(ReadError::Trimmed { first }) => {
                 low = first;
@@ -93,10 +82,7 @@ pub(super) fn catalog(shared: &Shared) -> Result<Catalog, Trouble> {
         // The others are garbage that is not collected yet.
         if topics.contains(&topic) {
             let cursor = decoded::<(u64, u64), _>("cursors", &key.value(), row.value(), decode)?;
-            cursors
-                .entry(subscription)
-                .or_default()
-                .push((Epoch(topic), cursor));
+            cursors.entry(subscription).or_default().push((Epoch(topic), cursor));
         }
     }
     for entry in txn.open_table(SUBSCRIPTIONS)?.iter()? {
@@ -104,9 +90,7 @@ pub(super) fn catalog(shared: &Shared) -> Result<Catalog, Trouble> {
         let epoch = epoch.value();
         let record: SubscriptionRecord =
             decoded::<u64, _>("subscriptions", &epoch, row.value(), decode)?;
-        catalog
-            .subscriptions
-            .push((record, cursors.remove(&epoch).unwrap_or_default()));
+        catalog.subscriptions.push((record, cursors.remove(&epoch).unwrap_or_default()));
     }
     Ok(catalog)
 }
@@ -120,13 +104,8 @@ enum Place {
 
 impl Place {
     fn of(state: &ViewState, sequence: u64) -> Self {
-        let after = state
-            .segments
-            .partition_point(|segment| segment.last < sequence);
-        state
-            .segments
-            .get(after)
-            .map_or(Self::Hot, |segment| Self::Sealed(*segment))
+        let after = state.segments.partition_point(|segment| segment.last < sequence);
+        state.segments.get(after).map_or(Self::Hot, |segment| Self::Sealed(*segment))
     }
 }
 
@@ -204,12 +183,8 @@ fn visit<T>(
 
 /// The first sequence of the row that should hold a sequence.
 fn base_of(table: &MessageTable, topic: Epoch, sequence: u64) -> Result<u64, Miss> {
-    let row = table
-        .range((topic.0, 0)..=(topic.0, sequence))?
-        .next_back()
-        .transpose()?;
-    row.map(|(key, _)| key.value().1)
-        .ok_or(Miss::Lost(sequence))
+    let row = table.range((topic.0, 0)..=(topic.0, sequence))?.next_back().transpose()?;
+    row.map(|(key, _)| key.value().1).ok_or(Miss::Lost(sequence))
 }
 
 /// The header of the row that holds a sequence.
@@ -264,9 +239,7 @@ impl Chunk {
             let mut messages = Messages::new(header, Bytes::copy_from_slice(row.value()));
             messages.skip_to(self.next).ok_or_else(lost)?;
             for message in messages.take_while(|message| {
-                message
-                    .as_ref()
-                    .map_or(true, |message| message.sequence <= until)
+                message.as_ref().map_or(true, |message| message.sequence <= until)
             }) {
                 self.push(message.map_err(Miss::Lost)?);
                 if self.full {
@@ -274,11 +247,7 @@ impl Chunk {
                 }
             }
         }
-        if self.next <= until {
-            Err(Miss::Lost(self.next))
-        } else {
-            Ok(())
-        }
+        if self.next <= until { Err(Miss::Lost(self.next)) } else { Ok(()) }
     }
 
     fn push(&mut self, message: StoredMessage) {

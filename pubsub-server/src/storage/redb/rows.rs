@@ -69,12 +69,7 @@ pub(super) struct Head {
 impl Head {
     /// Of a new topic.
     pub(super) fn new() -> Self {
-        Self {
-            first: 1,
-            collected: 1,
-            sealed_below: 1,
-            ..Self::default()
-        }
+        Self { first: 1, collected: 1, sealed_below: 1, ..Self::default() }
     }
 
     /// Whether it says what can be.
@@ -109,11 +104,7 @@ impl KeyRow {
 
 /// The size of a message in a row.
 pub(super) fn encoded_len(message: &NewMessage) -> usize {
-    let recipients: usize = message
-        .recipients
-        .iter()
-        .map(|name| 1 + name.as_str().len())
-        .sum();
+    let recipients: usize = message.recipients.iter().map(|name| 1 + name.as_str().len()).sum();
     MESSAGE_HEADER_BYTES + recipients + message.body.len() + SUM_BYTES
 }
 
@@ -160,11 +151,7 @@ pub(super) fn encode_batch(
     row.put_u64_le(sum_at(topic, base, row));
     for (message, sequence) in messages.iter().zip(base..) {
         let start = row.len();
-        let recipients: usize = message
-            .recipients
-            .iter()
-            .map(|name| 1 + name.as_str().len())
-            .sum();
+        let recipients: usize = message.recipients.iter().map(|name| 1 + name.as_str().len()).sum();
         row.put_u32_le(length(message.body.len()));
         row.put_u16_le(u16::try_from(recipients).expect("limits bound the recipients"));
         for name in &message.recipients {
@@ -180,21 +167,14 @@ pub(super) fn encode_batch(
 /// Reads and verifies the header of a row.
 pub(super) fn decode_header(topic: Epoch, base: u64, row: &[u8]) -> Result<BatchHeader, Damaged> {
     let header = || {
-        let (mut header, mut sum) = row
-            .get(..BATCH_HEADER_BYTES)?
-            .split_at_checked(BATCH_HEADER_BYTES - SUM_BYTES)?;
+        let (mut header, mut sum) =
+            row.get(..BATCH_HEADER_BYTES)?.split_at_checked(BATCH_HEADER_BYTES - SUM_BYTES)?;
         if sum.get_u64_le() != sum_at(topic, base, header) {
             return None;
         }
         let (count, bytes) = (header.get_u32_le(), header.get_u32_le());
         let at = Timestamp(header.get_u64_le());
-        (count > 0).then_some(BatchHeader {
-            topic,
-            base,
-            count,
-            bytes,
-            at,
-        })
+        (count > 0).then_some(BatchHeader { topic, base, count, bytes, at })
     };
     header().ok_or_else(|| Damaged::in_table(MESSAGES.name()))
 }
@@ -211,11 +191,7 @@ impl Messages {
     /// Those of a row whose header was read.
     pub(super) fn new(header: BatchHeader, mut row: Bytes) -> Self {
         row.advance(BATCH_HEADER_BYTES);
-        Self {
-            header,
-            next: header.base,
-            rest: row,
-        }
+        Self { header, next: header.base, rest: row }
     }
 
     /// Goes on at a sequence of this row. What is passed is not verified, so that a damaged
@@ -245,12 +221,7 @@ impl Messages {
         let recipients = decode_recipients(&fields.split_to(recipients_length))?;
         let body = fields.split_to(body_length);
         self.rest.advance(summed + SUM_BYTES);
-        Some(StoredMessage {
-            sequence: self.next,
-            published_at: self.header.at,
-            recipients,
-            body,
-        })
+        Some(StoredMessage { sequence: self.next, published_at: self.header.at, recipients, body })
     }
 }
 
@@ -263,11 +234,7 @@ impl Iterator for Messages {
             return None;
         }
         let message = self.take().ok_or(self.next);
-        self.next = if message.is_ok() {
-            self.next + 1
-        } else {
-            u64::MAX
-        };
+        self.next = if message.is_ok() { self.next + 1 } else { u64::MAX };
         Some(message)
     }
 }

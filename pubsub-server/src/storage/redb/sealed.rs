@@ -43,20 +43,11 @@ pub(super) struct SegmentRow {
 
 impl SegmentRow {
     pub(super) fn of(segment: &Segment) -> Self {
-        Self {
-            last: segment.last,
-            bytes: segment.bytes,
-            file: segment.file,
-        }
+        Self { last: segment.last, bytes: segment.bytes, file: segment.file }
     }
 
     pub(super) fn starting_at(self, first: u64) -> Segment {
-        Segment {
-            first,
-            last: self.last,
-            bytes: self.bytes,
-            file: self.file,
-        }
+        Segment { first, last: self.last, bytes: self.bytes, file: self.file }
     }
 }
 
@@ -89,9 +80,7 @@ struct CabinetState {
 impl fmt::Debug for CabinetState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // redb has no words for a file that is open for reading.
-        f.debug_struct("CabinetState")
-            .field("files", &self.files)
-            .finish_non_exhaustive()
+        f.debug_struct("CabinetState").field("files", &self.files).finish_non_exhaustive()
     }
 }
 
@@ -106,17 +95,11 @@ enum Verdict {
 
 impl Cabinet {
     pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
-        Self {
-            disk,
-            state: Mutex::default(),
-        }
+        Self { disk, state: Mutex::default() }
     }
 
     pub(super) fn register(&self, file: u64, digest: Digest) {
-        self.lock()
-            .files
-            .entry(file)
-            .or_insert((digest, Verdict::Open));
+        self.lock().files.entry(file).or_insert((digest, Verdict::Open));
     }
 
     /// Forgets a file. Readers that have it open go on.
@@ -148,12 +131,7 @@ impl Cabinet {
                 entry.1 = verdict;
             }
         }
-        if self
-            .lock()
-            .files
-            .get(&file)
-            .is_none_or(|(_, verdict)| *verdict != Verdict::Good)
-        {
+        if self.lock().files.get(&file).is_none_or(|(_, verdict)| *verdict != Verdict::Good) {
             return Err(damaged());
         }
         let mut builder = Builder::new();
@@ -175,11 +153,7 @@ impl Cabinet {
             Err(error) => {
                 tracing::error!(file = name(file), %error, "a sealed file cannot be read");
                 // A passing failure of the system is no damage.
-                if error.kind() == io::ErrorKind::NotFound {
-                    Verdict::Bad
-                } else {
-                    Verdict::Open
-                }
+                if error.kind() == io::ErrorKind::NotFound { Verdict::Bad } else { Verdict::Open }
             }
         }
     }

@@ -20,6 +20,7 @@ use super::shared::Shared;
 use super::state::{State, Topic};
 use super::tables::{MESSAGES, Tables, Trouble, put};
 use super::writer::Writer;
+use crate::limits;
 use crate::record::Epoch;
 use crate::storage::clock::Age;
 
@@ -31,10 +32,13 @@ const CACHE_BYTES: usize = 8 * 1024 * 1024;
 /// A topic with this part of a file's size gets a file of its own, which goes as a whole when the
 /// topic is trimmed.
 const OWN_FILE_PART: u64 = 4;
-/// The pause after a commit while the hot file is too large by half; it grows with the surplus.
-const PACE: Duration = Duration::from_millis(10);
-/// The longest pause.
-const MAX_PACES: u32 = 10;
+/// Bytes of a commit while the sealer is behind.
+const PACED_COMMIT_BYTES: usize = 256 * 1024;
+/// Bytes per second while it is a little behind; halved for each eighth that the hot file has too
+/// much.
+const PACED_RATE: u64 = 64 * 1024 * 1024;
+/// The longest pause, after a commit of a very large message.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How long to wait after a failure, in milliseconds.
 const RETRY_AFTER: u64 = 10_000;
 
@@ -95,10 +99,7 @@ struct Sealed {
 impl Sealing {
     pub(super) fn after_open(state: &State) -> Self {
         let hot_bytes = state.topics.values().map(Topic::hot_bytes).sum();
-        Self {
-            hot_bytes,
-            ..Self::default()
-        }
+        Self { hot_bytes, ..Self::default() }
     }
 
     pub(super) fn is_copying(&self, topic: Epoch) -> bool {
@@ -193,15 +194,27 @@ impl Writer {
         }
     }
 
-    /// How long to wait after a commit, so that the sealer keeps up with the publishers.
-    pub(super) fn pace(&self) -> Duration {
-        let enough = self.opening.hot_bytes / 2 * 3;
-        let over = self.sealing.hot_bytes.saturating_sub(enough);
-        if over == 0 || self.sealing.job.is_none() {
+    /// How much the next commit may have. While the sealer is behind, commits are small, so that
+    /// the pauses after them are short for the acks among the publishes.
+    pub(super) fn commit_bytes(&self) -> usize {
+        if self.surplus() == 0 { limits::MAX_COMMIT_BYTES } else { PACED_COMMIT_BYTES }
+    }
+
+    /// How long to wait after a commit. The larger the surplus of the hot file, the slower it
+    /// grows, until the sealer keeps up: what a start has to read stays bounded.
+    pub(super) fn pace(&self, stored: u64) -> Duration {
+        let surplus = self.surplus();
+        if surplus == 0 {
             return Duration::ZERO;
         }
-        let steps = 1 + over.saturating_mul(8) / self.opening.hot_bytes.max(1);
-        PACE * u32::try_from(steps).unwrap_or(MAX_PACES).min(MAX_PACES)
+        let halvings = surplus.saturating_mul(8) / self.opening.hot_bytes.max(1);
+        let rate = PACED_RATE >> halvings.min(6);
+        Duration::from_millis(stored.saturating_mul(1000) / rate).min(LONGEST_PAUSE)
+    }
+
+    /// Bytes in the hot file beyond half as much again as it should have.
+    fn surplus(&self) -> u64 {
+        self.sealing.hot_bytes.saturating_sub(self.opening.hot_bytes / 2 * 3)
     }
 
     fn plan(&mut self) -> Option<Plan> {
@@ -211,12 +224,7 @@ impl Writer {
             // Where a row begins, also one that is trimmed and still counts.
             let from = state.hot_from().max(head.collected);
             let bytes = state.hot_bytes();
-            (from <= head.head).then_some(Range {
-                topic: *topic,
-                from,
-                last: head.head,
-                bytes,
-            })
+            (from <= head.head).then_some(Range { topic: *topic, from, last: head.head, bytes })
         };
         let mut topics: Vec<Range> = self.state.topics.iter().filter_map(hot).collect();
         self.sealing.hot_bytes = topics.iter().map(|range| range.bytes).sum();
@@ -235,10 +243,7 @@ impl Writer {
             ranges.push(Range { bytes, ..range });
             room = if own_file { 0 } else { room - bytes };
         }
-        Some(Plan {
-            file: self.state.next_file(),
-            ranges,
-        })
+        Some(Plan { file: self.state.next_file(), ranges })
     }
 
     /// Makes a complete file part of the store.
@@ -305,12 +310,7 @@ fn copy(shared: &Shared, disk: &dyn Disk, plan: &Plan) -> Result<Sealed, Trouble
     disk.sync(&temporary).map_err(io)?;
     let digest = disk.digest(&temporary).map_err(io)?;
     disk.rename(&temporary, &name).map_err(io)?;
-    Ok(Sealed {
-        file: plan.file,
-        digest,
-        segments,
-        stuck,
-    })
+    Ok(Sealed { file: plan.file, digest, segments, stuck })
 }
 
 /// Copies rows of one topic; `None` if the first one cannot be.
@@ -336,12 +336,7 @@ fn copy_range(
         for (base, row) in &rows {
             let header = decode_header(range.topic, *base, row)?;
             table.insert((range.topic.0, *base), row.as_slice())?;
-            let fresh = Segment {
-                first: *base,
-                last: 0,
-                bytes: 0,
-                file,
-            };
+            let fresh = Segment { first: *base, last: 0, bytes: 0, file };
             let grown = segment.get_or_insert(fresh);
             grown.last = header.end() - 1;
             grown.bytes += u64::from(header.bytes);
@@ -362,11 +357,7 @@ fn read_rows(
     let database = guard.as_ref().ok_or(::redb::Error::DatabaseClosed)?;
     let table = database.begin_read()?.open_table(MESSAGES)?;
     let topic = range.topic;
-    let Some(first) = table
-        .range((topic.0, 0)..=(topic.0, next))?
-        .next_back()
-        .transpose()?
-    else {
+    let Some(first) = table.range((topic.0, 0)..=(topic.0, next))?.next_back().transpose()? else {
         return Ok(Vec::new());
     };
     let (mut rows, mut bytes, mut expected) = (Vec::new(), 0, next);

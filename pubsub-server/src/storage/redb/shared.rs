@@ -47,10 +47,7 @@ impl TopicView {
     }
 
     pub(super) fn state(&self) -> ViewState {
-        self.state
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.state.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -71,11 +68,7 @@ impl Shared {
     }
 
     pub(super) fn view(&self, topic: Epoch) -> Option<Arc<TopicView>> {
-        self.topics
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&topic)
-            .cloned()
+        self.topics.read().unwrap_or_else(PoisonError::into_inner).get(&topic).cloned()
     }
 
     pub(super) fn subscribe(&self, topic: Epoch) -> Option<watch::Receiver<u64>> {
@@ -85,22 +78,13 @@ impl Shared {
     pub(super) fn stats(&self, topic: Epoch) -> Option<TopicStats> {
         let view = self.view(topic)?;
         let ViewState { first, bytes, .. } = view.state();
-        Some(TopicStats {
-            first,
-            head: view.head(),
-            bytes,
-        })
+        Some(TopicStats { first, head: view.head(), bytes })
     }
 
     /// Shows a topic as committed. What can be read only shrinks before its rows go, and grows
     /// after they came: readers never miss what they were promised.
     pub(super) fn show(&self, topic: Epoch, head: &Head, segments: Arc<Vec<Segment>>) {
-        let state = ViewState {
-            first: head.first,
-            bytes: head.bytes,
-            segments,
-            damaged: false,
-        };
+        let state = ViewState { first: head.first, bytes: head.bytes, segments, damaged: false };
         match self.view(topic) {
             Some(view) => {
                 *view.state.write().unwrap_or_else(PoisonError::into_inner) = state;
@@ -115,32 +99,16 @@ impl Shared {
 
     /// Shows a topic of which nothing is known any more.
     pub(super) fn show_damaged(&self, topic: Epoch) {
-        self.insert(
-            topic,
-            0,
-            ViewState {
-                damaged: true,
-                ..ViewState::default()
-            },
-        );
+        self.insert(topic, 0, ViewState { damaged: true, ..ViewState::default() });
     }
 
     pub(super) fn hide(&self, topic: Epoch) {
-        self.topics
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&topic);
+        self.topics.write().unwrap_or_else(PoisonError::into_inner).remove(&topic);
     }
 
     fn insert(&self, topic: Epoch, head: u64, state: ViewState) {
-        let view = TopicView {
-            head: watch::Sender::new(head),
-            state: RwLock::new(state),
-        };
-        self.topics
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(topic, Arc::new(view));
+        let view = TopicView { head: watch::Sender::new(head), state: RwLock::new(state) };
+        self.topics.write().unwrap_or_else(PoisonError::into_inner).insert(topic, Arc::new(view));
     }
 
     pub(super) fn health(&self) -> watch::Receiver<Health> {
@@ -165,28 +133,18 @@ impl Shared {
 }
 
 /// An error of redb as ours.
-#[expect(
-    clippy::wildcard_enum_match_arm,
-    reason = "the kinds that need no word of their own"
-)]
+#[expect(clippy::wildcard_enum_match_arm, reason = "the kinds that need no word of their own")]
 pub(super) fn explain(path: &str, error: ::redb::Error) -> StorageError {
     let path = path.to_owned();
     match error {
-        ::redb::Error::DatabaseAlreadyOpen => StorageError::InUse {
-            path,
-            holder: "another process".to_owned(),
-        },
+        ::redb::Error::DatabaseAlreadyOpen => {
+            StorageError::InUse { path, holder: "another process".to_owned() }
+        }
         ::redb::Error::Corrupted(detail) => StorageError::Corrupt { path, detail },
         ::redb::Error::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-            StorageError::Corrupt {
-                path,
-                detail: error.to_string(),
-            }
+            StorageError::Corrupt { path, detail: error.to_string() }
         }
         ::redb::Error::DatabaseClosed => StorageError::Closed,
-        error => StorageError::Io {
-            path,
-            detail: error.to_string(),
-        },
+        error => StorageError::Io { path, detail: error.to_string() },
     }
 }

@@ -158,12 +158,7 @@ impl SimDisk {
             let id = new.files.len();
             let pages = (0..bytes.len().div_ceil(PAGE)).collect();
             let durable = bytes.clone();
-            new.files.push(FileState {
-                live: bytes,
-                durable,
-                pending: Vec::new(),
-                pages,
-            });
+            new.files.push(FileState { live: bytes, durable, pending: Vec::new(), pages });
             new.names.insert(name.clone(), id);
             new.durable_names.insert(name, id);
         }
@@ -226,10 +221,7 @@ impl State {
     }
 
     fn file(&self, name: &str) -> io::Result<FileId> {
-        self.names
-            .get(name)
-            .copied()
-            .ok_or_else(|| io::ErrorKind::NotFound.into())
+        self.names.get(name).copied().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     fn rename(&mut self, name: &str, file: Option<FileId>) {
@@ -340,10 +332,7 @@ impl SimDisk {
     }
 
     fn backend(&self, id: FileId) -> SimFile {
-        SimFile {
-            disk: self.clone(),
-            id,
-        }
+        SimFile { disk: self.clone(), id }
     }
 }
 
@@ -381,10 +370,7 @@ impl Disk for SimDisk {
     fn digest(&self, name: &str) -> io::Result<Digest> {
         let state = self.state();
         let bytes = &state.files[state.file(name)?].live;
-        Ok(Digest {
-            length: bytes.len() as u64,
-            hash: xxh3_64(bytes),
-        })
+        Ok(Digest { length: bytes.len() as u64, hash: xxh3_64(bytes) })
     }
 
     fn sync(&self, name: &str) -> io::Result<()> {
@@ -427,10 +413,7 @@ impl Disk for SimDisk {
 
     fn space(&self) -> io::Result<Space> {
         let pages = self.state().free_pages;
-        Ok(Space {
-            free: pages * PAGE as u64,
-            total: 1 << 32,
-        })
+        Ok(Space { free: pages * PAGE as u64, total: 1 << 32 })
     }
 
     fn set_ballast(&self, wanted: bool) -> io::Result<()> {

@@ -86,11 +86,7 @@ impl State {
         if let Some(publisher) = self.publishers.get(&(topic, id)) {
             return Ok(Some(publisher.clone()));
         }
-        get(
-            &tables.publishers,
-            (topic.0, rows::wide(id.0)),
-            rows::decode::<Publisher>,
-        )
+        get(&tables.publishers, (topic.0, rows::wide(id.0)), rows::decode::<Publisher>)
     }
 
     /// Remembers a publisher that the caller stores in the same commit.
@@ -119,9 +115,7 @@ impl State {
 
     /// The registered sealed files.
     pub(super) fn files(&self) -> impl Iterator<Item = (u64, Digest)> {
-        self.files
-            .iter()
-            .map(|(file, (digest, _))| (*file, *digest))
+        self.files.iter().map(|(file, (digest, _))| (*file, *digest))
     }
 
     /// The number of a new sealed file.
@@ -159,11 +153,7 @@ impl State {
         let Some(topic) = self.topics.get_mut(&topic) else {
             return Ok(None);
         };
-        topic
-            .head
-            .as_mut()
-            .map(Some)
-            .ok_or_else(|| Damaged::in_table("heads"))
+        topic.head.as_mut().map(Some).ok_or_else(|| Damaged::in_table("heads"))
     }
 }
 
@@ -171,11 +161,7 @@ impl Topic {
     /// A new one.
     pub(super) fn new(record: &TopicRecord) -> Self {
         let window = clock::millis(record.config.idempotency_window);
-        Self {
-            window,
-            head: Some(Head::new()),
-            segments: Arc::default(),
-        }
+        Self { window, head: Some(Head::new()), segments: Arc::default() }
     }
 
     fn load(tables: &Tables<'_>, record: &TopicRecord) -> Result<Self, Trouble> {
@@ -196,26 +182,19 @@ impl Topic {
             let row: SegmentRow = decoded::<(u64, u64), _>("segments", &key, row, rows::decode)?;
             segments.push(row.starting_at(key.1));
         }
-        Ok(Self {
-            head,
-            segments: Arc::new(segments),
-            ..Self::new(record)
-        })
+        Ok(Self { head, segments: Arc::new(segments), ..Self::new(record) })
     }
 
     /// The first message that is not in a sealed file.
     pub(super) fn hot_from(&self) -> u64 {
         let below = self.head.map_or(1, |head| head.sealed_below);
-        self.segments
-            .last()
-            .map_or(below, |segment| below.max(segment.last + 1))
+        self.segments.last().map_or(below, |segment| below.max(segment.last + 1))
     }
 
     /// Bytes of bodies in the hot file, beside those that are in sealed files too.
     pub(super) fn hot_bytes(&self) -> u64 {
         let sealed = self.segments.iter().map(|segment| segment.bytes).sum();
-        self.head
-            .map_or(0, |head| head.bytes.saturating_sub(sealed))
+        self.head.map_or(0, |head| head.bytes.saturating_sub(sealed))
     }
 }
 

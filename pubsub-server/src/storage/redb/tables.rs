@@ -109,9 +109,7 @@ pub(super) struct Damaged {
 
 impl Damaged {
     pub(super) fn in_table(table: &str) -> Self {
-        Self {
-            table: table.to_owned(),
-        }
+        Self { table: table.to_owned() }
     }
 }
 
@@ -163,9 +161,8 @@ pub(super) fn unsealed<'r, K: Key + 'static>(
     key: &K::SelfType<'_>,
     row: &'r [u8],
 ) -> Result<&'r [u8], Damaged> {
-    let (bytes, sum) = row
-        .split_last_chunk::<SUM_BYTES>()
-        .ok_or_else(|| Damaged::in_table(table))?;
+    let (bytes, sum) =
+        row.split_last_chunk::<SUM_BYTES>().ok_or_else(|| Damaged::in_table(table))?;
     if checksum(table, K::as_bytes(key).as_ref(), bytes) == u64::from_le_bytes(*sum) {
         Ok(bytes)
     } else {
@@ -195,10 +192,5 @@ where
     let Some(row) = table.get(key)? else {
         return Ok(None);
     };
-    Ok(Some(decoded::<K, T>(
-        table.name(),
-        &key,
-        row.value(),
-        decode,
-    )?))
+    Ok(Some(decoded::<K, T>(table.name(), &key, row.value(), decode)?))
 }

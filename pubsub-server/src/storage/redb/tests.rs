@@ -35,10 +35,7 @@ fn env() -> SharedEnv {
 }
 
 fn open(path: &Path) -> Result<Redb, StorageError> {
-    Redb::open(Options {
-        inline: true,
-        ..Options::new(path, env())
-    })
+    Redb::open(Options { inline: true, ..Options::new(path, env()) })
 }
 
 /// A simulated store with topic `T`.
@@ -50,18 +47,12 @@ fn simulated(disk: &SimDisk) -> Redb {
 
 fn apply(engine: &Redb, change: Change) -> Result<(), CommitError> {
     let ticket = engine.apply(vec![change], Urgency::Now);
-    ticket
-        .now_or_never()
-        .unwrap()
-        .map(|committed| committed.into_inner())
+    ticket.now_or_never().unwrap().map(|committed| committed.into_inner())
 }
 
 fn publish(engine: &Redb, topic: u64, body: Vec<u8>) -> Result<AppendOutcome, CommitError> {
     let ticket = engine.append(anonymous(topic, vec![message(body)]));
-    ticket
-        .now_or_never()
-        .unwrap()
-        .map(|committed| committed.into_inner())
+    ticket.now_or_never().unwrap().map(|committed| committed.into_inner())
 }
 
 fn read(engine: &Redb, topic: u64, from: u64) -> Result<Vec<StoredMessage>, ReadError> {
@@ -73,15 +64,8 @@ fn head(engine: &Redb, topic: u64) -> u64 {
 }
 
 fn floor(floor: u64) -> Change {
-    let cursor = CursorRecord {
-        floor,
-        ..CursorRecord::default()
-    };
-    Change::PutCursor {
-        subscription: Epoch(3),
-        topic: Epoch(T),
-        cursor,
-    }
+    let cursor = CursorRecord { floor, ..CursorRecord::default() };
+    Change::PutCursor { subscription: Epoch(3), topic: Epoch(T), cursor }
 }
 
 fn close(engine: &Redb) {
@@ -94,16 +78,10 @@ fn a_failed_sync_stops_the_engine_and_shows_nothing() {
     let engine = simulated(&disk);
     publish(&engine, T, vec![1]).unwrap().unwrap();
     disk.fail_next_sync();
-    assert_eq!(
-        publish(&engine, T, vec![2]).unwrap_err(),
-        CommitError::Unknown
-    );
+    assert_eq!(publish(&engine, T, vec![2]).unwrap_err(), CommitError::Unknown);
     assert!(matches!(&*engine.health().borrow(), Health::Failed(_)));
     assert_eq!(head(&engine, T), 1, "a head is raised after the commit");
-    assert_eq!(
-        publish(&engine, T, vec![3]).unwrap_err(),
-        CommitError::Refused
-    );
+    assert_eq!(publish(&engine, T, vec![3]).unwrap_err(), CommitError::Refused);
     assert_eq!(apply(&engine, floor(1)).unwrap_err(), CommitError::Refused);
     drop(engine);
     // The system's cache still has what the disk does not. The next start must not believe it.
@@ -137,14 +115,7 @@ fn a_full_disk_refuses_publishes_and_nothing_else() {
         apply(&engine, floor(i)).unwrap();
     }
     assert!(read(&engine, T, 1).unwrap().len() >= stored);
-    apply(
-        &engine,
-        Change::Trim {
-            topic: Epoch(T),
-            below: head(&engine, T),
-        },
-    )
-    .unwrap();
+    apply(&engine, Change::Trim { topic: Epoch(T), below: head(&engine, T) }).unwrap();
     drop(engine);
     disk.set_free_pages(0);
     let engine = simulation::open(&disk, env()).expect("the ballast makes room for the start");
@@ -167,15 +138,9 @@ fn publishes_are_refused_before_the_disk_is_full() {
     let engine = Redb::open_on(Arc::new(disk.clone()), env(), opening).unwrap();
     apply(&engine, Change::CreateTopic(topic("t", T))).unwrap();
     disk.set_free_pages(255);
-    assert_eq!(
-        publish(&engine, T, vec![1]),
-        Ok(Err(AppendRefusal::DiskFull))
-    );
+    assert_eq!(publish(&engine, T, vec![1]), Ok(Err(AppendRefusal::DiskFull)));
     assert_eq!(*engine.health().borrow(), Health::DiskFull);
-    assert_eq!(
-        apply(&engine, Change::PutSubscription(subscription("s", 3))),
-        Ok(())
-    );
+    assert_eq!(apply(&engine, Change::PutSubscription(subscription("s", 3))), Ok(()));
     disk.set_free_pages(1000);
     thread::sleep(Duration::from_millis(1100));
     publish(&engine, T, vec![1]).unwrap().unwrap();
@@ -190,24 +155,12 @@ fn filled() -> (SimDisk, BTreeMap<u64, Vec<StoredMessage>>) {
     apply(&engine, floor(5)).unwrap();
     let mut random = Random(9);
     for i in 0..60u8 {
-        publish(&engine, T, vec![i; 100 + random.index(300)])
-            .unwrap()
-            .unwrap();
-        publish(&engine, 8, vec![i; 10 + random.index(50)])
-            .unwrap()
-            .unwrap();
+        publish(&engine, T, vec![i; 100 + random.index(300)]).unwrap().unwrap();
+        publish(&engine, 8, vec![i; 10 + random.index(50)]).unwrap().unwrap();
     }
-    let held = [T, 8]
-        .map(|topic| (topic, read(&engine, topic, 1).unwrap()))
-        .into();
+    let held = [T, 8].map(|topic| (topic, read(&engine, topic, 1).unwrap())).into();
     close(&engine);
-    assert!(
-        disk.names()
-            .iter()
-            .filter(|name| sealed::number(name).is_some())
-            .count()
-            >= 3
-    );
+    assert!(disk.names().iter().filter(|name| sealed::number(name).is_some()).count() >= 3);
     (disk, held)
 }
 
@@ -245,11 +198,7 @@ fn a_flipped_bit_is_an_error_and_never_a_wrong_byte() {
     for flip in 0..FLIPS {
         let disk = disk.copy();
         let names = disk.names();
-        let name = if flip % 2 == 0 {
-            HOT
-        } else {
-            &names[random.index(names.len())]
-        };
+        let name = if flip % 2 == 0 { HOT } else { &names[random.index(names.len())] };
         disk.edit(name, |bytes| {
             let at = random.index(bytes.len());
             bytes[at] ^= 1 << random.below(8);
@@ -273,10 +222,7 @@ fn a_flipped_bit_is_an_error_and_never_a_wrong_byte() {
 fn a_damaged_sealed_file_costs_its_messages_only() {
     let (disk, held) = filled();
     let names = disk.names();
-    let name = names
-        .iter()
-        .find(|name| sealed::number(name).is_some())
-        .unwrap();
+    let name = names.iter().find(|name| sealed::number(name).is_some()).unwrap();
     disk.edit(name, |bytes| bytes[5000] ^= 1);
     let engine = simulation::open(&disk, env()).unwrap();
     assert!(!agrees(&engine, &held));
@@ -289,10 +235,8 @@ fn a_damaged_sealed_file_costs_its_messages_only() {
 fn a_damaged_head_stops_its_topic_only() {
     let (disk, held) = filled();
     {
-        let database = disk
-            .open(HOT, &::redb::Builder::new())
-            .unwrap()
-            .expect("the store has a hot file");
+        let database =
+            disk.open(HOT, &::redb::Builder::new()).unwrap().expect("the store has a hot file");
         let txn = database.begin_write().unwrap();
         let mut heads = txn.open_table(HEADS).unwrap();
         let mut row = heads.get(T).unwrap().unwrap().value().to_vec();
@@ -303,14 +247,8 @@ fn a_damaged_head_stops_its_topic_only() {
         database.close().unwrap();
     }
     let engine = simulation::open(&disk, env()).unwrap();
-    assert_eq!(
-        read(&engine, T, 1),
-        Err(ReadError::DataLoss { sequence: 1 })
-    );
-    assert_eq!(
-        publish(&engine, T, vec![1]),
-        Ok(Err(AppendRefusal::Damaged))
-    );
+    assert_eq!(read(&engine, T, 1), Err(ReadError::DataLoss { sequence: 1 }));
+    assert_eq!(publish(&engine, T, vec![1]), Ok(Err(AppendRefusal::Damaged)));
     assert_eq!(read(&engine, 8, 1).unwrap(), held[&8]);
     publish(&engine, 8, vec![1]).unwrap().unwrap();
     apply(&engine, Change::DeleteTopic(Epoch(T))).unwrap();
@@ -320,23 +258,12 @@ fn a_damaged_head_stops_its_topic_only() {
 #[test]
 fn sealed_files_go_when_they_are_trimmed_or_their_topic_is_deleted() {
     let (disk, held) = filled();
-    let sealed = |disk: &SimDisk| {
-        disk.names()
-            .iter()
-            .filter(|name| sealed::number(name).is_some())
-            .count()
-    };
+    let sealed =
+        |disk: &SimDisk| disk.names().iter().filter(|name| sealed::number(name).is_some()).count();
     let engine = simulation::open(&disk, env()).unwrap();
     let last = held[&T].len() as u64;
     let before = sealed(&disk);
-    apply(
-        &engine,
-        Change::Trim {
-            topic: Epoch(T),
-            below: last,
-        },
-    )
-    .unwrap();
+    apply(&engine, Change::Trim { topic: Epoch(T), below: last }).unwrap();
     apply(&engine, Change::DeleteTopic(Epoch(8))).unwrap();
     for i in 0..20 {
         apply(&engine, floor(i)).unwrap();
@@ -413,42 +340,20 @@ fn another_format_is_refused() {
     };
     edit(9);
     let error = open(directory.path()).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            StorageError::Format {
-                found: 9,
-                supported: 1,
-                ..
-            }
-        ),
-        "{error:?}"
-    );
+    assert!(matches!(error, StorageError::Format { found: 9, supported: 1, .. }), "{error:?}");
     let foreign = tempfile::tempdir().unwrap();
     drop(Database::create(foreign.path().join(HOT)).unwrap());
     let error = open(foreign.path()).unwrap_err();
     assert!(matches!(error, StorageError::Corrupt { .. }), "{error:?}");
     let database = Database::open(foreign.path().join(HOT)).unwrap();
-    assert_eq!(
-        database
-            .begin_read()
-            .unwrap()
-            .list_tables()
-            .unwrap()
-            .count(),
-        0
-    );
+    assert_eq!(database.begin_read().unwrap().list_tables().unwrap().count(), 0);
 }
 
 #[test]
 fn leftovers_of_a_stop_are_removed() {
     let directory = tempfile::tempdir().unwrap();
     drop(open(directory.path()).unwrap());
-    let leftovers = [
-        sealed::name(77),
-        format!("{}.tmp", sealed::name(78)),
-        format!("{HOT}.tmp"),
-    ];
+    let leftovers = [sealed::name(77), format!("{}.tmp", sealed::name(78)), format!("{HOT}.tmp")];
     for name in &leftovers {
         fs::write(directory.path().join(name), "x").unwrap();
     }
@@ -461,10 +366,7 @@ fn leftovers_of_a_stop_are_removed() {
     fs::remove_file(directory.path().join(HOT)).unwrap();
     fs::write(directory.path().join(sealed::name(1)), "x").unwrap();
     let error = open(directory.path()).unwrap_err();
-    assert!(
-        matches!(error, StorageError::Corrupt { .. }),
-        "messages without their hot file"
-    );
+    assert!(matches!(error, StorageError::Corrupt { .. }), "messages without their hot file");
 }
 
 #[test]
@@ -481,11 +383,7 @@ fn only_an_end_in_order_is_clean() {
 fn old_boots_leave_the_ledger() {
     let disk = SimDisk::new();
     let boots: Vec<_> = (0..3)
-        .map(|i| {
-            simulation::open(&disk, TestEnv::new(i * 1_000_000))
-                .unwrap()
-                .boot_id()
-        })
+        .map(|i| simulation::open(&disk, TestEnv::new(i * 1_000_000)).unwrap().boot_id())
         .collect();
     let engine = simulation::open(&disk, env()).unwrap();
     assert!(boots.iter().all(|boot| engine.knows_boot(*boot)));
@@ -523,14 +421,8 @@ async fn readers_follow_messages_into_sealed_files() {
                 let live = engine.read(Epoch(T), next, ALL).await.unwrap();
                 assert_eq!(live[0].sequence, next);
                 next += live.len() as u64;
-                let old = engine
-                    .read(Epoch(T), 1 + from_start % next, ALL)
-                    .await
-                    .unwrap();
-                assert_eq!(
-                    old.first().map_or(next, |first| first.sequence),
-                    1 + from_start % next
-                );
+                let old = engine.read(Epoch(T), 1 + from_start % next, ALL).await.unwrap();
+                assert_eq!(old.first().map_or(next, |first| first.sequence), 1 + from_start % next);
                 from_start += 97;
             }
         }
@@ -539,19 +431,11 @@ async fn readers_follow_messages_into_sealed_files() {
         for i in 0..count {
             let body = vec![u8::try_from(i % 251).unwrap(); 500];
             let batch: Vec<NewMessage> = (0..5).map(|_| message(body.clone())).collect();
-            storage
-                .decided(from(me, T, 1 + 5 * i, batch))
-                .await
-                .unwrap();
+            storage.decided(from(me, T, 1 + 5 * i, batch)).await.unwrap();
         }
     };
     tokio::join!(reader, writer);
-    let sealed = disk
-        .list()
-        .unwrap()
-        .iter()
-        .filter(|name| sealed::number(name).is_some())
-        .count();
+    let sealed = disk.list().unwrap().iter().filter(|name| sealed::number(name).is_some()).count();
     assert!(sealed >= 3, "{sealed} sealed files");
     let all = engine.read(Epoch(T), 1, ALL).await.unwrap();
     assert_eq!(sequences(&all), (1..=5 * count).collect::<Vec<_>>());

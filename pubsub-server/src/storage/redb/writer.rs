@@ -17,6 +17,7 @@ use super::shared::Shared;
 use super::state::State;
 use super::tables::{Tables, Trouble};
 use crate::env::SharedEnv;
+use crate::limits;
 use crate::record::Epoch;
 use crate::storage::clock::{Clock, Now};
 use crate::storage::{AppendOutcome, CommitError, Health, OpenOutcome, Promise, StorageError};
@@ -75,27 +76,14 @@ impl Writer {
         let chores = Chores::after_open(&state);
         let sealing = Sealing::after_open(&state);
         let (full, failed) = (None, false);
-        let writer = Self {
-            shared,
-            disk,
-            env,
-            opening,
-            state,
-            chores,
-            sealing,
-            full,
-            failed,
-        };
+        let writer = Self { shared, disk, env, opening, state, chores, sealing, full, failed };
         writer.show_all();
         writer
     }
 
     /// Works until the queue is closed, then closes the store.
     pub(super) fn run(mut self, queue: &Queue) -> Result<(), StorageError> {
-        let _guard = PanicGuard {
-            shared: Arc::clone(&self.shared),
-            queue,
-        };
+        let _guard = PanicGuard { shared: Arc::clone(&self.shared), queue };
         let (mut commits, mut bytes) = (0, 0);
         let mut chores_wait = true;
         loop {
@@ -104,11 +92,12 @@ impl Writer {
                 (false, true) => BUSY,
                 (false, false) => IDLE,
             };
-            match queue.take(patience) {
+            match queue.take(patience, self.commit_bytes()) {
                 Taken::Group(requests) => {
-                    bytes += self.commit(requests);
+                    let stored = self.commit(requests);
+                    thread::sleep(self.pace(stored));
                     commits += 1;
-                    thread::sleep(self.pace());
+                    bytes += stored;
                     if commits < COMMITS_PER_CHORE && bytes < BYTES_PER_CHORE {
                         continue;
                     }
@@ -124,9 +113,7 @@ impl Writer {
     /// Commits requests together and answers them. It returns how many bytes were stored.
     pub(super) fn commit(&mut self, requests: Vec<Request>) -> u64 {
         if self.failed {
-            requests
-                .into_iter()
-                .for_each(|request| request.fail(CommitError::Refused));
+            requests.into_iter().for_each(|request| request.fail(CommitError::Refused));
             return 0;
         }
         self.watch_space();
@@ -135,10 +122,7 @@ impl Writer {
             Ok(effects) => {
                 self.show(&effects);
                 self.chores.note(&effects);
-                effects
-                    .doomed
-                    .iter()
-                    .for_each(|file| self.shared.cabinet.forget(*file));
+                effects.doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
                 self.sealing.doomed.extend(&effects.doomed);
                 self.sealing.hot_bytes += effects.bytes;
                 answers.into_iter().for_each(Answer::keep);
@@ -162,12 +146,7 @@ impl Writer {
         let shared = Arc::clone(&self.shared);
         let database = shared.database();
         let txn = begin(&database)?;
-        let mut group = Group::new(
-            Tables::open(&txn)?,
-            &mut self.state,
-            now,
-            self.full.is_some(),
-        );
+        let mut group = Group::new(Tables::open(&txn)?, &mut self.state, now, self.full.is_some());
         for request in requests {
             answers.push(match request {
                 Request::Append(append, promise) => Answer::Append(promise, group.append(append)?),
@@ -245,10 +224,7 @@ impl Writer {
     }
 
     fn show_all(&self) {
-        self.state
-            .topics
-            .keys()
-            .for_each(|topic| self.show_topic(*topic));
+        self.state.topics.keys().for_each(|topic| self.show_topic(*topic));
     }
 
     /// A write failed. What of it is on disk can only be found out by opening the file again.
@@ -274,10 +250,7 @@ impl Writer {
             tracing::warn!(%error, "the ballast cannot be given up");
         }
         let shared = Arc::clone(&self.shared);
-        let mut database = shared
-            .database
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut database = shared.database.write().unwrap_or_else(PoisonError::into_inner);
         // Its error is the one that brought us here.
         drop(database.take().map(Database::close));
         let io = |error: std::io::Error| shared.error(::redb::Error::Io(error));
@@ -297,17 +270,10 @@ impl Writer {
     /// Refuses publishes before the disk is full, and takes them again when there is room.
     fn watch_space(&mut self) {
         let Ok(space) = self.disk.space() else { return };
-        let watermark = self
-            .opening
-            .watermark
-            .unwrap_or((space.total / 100).min(64 << 20));
+        let watermark = self.opening.watermark.unwrap_or((space.total / 100).min(64 << 20));
         match self.full {
             None if space.free < watermark => {
-                tracing::warn!(
-                    free = space.free,
-                    watermark,
-                    "the disk is too full for publishes"
-                );
+                tracing::warn!(free = space.free, watermark, "the disk is too full for publishes");
                 self.full = Some(Instant::now());
                 self.shared.set_health(Health::DiskFull);
             }
@@ -341,12 +307,7 @@ impl Writer {
             let now = self.now();
             self.transact(|tables, _| super::open::store_clock(tables, now).map(Some));
         }
-        let database = self
-            .shared
-            .database
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let database = self.shared.database.write().unwrap_or_else(PoisonError::into_inner).take();
         self.shared.cabinet.clear();
         let closed = database.map_or(Ok(()), Database::close);
         if !self.failed && closed.is_ok() {
@@ -365,10 +326,9 @@ impl Writer {
 /// A trouble as an error of the storage.
 pub(super) fn explain(path: &str, trouble: Trouble) -> StorageError {
     match trouble {
-        Trouble::Damaged(damaged) => StorageError::Corrupt {
-            path: path.to_owned(),
-            detail: damaged.to_string(),
-        },
+        Trouble::Damaged(damaged) => {
+            StorageError::Corrupt { path: path.to_owned(), detail: damaged.to_string() }
+        }
         Trouble::Redb(error) => super::shared::explain(path, error),
     }
 }
@@ -383,14 +343,10 @@ fn load(database: &Database, boot: u64, clock: Clock) -> Result<State, Trouble> 
 /// A durable transaction; `None` is no database only after the end.
 fn begin(database: &Option<Database>) -> Result<WriteTransaction, Trouble> {
     let database = database.as_ref().ok_or(::redb::Error::DatabaseClosed)?;
-    #[cfg_attr(
-        not(pubsub_break = "commit_without_sync"),
-        expect(unused_mut, reason = "see below")
-    )]
+    #[cfg_attr(not(pubsub_break = "commit_without_sync"), expect(unused_mut, reason = "see below"))]
     let mut txn = database.begin_write()?;
     #[cfg(pubsub_break = "commit_without_sync")]
-    txn.set_durability(::redb::Durability::None)
-        .expect("there are no savepoints");
+    txn.set_durability(::redb::Durability::None).expect("there are no savepoints");
     Ok(txn)
 }
 
@@ -412,13 +368,11 @@ impl Drop for PanicGuard<'_> {
         if !thread::panicking() {
             return;
         }
-        self.shared
-            .set_health(Health::Failed("the writer panicked".to_owned()));
+        self.shared.set_health(Health::Failed("the writer panicked".to_owned()));
         self.queue.close();
-        while let Taken::Group(requests) = self.queue.take(Duration::ZERO) {
-            requests
-                .into_iter()
-                .for_each(|request| request.fail(CommitError::Refused));
+        while let Taken::Group(requests) = self.queue.take(Duration::ZERO, limits::MAX_COMMIT_BYTES)
+        {
+            requests.into_iter().for_each(|request| request.fail(CommitError::Refused));
         }
     }
 }
