@@ -151,8 +151,11 @@ mod tests {
 
     #[test]
     fn each_kind_of_loss_is_found() {
-        assert_eq!(check(|published, _, _| drop(published[0].pop())), (1, 0, 0));
-        assert_eq!(check(|_, shown, _| drop(shown.topics[1].remove(17))), (1, 0, 0));
+        assert_eq!(check(|published, _, _| published[0].truncate(9_999)), (1, 0, 0));
+        assert_eq!(
+            check(|_, shown, _| shown.topics[1].retain(|seen| seen.number != 17)),
+            (1, 0, 0)
+        );
         assert_eq!(check(|_, _, audit| audit[2].received[17] = false), (1, 0, 0));
         let unlogged = check(|_, _, audit| {
             audit[0].log.remove(17);

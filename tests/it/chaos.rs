@@ -20,7 +20,7 @@ const TOPIC: &str = "orders";
 
 #[test]
 fn faults_of_all_kinds_at_random_lose_repeat_and_reorder_nothing() {
-    const FAULTS: usize = 60;
+    const FAULTS: usize = 40;
     scenario(WITHIN, async |lab| {
         let mut rig = lab.rig().await?;
         admin::create_topic(&raw::connect(&rig.server.url()).await?, TOPIC).await?;

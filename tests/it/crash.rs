@@ -8,6 +8,7 @@ use pubsub_tests::{
     admin, auditor,
     checker::Gate,
     lab::scenario,
+    process::Server,
     proxy::{Direction, Mode},
     raw, wait,
 };
@@ -115,6 +116,37 @@ fn a_server_killed_in_mid_delivery_shows_nothing_twice_and_skips_nothing() {
             delivery.ack();
         }
         app::all_acked(&raw::connect(&rig.server.url()).await?, "billing").await
+    });
+}
+
+#[test]
+fn a_server_killed_again_and_again_while_it_starts_recovers() {
+    const ROUNDS: u64 = 3;
+    const KILLS: usize = 15;
+    const MESSAGES: u64 = 200;
+    scenario(WITHIN, async |lab| {
+        let mut rig = lab.rig().await?;
+        admin::create_topic(&raw::connect(&rig.url()).await?, TOPIC).await?;
+        let client = app::client(&rig.url())?;
+        let publisher = app::publisher(&client, TOPIC).await?;
+        let mut subscriber = app::subscribe(&client, "billing", TOPIC).await?;
+        for round in 0..ROUNDS {
+            let first = round * MESSAGES + 1;
+            app::publish_numbers(&publisher, first..first + MESSAGES).await?;
+            let shown = app::next_many(&mut subscriber, usize::try_from(MESSAGES)?).await?;
+            ensure!(app::sequences(&shown).into_iter().eq(first..first + MESSAGES), "{shown:?}");
+            app::confirm(shown).await?;
+            rig.server.kill().await?;
+            for _ in 0..KILLS {
+                let after = Duration::from_micros(lab.rng.below(60_000));
+                Server::start_and_kill(rig.server.data(), after, lab.log()).await?;
+            }
+            rig.revive().await?;
+        }
+        let channel = raw::connect(&rig.server.url()).await?;
+        let audit = auditor::read(&channel, TOPIC).await?;
+        ensure!(audit.messages.len() as u64 == ROUNDS * MESSAGES, "messages are lost");
+        app::all_acked(&channel, "billing").await
     });
 }
 

@@ -85,16 +85,7 @@ impl Server {
     ///
     /// If it exits instead, with the end of its log.
     pub async fn start_at(data: &Path, port: u16, log: Log) -> Result<Self> {
-        let mut child = Command::new(binary::server()?)
-            .args(["--listen", &format!("127.0.0.1:{port}")])
-            .arg("--data")
-            .arg(data)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .context("the server does not start")?;
+        let mut child = spawn(data, port)?;
         let mut readers = JoinSet::new();
         let stderr = child.stderr.take().expect("stderr is piped");
         readers.spawn(keep(stderr, log.clone()));
@@ -108,6 +99,21 @@ impl Server {
             }
         };
         Ok(Self { data: data.into(), log, child, address, _readers: readers })
+    }
+
+    /// Starts a server on `data` and kills it after this time, wherever it has come by then.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be started or killed.
+    pub async fn start_and_kill(data: &Path, after: Duration, log: Log) -> Result<()> {
+        let mut child = spawn(data, 0)?;
+        let stderr = child.stderr.take().expect("stderr is piped");
+        tokio::select! {
+            () = tokio::time::sleep(after) => {}
+            () = keep(stderr, log) => {}
+        }
+        child.kill().await.context("SIGKILL")
     }
 
     /// Where it listens.
@@ -208,6 +214,19 @@ impl Server {
         let pid = Pid::from_raw(i32::try_from(self.pid()?)?).context("pid 0")?;
         kill_process(pid, signal).with_context(|| format!("{signal:?}"))
     }
+}
+
+fn spawn(data: &Path, port: u16) -> Result<Child> {
+    Command::new(binary::server()?)
+        .args(["--listen", &format!("127.0.0.1:{port}")])
+        .arg("--data")
+        .arg(data)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .context("the server does not start")
 }
 
 /// Reads the one line that a server prints once it serves.

@@ -67,28 +67,24 @@ impl Writer {
             || self.sweep(age)
     }
 
-    /// Removes rows of which all messages are trimmed.
+    /// Removes rows of which all messages are trimmed or sealed.
     fn trim(&mut self) -> bool {
-        while let Some(topic) = self.next_trim() {
-            let surplus = self.state.topics.get(&topic).is_some_and(has_surplus);
-            let piece =
-                surplus.then(|| self.transact(|tables, state| trim_piece(tables, state, topic)));
+        while let Some(epoch) = self.chores.trims.first().copied() {
+            // What is being copied has to stay: its bytes would be counted off twice.
+            let copying = self.sealing.is_copying(epoch);
+            let topic = self.state.topics.get(&epoch);
+            let surplus = topic.is_some_and(|topic| has_surplus(topic, copying));
+            let piece = surplus
+                .then(|| self.transact(|tables, state| trim_piece(tables, state, epoch, copying)));
             if let Some(doomed) = piece.flatten() {
-                self.show_topic(topic);
+                self.show_topic(epoch);
                 doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
                 self.sealing.doomed.extend(doomed);
                 return true;
             }
-            self.chores.trims.remove(&topic);
+            self.chores.trims.remove(&epoch);
         }
         false
-    }
-
-    /// A topic that may have something to trim. One that is being copied has to wait: its bytes
-    /// would be counted off twice.
-    fn next_trim(&self) -> Option<Epoch> {
-        let mut trims = self.chores.trims.iter().copied();
-        trims.find(|topic| !self.sealing.is_copying(*topic))
     }
 
     /// Removes rows of deleted topics and subscriptions.
@@ -135,10 +131,16 @@ impl Writer {
 }
 
 /// Whether the hot file or a sealed one may hold what nobody reads there.
-fn has_surplus(topic: &Topic) -> bool {
+fn has_surplus(topic: &Topic, copying: bool) -> bool {
     let Some(head) = topic.head else { return false };
-    head.collected < head.first.max(topic.hot_from())
+    let sealed = Head { sealed_below: topic.hot_from(), ..head };
+    head.collected < surplus_below(&sealed, copying)
         || topic.segments.first().is_some_and(|segment| segment.last < head.first)
+}
+
+/// Rows below this sequence can go.
+fn surplus_below(head: &Head, copying: bool) -> u64 {
+    if copying { head.sealed_below } else { head.first.max(head.sealed_below) }
 }
 
 /// Removes trimmed segments and some rows that are trimmed or sealed; `Some` if something was
@@ -147,6 +149,7 @@ fn trim_piece(
     tables: &mut Tables<'_>,
     state: &mut State,
     epoch: Epoch,
+    copying: bool,
 ) -> Result<Option<Vec<u64>>, Trouble> {
     let Some(topic) = state.topics.get(&epoch) else {
         return Ok(None);
@@ -164,7 +167,8 @@ fn trim_piece(
         head.bytes = head.bytes.saturating_sub(segment.bytes);
         doomed.extend(release(tables, state, epoch, segment)?);
     }
-    let removed = trim_rows(tables, epoch, &mut head)?;
+    let below = surplus_below(&head, copying);
+    let removed = trim_rows(tables, epoch, &mut head, below)?;
     if removed == 0 && trimmed.is_empty() {
         return Ok(None);
     }
@@ -177,8 +181,12 @@ fn trim_piece(
 }
 
 /// Removes the first rows of the hot file that are trimmed or sealed.
-fn trim_rows(tables: &mut Tables<'_>, topic: Epoch, head: &mut Head) -> Result<usize, Trouble> {
-    let below = head.first.max(head.sealed_below);
+fn trim_rows(
+    tables: &mut Tables<'_>,
+    topic: Epoch,
+    head: &mut Head,
+    below: u64,
+) -> Result<usize, Trouble> {
     let mut removed = Vec::new();
     let mut read = 0;
     for entry in tables.messages.range((topic.0, 0)..(topic.0, below))? {

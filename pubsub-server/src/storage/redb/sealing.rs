@@ -7,6 +7,7 @@
 //! hot ones, or a file that is not registered, which it removes.
 
 use std::collections::HashSet;
+use std::mem;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -116,7 +117,8 @@ impl Writer {
     /// Does one step, and says whether it did.
     pub(super) fn seal(&mut self, age: Age) -> bool {
         if let Some(done) = self.finished_job() {
-            self.sealing.copying.clear();
+            let copied = mem::take(&mut self.sealing.copying);
+            copied.into_iter().for_each(|topic| self.chores.trim_later(topic));
             match done {
                 Done::Removed => {}
                 Done::Copied(Ok(sealed)) => self.register(&sealed),
