@@ -1,6 +1,6 @@
 //! The log: what an engine promises, and the engines.
 //!
-//! An engine is done when it passes the [`conformance`] suite.
+//! An engine is done when it passes the `conformance` suite.
 //!
 //! # The contract
 //!

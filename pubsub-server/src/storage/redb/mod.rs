@@ -1,8 +1,8 @@
 //! The engine on [redb](https://www.redb.org): one committer, group commit with fsync.
 //!
 //! `docs/format.md` describes the files. The way of a write: [`Redb`] puts a request into the
-//! [`queue`]; the [`writer`] takes what has queued, applies it as a [`group`] to one transaction,
-//! commits, shows the new heads in [`shared`], and answers. The [`reader`] starts from there.
+//! `queue`; the `writer` takes what has queued, applies it as a `group` to one transaction,
+//! commits, shows the new heads in `shared`, and answers. The `reader` starts from there.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
