@@ -159,8 +159,7 @@ pub(crate) struct CreateSubscription {
     /// Topics, and patterns in which "*" stands for any characters
     #[arg(required = true, value_name = "TOPIC")]
     pub(crate) topics: Vec<String>,
-    #[doc = values::from_help!("Where it starts")]
-    #[arg(long, value_name = "WHERE", default_value = "latest")]
+    #[arg(help = values::from_help!("Where it starts"), long, value_name = "WHERE", default_value = "latest")]
     pub(crate) from: Where,
     /// Let it be if it exists already with the same settings
     #[arg(long)]
@@ -171,8 +170,7 @@ pub(crate) struct CreateSubscription {
 pub(crate) struct Seek {
     /// Its name
     pub(crate) name: String,
-    #[doc = values::from_help!("Where to move it")]
-    #[arg(long, value_name = "WHERE")]
+    #[arg(help = values::from_help!("Where to move it"), long, value_name = "WHERE")]
     pub(crate) to: Where,
     /// The topic to move in [default: all of the subscription]
     #[arg(long, value_name = "TOPIC")]
@@ -244,8 +242,7 @@ pub(crate) struct Subscribe {
     /// Consume this durable subscription, and create it if it does not exist
     #[arg(long, short, value_name = "NAME")]
     pub(crate) subscription: Option<String>,
-    #[doc = values::from_help!("Where a reader or a new subscription starts")]
-    #[arg(long, value_name = "WHERE")]
+    #[arg(help = values::from_help!("Where a reader or a new subscription starts"), long, value_name = "WHERE")]
     pub(crate) from: Option<Where>,
     /// Stop after this many messages
     #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]

@@ -59,6 +59,14 @@ impl Failure {
         self
     }
 
+    /// It failed because it was interrupted, unless that is not the worst of it.
+    pub(crate) fn interrupted(mut self) -> Self {
+        if self.exit == Exit::Failed {
+            self.exit = Exit::Interrupted;
+        }
+        self
+    }
+
     pub(crate) fn exit(&self) -> Exit {
         self.exit
     }
@@ -156,6 +164,10 @@ impl From<PublishError> for Failure {
             }
             PublishErrorKind::TooLarge { .. } => Self::new(Exit::Limit, error.to_string())
                 .with_fix("Create the topic with a larger --max-message-bytes, up to 16MiB."),
+            PublishErrorKind::DeadlineElapsed | PublishErrorKind::Closed => {
+                let again = "It was never sent, so publishing it again is safe.";
+                Self::failed(error.to_string()).with_fix(again)
+            }
             PublishErrorKind::TopicRecreated => Self::new(Exit::Conflict, error.to_string()),
             _ => Self::failed(error.to_string()),
         };

@@ -48,8 +48,11 @@ pub(crate) async fn run(
     let tell = Teller { output, quiet: args.quiet, done: 0, failed: 0, first: None }.run(queue);
     let (fed, told) = tokio::join!(feed, tell);
     // What the server said about a message explains more than the end of the input does.
-    told?;
-    fed
+    match (&fed, told) {
+        (_, Ok(())) => fed,
+        (Ok(Exit::Interrupted), Err(failure)) => Err(failure.interrupted()),
+        (_, Err(failure)) => Err(failure),
+    }
 }
 
 /// Where messages come from.

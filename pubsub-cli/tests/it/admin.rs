@@ -135,6 +135,8 @@ fn help_and_completions_need_no_server() -> Result<()> {
     let lab = Lab::new()?;
     let help = lab.run("--help --server http://127.0.0.1:1")?.succeeds()?;
     assert!(help.contains("Exit codes:") && help.contains("pubsub topic create"), "{help}");
+    let help = lab.run("subscribe --help")?.succeeds()?;
+    assert!(help.contains("how long ago, such as 10m"), "{help}");
     for shell in ["bash", "zsh", "fish"] {
         let script = lab.run(&format!("completions {shell} --server http://127.0.0.1:1"))?;
         assert!(script.succeeds()?.contains("receipts"));
