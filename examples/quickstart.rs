@@ -20,7 +20,7 @@ async fn main() -> Result<()> {
 
     let publisher = client.publisher("orders").open().await?;
     let receipt = publisher.publish("a book").await?;
-    println!("published, and on the server's disk: {}", receipt.id);
+    println!("published as {}", receipt.id);
 
     let event = billing.next().await.context("the subscriber ended")??;
     let delivery = event.into_message().context("not a message")?;
