@@ -2,27 +2,24 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Duration;
 
-use pubsub_proto::v1::Ping;
 use pubsub_proto::v1::admin_service_server::AdminServiceServer;
 use pubsub_proto::v1::publisher_service_server::PublisherServiceServer;
 use pubsub_proto::v1::subscriber_service_server::SubscriberServiceServer;
 use pubsub_proto::{FILE_DESCRIPTOR_SET, MAX_FRAME_BYTES};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
-use tonic::Status;
 use tonic::service::{Routes, RoutesBuilder};
 use tonic_health::server::HealthReporter;
 
-use crate::broker::{Broker, BrokerError};
-use crate::limits;
+use crate::broker::Broker;
 use crate::record::Timestamp;
 
 mod admin;
 mod convert;
 mod publish;
 mod status;
+mod stream;
 mod subscribe;
 
 /// What all services share.
@@ -85,76 +82,6 @@ pub(crate) async fn set_not_serving(reporter: &HealthReporter) {
     reporter.set_not_serving::<PublisherServiceServer<publish::Service>>().await;
     reporter.set_not_serving::<SubscriberServiceServer<subscribe::Service>>().await;
     reporter.set_not_serving::<AdminServiceServer<admin::Service>>().await;
-}
-
-/// Frames that may wait for their connection; the messages in them are bounded elsewhere.
-const FRAME_QUEUE: usize = 8;
-
-/// How long a peer may leave frames unread before its stream is given up.
-const WRITE_STALL: Duration = Duration::from_secs(30);
-
-/// The first frame has to come within this time.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// The server's end of a stream of frames. Its answers are bounded: a peer that does not read is
-/// given up.
-#[derive(Debug)]
-struct Frames<T>(mpsc::Sender<Result<T, Status>>);
-
-impl<T> Frames<T> {
-    /// Sends a frame; an error means that the peer is gone.
-    async fn send(&self, frame: T) -> Result<(), Gone> {
-        self.0.send_timeout(Ok(frame), WRITE_STALL).await.map_err(|_| Gone)
-    }
-
-    /// Ends the stream with a status.
-    async fn end(self, status: Status) {
-        // If it fails the peer is gone.
-        let _ = self.0.send_timeout(Err(status), WRITE_STALL).await;
-    }
-}
-
-/// Refuses new streams when the server is about to stop.
-fn check_open(context: &Context) -> Result<(), Status> {
-    if *context.draining.borrow() {
-        return Err(status::status(&BrokerError::Unavailable("the server is stopping")));
-    }
-    Ok(())
-}
-
-/// The status of a stream whose next frame cannot be read. If the cause is that the peer is gone
-/// it reaches nobody.
-fn unreadable(error: &Status) -> Status {
-    status::invalid(format!("a frame cannot be read: {}", error.message()))
-}
-
-/// The peer of a stream is gone.
-#[derive(Debug)]
-struct Gone;
-
-/// The interval of heartbeats: what the client asks for, within limits.
-fn heartbeat_interval(asked: Option<Duration>) -> Duration {
-    let asked = asked.unwrap_or(limits::HEARTBEAT);
-    asked.clamp(limits::MIN_HEARTBEAT, limits::MAX_HEARTBEAT)
-}
-
-/// How long a peer may be silent.
-fn dead_after(heartbeat: Duration) -> Duration {
-    heartbeat.mul_f64(limits::DEAD_AFTER_HEARTBEATS)
-}
-
-/// The nonce of a ping, which 0 stands for if it has none.
-fn nonce(ping: &Ping) -> u64 {
-    ping.nonce
-}
-
-/// The drain frame.
-fn drain() -> pubsub_proto::v1::Drain {
-    pubsub_proto::v1::Drain {
-        deadline: convert::duration(limits::DRAIN_DEADLINE),
-        reconnect_after: convert::duration(Duration::from_millis(500)),
-        reason: "the server is restarting".to_owned(),
-    }
 }
 
 /// Resolves when a signal turns true. A signal whose sender is gone stays as it was.

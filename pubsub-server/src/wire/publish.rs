@@ -15,14 +15,15 @@ use pubsub_proto::v1::{
     PublishStreamRequest, PublishStreamResponse, PublisherBlocked, PublisherHeartbeat,
     PublisherHello, PublisherWelcome,
 };
-use tokio::sync::mpsc;
 use tokio::time::Instant;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use super::convert;
 use super::status::{self, invalid, protocol, status};
-use super::{Context, FRAME_QUEUE, Frames, Gone, HELLO_TIMEOUT};
+use super::stream::{
+    End, Frames, Outbound, dead_after, drain, first_frame, heartbeat_interval, unreadable,
+};
+use super::{Context, turned};
 use crate::broker::BrokerError;
 use crate::broker::publisher::{Batch, Open, Pending, Publisher};
 use crate::limits;
@@ -34,7 +35,7 @@ pub(crate) struct Service(pub(super) Context);
 
 #[tonic::async_trait]
 impl PublisherService for Service {
-    type PublishStreamStream = ReceiverStream<Result<PublishStreamResponse, Status>>;
+    type PublishStreamStream = Outbound<PublishStreamResponse>;
 
     async fn publish(
         &self,
@@ -54,12 +55,12 @@ impl PublisherService for Service {
         &self,
         request: tonic::Request<Streaming<PublishStreamRequest>>,
     ) -> Result<tonic::Response<Self::PublishStreamStream>, Status> {
-        let (sender, receiver) = mpsc::channel(FRAME_QUEUE);
+        let (frames, outbound) = Frames::new();
         let context = self.0.clone();
         let inbound = request.into_inner();
         // The response has to be under way before the hello is read: clients may wait for it.
-        self.0.streams.spawn(serve(context, inbound, Frames(sender)));
-        Ok(tonic::Response::new(ReceiverStream::new(receiver)))
+        self.0.streams.spawn(serve(context, inbound, frames));
+        Ok(tonic::Response::new(outbound))
     }
 }
 
@@ -72,35 +73,7 @@ async fn serve(
         Ok(stream) => stream.run(context, inbound, &frames).await,
         Err(end) => end,
     };
-    if let End::Refused(status) = end {
-        frames.end(*status).await;
-    }
-}
-
-/// How a stream ends.
-enum End {
-    /// The peer has closed it, or is gone.
-    Gone,
-    /// The server ends it.
-    Refused(Box<Status>),
-}
-
-impl From<Status> for End {
-    fn from(status: Status) -> Self {
-        Self::Refused(Box::new(status))
-    }
-}
-
-impl From<BrokerError> for End {
-    fn from(error: BrokerError) -> Self {
-        status(&error).into()
-    }
-}
-
-impl From<Gone> for End {
-    fn from(_: Gone) -> Self {
-        Self::Gone
-    }
+    frames.end(end).await;
 }
 
 async fn open(
@@ -108,18 +81,11 @@ async fn open(
     inbound: &mut Streaming<PublishStreamRequest>,
     frames: &Frames<PublishStreamResponse>,
 ) -> Result<Stream, End> {
-    let first = tokio::time::timeout(HELLO_TIMEOUT, inbound.message()).await;
-    let hello = match first.map_err(|_| protocol("no hello came"))? {
-        Ok(Some(PublishStreamRequest { frame: Some(Request::Hello(hello)) })) => hello,
-        Ok(Some(_)) => return Err(protocol("the first frame must be a hello").into()),
-        Ok(None) => return Err(End::Gone),
-        Err(error) => return Err(super::unreadable(&error).into()),
+    let first = first_frame(context, inbound).await?;
+    let PublishStreamRequest { frame: Some(Request::Hello(hello)) } = first else {
+        return Err(protocol("the first frame must be a hello").into());
     };
-    let heartbeat = super::heartbeat_interval(convert::parse_duration(
-        "heartbeat_interval",
-        hello.heartbeat_interval,
-    )?);
-    super::check_open(context)?;
+    let heartbeat = heartbeat_interval(hello.heartbeat_interval)?;
     let publisher = context.broker.open_publisher(parse_hello(&hello)?).await?;
     let welcome = PublisherWelcome {
         boot_id: convert::uuid(context.broker.boot_id()),
@@ -189,7 +155,7 @@ impl Stream {
         frames: &Frames<PublishStreamResponse>,
     ) -> End {
         let Context { mut draining, mut stopping, .. } = context;
-        let dead_after = super::dead_after(self.heartbeat);
+        let dead_after = dead_after(self.heartbeat);
         let mut dead_at = Instant::now() + dead_after;
         let mut beat = tokio::time::interval_at(Instant::now() + self.heartbeat, self.heartbeat);
         let mut open = true;
@@ -213,16 +179,16 @@ impl Stream {
                         open = false;
                         Ok(())
                     }
-                    Err(error) => return super::unreadable(&error).into(),
+                    Err(error) => return unreadable(&error),
                 },
                 _ = beat.tick() => self.beat(frames).await,
                 () = tokio::time::sleep_until(dead_at), if self.waiting.is_none() => {
                     return End::Gone;
                 }
-                () = super::turned(&mut draining), if !self.drained => {
+                () = turned(&mut draining), if !self.drained => {
                     self.drain(frames).await
                 }
-                () = super::turned(&mut stopping) => {
+                () = turned(&mut stopping) => {
                     return BrokerError::Unavailable("the server is stopping").into();
                 }
             };
@@ -246,7 +212,7 @@ impl Stream {
                 self.hand_over(frames).await
             }
             Some(Request::Ping(ping)) => {
-                self.last_nonce = super::nonce(&ping);
+                self.last_nonce = ping.nonce;
                 self.beat(frames).await
             }
             Some(Request::Hello(_)) => Err(protocol("a second hello").into()),
@@ -267,7 +233,7 @@ impl Stream {
             self.blocked = true;
             let reason = status::reason(error.code()).into();
             let blocked = PublisherBlocked { reason, detail: error.to_string() };
-            return Ok(send(frames, Response::Blocked(blocked)).await?);
+            return send(frames, Response::Blocked(blocked)).await;
         }
         if std::mem::take(&mut self.blocked) {
             let reason = ErrorReason::Unspecified.into();
@@ -296,16 +262,16 @@ impl Stream {
 
     async fn beat(&self, frames: &Frames<PublishStreamResponse>) -> Result<(), End> {
         let echoed_nonce = self.last_nonce;
-        Ok(send(frames, Response::Heartbeat(PublisherHeartbeat { echoed_nonce })).await?)
+        send(frames, Response::Heartbeat(PublisherHeartbeat { echoed_nonce })).await
     }
 
     async fn drain(&mut self, frames: &Frames<PublishStreamResponse>) -> Result<(), End> {
         self.drained = true;
-        Ok(send(frames, Response::Drain(super::drain())).await?)
+        send(frames, Response::Drain(drain())).await
     }
 }
 
-async fn send(frames: &Frames<PublishStreamResponse>, frame: Response) -> Result<(), Gone> {
+async fn send(frames: &Frames<PublishStreamResponse>, frame: Response) -> Result<(), End> {
     frames.send(PublishStreamResponse { frame: Some(frame) }).await
 }
 

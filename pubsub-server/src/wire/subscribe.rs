@@ -12,14 +12,15 @@ use pubsub_proto::v1::{
     PullRequest, PullResponse, SubscribeHello, SubscribeRequest, SubscribeResponse,
     SubscriberHeartbeat, TopicHead, TopicJoined, TopicLeft,
 };
-use tokio::sync::mpsc;
 use tokio::time::Instant;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use super::convert;
 use super::status::{self, invalid, protocol, status};
-use super::{Context, FRAME_QUEUE, Frames, Gone, HELLO_TIMEOUT};
+use super::stream::{
+    End, Frames, Outbound, dead_after, drain, first_frame, heartbeat_interval, unreadable,
+};
+use super::{Context, turned};
 use crate::broker::session::{Attach, Command, Credit, Deliver, Event, Pull, Told, Welcome};
 use crate::broker::{BrokerError, Consume, Stream};
 use crate::limits;
@@ -32,18 +33,18 @@ pub(crate) struct Service(pub(super) Context);
 
 #[tonic::async_trait]
 impl SubscriberService for Service {
-    type SubscribeStream = ReceiverStream<Result<SubscribeResponse, Status>>;
+    type SubscribeStream = Outbound<SubscribeResponse>;
 
     async fn subscribe(
         &self,
         request: tonic::Request<Streaming<SubscribeRequest>>,
     ) -> Result<tonic::Response<Self::SubscribeStream>, Status> {
-        let (sender, receiver) = mpsc::channel(FRAME_QUEUE);
+        let (frames, outbound) = Frames::new();
         let context = self.0.clone();
         let inbound = request.into_inner();
         // The response has to be under way before the hello is read: clients may wait for it.
-        self.0.streams.spawn(serve(context, inbound, Frames(sender)));
-        Ok(tonic::Response::new(ReceiverStream::new(receiver)))
+        self.0.streams.spawn(serve(context, inbound, frames));
+        Ok(tonic::Response::new(outbound))
     }
 
     async fn pull(
@@ -126,50 +127,18 @@ async fn serve(
         Ok((stream, heartbeat)) => run(context, inbound, &frames, stream, heartbeat).await,
         Err(end) => end,
     };
-    if let End::Refused(status) = end {
-        frames.end(*status).await;
-    }
-}
-
-/// How a stream ends.
-enum End {
-    /// The peer has closed it, or is gone.
-    Gone,
-    /// The server ends it.
-    Refused(Box<Status>),
-}
-
-impl From<Status> for End {
-    fn from(status: Status) -> Self {
-        Self::Refused(Box::new(status))
-    }
-}
-
-impl From<BrokerError> for End {
-    fn from(error: BrokerError) -> Self {
-        status(&error).into()
-    }
-}
-
-impl From<Gone> for End {
-    fn from(_: Gone) -> Self {
-        Self::Gone
-    }
+    frames.end(end).await;
 }
 
 async fn open(
     context: &Context,
     inbound: &mut Streaming<SubscribeRequest>,
 ) -> Result<(Stream, Duration), End> {
-    let first = tokio::time::timeout(HELLO_TIMEOUT, inbound.message()).await;
-    let hello = match first.map_err(|_| protocol("no hello came"))? {
-        Ok(Some(SubscribeRequest { frame: Some(Request::Hello(hello)) })) => hello,
-        Ok(Some(_)) => return Err(protocol("the first frame must be a hello").into()),
-        Ok(None) => return Err(End::Gone),
-        Err(error) => return Err(super::unreadable(&error).into()),
+    let first = first_frame(context, inbound).await?;
+    let SubscribeRequest { frame: Some(Request::Hello(hello)) } = first else {
+        return Err(protocol("the first frame must be a hello").into());
     };
     let consume = parse_hello(hello)?;
-    super::check_open(context)?;
     let heartbeat = consume.attach.heartbeat;
     Ok((context.broker.consume(consume).await?, heartbeat))
 }
@@ -195,7 +164,6 @@ fn parse_hello(hello: SubscribeHello) -> Result<Consume, Status> {
         let topic = convert::parse_topic(&position.topic)?;
         positions.push((topic, epoch, convert::parse_claim(position)?, position.last_received));
     }
-    let asked = convert::parse_duration("heartbeat_interval", hello.heartbeat_interval)?;
     let messages = hello.max_outstanding_messages.clamp(1, limits::MAX_OUTSTANDING_MESSAGES);
     let bytes = hello.max_outstanding_bytes.clamp(1, limits::MAX_OUTSTANDING_BYTES);
     Ok(Consume {
@@ -211,7 +179,7 @@ fn parse_hello(hello: SubscribeHello) -> Result<Consume, Status> {
             known_epoch: convert::parse_epoch(hello.subscription_epoch),
             claims: BTreeMap::new(),
             credit: Credit { messages: u64::from(messages), bytes },
-            heartbeat: super::heartbeat_interval(asked),
+            heartbeat: heartbeat_interval(hello.heartbeat_interval)?,
         },
     })
 }
@@ -224,7 +192,7 @@ async fn run(
     heartbeat: Duration,
 ) -> End {
     let (mut draining, mut stopping) = (context.draining.clone(), context.stopping.clone());
-    let dead_after = super::dead_after(heartbeat);
+    let dead_after = dead_after(heartbeat);
     let mut dead_at = Instant::now() + dead_after;
     // The first thing a client is told is its place.
     let (mut placed, mut drained) = (false, false);
@@ -238,7 +206,7 @@ async fn run(
                     on_frame(&stream, frame).await
                 }
                 Ok(None) => return End::Gone,
-                Err(error) => return super::unreadable(&error).into(),
+                Err(error) => return unreadable(&error),
             },
             event = stream.events.recv() => match event {
                 Some(event) => {
@@ -248,11 +216,11 @@ async fn run(
                 None => return BrokerError::Unavailable("the server is stopping").into(),
             },
             () = tokio::time::sleep_until(dead_at) => return End::Gone,
-            () = super::turned(&mut draining), if placed && !drained => {
+            () = turned(&mut draining), if placed && !drained => {
                 drained = true;
-                send(frames, Response::Drain(super::drain())).await
+                send(frames, Response::Drain(drain())).await
             }
-            () = super::turned(&mut stopping) => {
+            () = turned(&mut stopping) => {
                 return BrokerError::Unavailable("the server is stopping").into();
             }
         };
@@ -266,7 +234,7 @@ async fn on_frame(stream: &Stream, frame: SubscribeRequest) -> Result<(), End> {
     let id = stream.id;
     let (command, last) = match frame.frame {
         Some(Request::Acks(acks)) => (Command::Acks(id, convert::parse_acks(acks)?), false),
-        Some(Request::Ping(ping)) => (Command::Ping(id, super::nonce(&ping)), false),
+        Some(Request::Ping(ping)) => (Command::Ping(id, ping.nonce), false),
         Some(Request::Goodbye(_)) => (Command::Goodbye(id), true),
         Some(Request::Hello(_)) => return Err(protocol("a second hello").into()),
         None => return Err(protocol("an empty frame").into()),
@@ -341,5 +309,5 @@ fn deliver(deliver: Deliver) -> Result<v1::Deliver, Status> {
 }
 
 async fn send(frames: &Frames<SubscribeResponse>, frame: Response) -> Result<(), End> {
-    Ok(frames.send(SubscribeResponse { frame: Some(frame) }).await?)
+    frames.send(SubscribeResponse { frame: Some(frame) }).await
 }
