@@ -60,8 +60,8 @@ pub struct Batch {
 #[derive(Debug)]
 pub struct Pending {
     ticket: Ticket<AppendOutcome>,
-    /// Given back when the commit is done.
-    _room: Room,
+    /// Given back when the answer is taken.
+    room: Room,
 }
 
 /// What messages take up on their way to the disk.
@@ -173,7 +173,7 @@ impl Broker {
         let Batch { first_sequence, resolved_below, items } = batch;
         let topic = topic.record.epoch;
         let append = Append { topic, publisher, first_sequence, resolved_below, items };
-        Pending { ticket: self.inner.storage.append(append), _room: room }
+        Pending { ticket: self.inner.storage.append(append), room }
     }
 
     fn check(&self, topic: &Topic, message: &NewMessage) -> Result<(), Refusal> {
@@ -260,6 +260,13 @@ impl Batch {
             Item::Refuse(_) => 0,
         });
         stored.sum()
+    }
+}
+
+impl Pending {
+    /// Bytes of the messages.
+    pub fn bytes(&self) -> u64 {
+        self.room.bytes
     }
 }
 

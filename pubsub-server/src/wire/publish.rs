@@ -144,6 +144,10 @@ struct Stream {
     drained: bool,
 }
 
+/// Batches of one stream on their way to the disk: their room is given back when they are answered,
+/// and a peer that does not read its answers must not take it from others.
+const MAX_PENDING: usize = 512;
+
 /// How often a batch that finds no room is tried again.
 const ROOM_RETRY: Duration = Duration::from_millis(200);
 
@@ -160,6 +164,11 @@ impl Stream {
         let mut beat = tokio::time::interval_at(Instant::now() + self.heartbeat, self.heartbeat);
         let mut open = true;
         loop {
+            let reading = open && self.takes_more();
+            if !reading {
+                // Who is not listened to cannot be missed.
+                dead_at = Instant::now() + dead_after;
+            }
             let step = tokio::select! {
                 biased;
                 // Results first: they make room.
@@ -169,7 +178,7 @@ impl Stream {
                 () = tokio::time::sleep(ROOM_RETRY), if self.waiting.is_some() => {
                     self.hand_over(frames).await
                 }
-                frame = inbound.message(), if open && self.waiting.is_none() => match frame {
+                frame = inbound.message(), if reading => match frame {
                     Ok(Some(frame)) => {
                         dead_at = Instant::now() + dead_after;
                         self.on_frame(frame, frames).await
@@ -182,9 +191,7 @@ impl Stream {
                     Err(error) => return unreadable(&error),
                 },
                 _ = beat.tick() => self.beat(frames).await,
-                () = tokio::time::sleep_until(dead_at), if self.waiting.is_none() => {
-                    return End::Gone;
-                }
+                () = tokio::time::sleep_until(dead_at) => return End::Gone,
                 () = turned(&mut draining), if !self.drained => {
                     self.drain(frames).await
                 }
@@ -199,6 +206,13 @@ impl Stream {
                 return End::Gone;
             }
         }
+    }
+
+    /// Whether another batch may come in.
+    fn takes_more(&self) -> bool {
+        let bytes: u64 = self.pending.iter().map(Pending::bytes).sum();
+        let fits = self.pending.len() < MAX_PENDING && bytes < limits::MAX_IN_FLIGHT_BYTES;
+        self.waiting.is_none() && fits
     }
 
     async fn on_frame(
