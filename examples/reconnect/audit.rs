@@ -98,7 +98,7 @@ fn acks(deliver: &Deliver, cursor_generation: u64, number: u64) -> AckBatch {
     let sequences = || deliver.messages.iter().map(|message| message.sequence);
     let range = sequences().min().zip(sequences().max());
     let acked = range.map(|(first, last)| SequenceRange { first, last }).into_iter().collect();
-    let topic = TopicAcks { topic: deliver.topic, cursor_generation, acked, nacked: Vec::new() };
+    let topic = TopicAcks { topic: deliver.topic, cursor_generation, acked, ..Default::default() };
     AckBatch { number, topics: vec![topic] }
 }
 

@@ -11,6 +11,9 @@ pub const MAX_TOPICS: usize = 20_000;
 pub const MAX_SUBSCRIPTIONS: usize = 10_000;
 /// Names and patterns of one subscription, and topics of one session.
 pub const MAX_PATTERNS: usize = 1_000;
+/// Deleted topics that one subscription has not been told of; at this number no more of its
+/// topics can be deleted.
+pub const MAX_DEPARTED: usize = 1_000;
 /// Consumers that stand by for one subscription.
 pub const MAX_STANDBY: usize = 64;
 

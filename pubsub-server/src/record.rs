@@ -164,6 +164,19 @@ pub struct CursorRecord {
     pub failures: BTreeMap<u64, u32>,
 }
 
+/// What a subscription has not dealt with of a topic that was deleted: it has to be told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Departed {
+    /// The name that the topic had.
+    pub name: TopicName,
+    /// Its incarnation.
+    pub epoch: Epoch,
+    /// Its last message.
+    pub head: u64,
+    /// The position of the subscription in it.
+    pub cursor: CursorRecord,
+}
+
 /// How a message was let go without an ack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Release {

@@ -29,7 +29,7 @@ fn acks(session: &SubscribeWelcome, number: u64, acked: SequenceRange) -> Reques
         topic: topic.number,
         cursor_generation: topic.cursor_generation,
         acked: vec![acked],
-        nacked: Vec::new(),
+        ..TopicAcks::default()
     });
     Request::Acks(AckBatch { number, topics: topics.collect() })
 }

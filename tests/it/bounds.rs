@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use pubsub_client::{ConnectionState, Event as Item, Message, Reason, Start};
-use pubsub_proto::v1::TopicConfig;
+use pubsub_proto::v1::{DeleteTopicRequest, PublishRequest, TopicConfig};
 use pubsub_tests::{admin, lab::scenario, raw, wait};
 
 use crate::app::{self, SOON};
@@ -54,6 +54,44 @@ fn a_full_topic_blocks_its_publisher_visibly_until_it_is_consumed() {
         }
         app::state(publisher.state(), "connected", SOON, ConnectionState::is_connected).await?;
         Ok(())
+    });
+}
+
+#[test]
+fn topics_are_not_deleted_faster_than_their_consumers_are_told() {
+    const MAX_DEPARTED: usize = 1_000;
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let channel = raw::connect(&server.url()).await?;
+        admin::create_topic(&channel, "tmp.1").await?;
+        admin::create_subscription(&channel, "away", &["tmp.*"]).await?;
+        let mut refused = None;
+        for number in 1..=MAX_DEPARTED + 1 {
+            let topic = format!("tmp.{number}");
+            if number > 1 {
+                admin::create_topic(&channel, &topic).await?;
+            }
+            let messages = vec![raw::message("x")];
+            let request = PublishRequest { topic: topic.clone(), messages };
+            raw::publisher(&channel).publish(request).await?;
+            let request = DeleteTopicRequest { name: topic };
+            if let Err(status) = raw::admin(&channel).delete_topic(request).await {
+                refused = raw::reason(&status).zip(Some(number));
+                break;
+            }
+        }
+        ensure!(refused == Some(("LIMIT_REACHED".to_owned(), MAX_DEPARTED + 1)), "{refused:?}");
+        // Once they are told there is room again.
+        let client = app::client(&server.url())?;
+        let mut told = client.subscriber("away").open().await?;
+        for _ in 0..MAX_DEPARTED {
+            let item = wait::soon("a gap", SOON, told.next()).await?;
+            ensure!(matches!(item, Some(Ok(Item::Gap(_) | Item::Message(_)))), "{item:?}");
+        }
+        wait::until_ok("room", SOON, async || {
+            admin::delete_topic(&channel, &format!("tmp.{}", MAX_DEPARTED + 1)).await
+        })
+        .await
     });
 }
 

@@ -7,7 +7,7 @@ use pubsub_client::{
     AckError, ConnectionState, Delivery, Drain, Event as Item, GapReason, Message, Nack, Reason,
     Start, Subscriber,
 };
-use pubsub_proto::v1::ReceiptState;
+use pubsub_proto::v1::{PullRequest, ReceiptState, SequenceRange};
 use pubsub_tests::{admin, lab::scenario, raw, wait};
 use tokio::{runtime::Builder, time::Instant};
 
@@ -305,13 +305,76 @@ fn a_topic_deleted_and_created_again_under_live_streams_is_told() {
         let fresh = app::next_many(&mut subscriber, 2).await?;
         ensure!(fresh.iter().all(|one| one.id.epoch == new.epoch), "{fresh:?}");
         ensure!(app::sequences(&fresh) == [1, 2], "{fresh:?}");
-        // Acks of deleted messages mean nothing, and harm nothing.
-        for delivery in held {
-            let stale = wait::soon("an answer", SOON, delivery.ack_confirmed()).await?;
-            ensure!(stale == Err(AckError::Stale), "{stale:?}");
-        }
+        // What was received before the topic went can be acked still.
+        app::confirm(held).await?;
         app::confirm(fresh).await?;
         app::all_acked(&channel, "billing").await
+    });
+}
+
+#[test]
+fn a_topic_deleted_while_its_consumer_is_away_is_told_to_the_next_one() {
+    scenario(WITHIN, async |lab| {
+        let mut rig = lab.rig().await?;
+        let channel = channel_of(&rig).await?;
+        let old = admin::create_topic(&channel, TOPIC).await?;
+        admin::create_subscription(&channel, "pulled", &[TOPIC]).await?;
+        let client = app::client(&rig.url())?;
+        app::publish_numbers(&app::publisher(&client, TOPIC).await?, 1..=5).await?;
+        let mut first = app::subscribe(&client, "billing", TOPIC).await?;
+        let mut shown = app::next_many(&mut first, 3).await?;
+        app::confirm(shown.drain(..2).collect()).await?;
+        drop((shown, first));
+        app::shutdown(client).await?;
+
+        admin::delete_topic(&channel, TOPIC).await?;
+        let new = admin::create_topic(&channel, TOPIC).await?;
+        rig.crash().await?;
+        // One that goes before it has looked has not been told.
+        let client = app::client(&rig.url())?;
+        app::publish_numbers(&app::publisher(&client, TOPIC).await?, 1..=2).await?;
+        app::subscribe(&client, "billing", TOPIC).await?;
+        app::shutdown(client).await?;
+        rig.crash().await?;
+        let mut channel = channel_of(&rig).await?;
+
+        let client = app::client(&rig.url())?;
+        let mut next = app::subscribe(&client, "billing", TOPIC).await?;
+        match wait::soon("a gap", SOON, next.next()).await?.context("the end")?? {
+            Item::Gap(gap) => {
+                let right = gap.epoch == old.epoch && gap.reason == GapReason::TopicDeleted;
+                ensure!(right && gap.range == (3..=5), "{gap:?}");
+            }
+            other => bail!("a gap was expected, not {other:?}"),
+        }
+        let fresh = app::next_many(&mut next, 2).await?;
+        ensure!(fresh.iter().all(|one| one.id.epoch == new.epoch), "{fresh:?}");
+        app::confirm(fresh).await?;
+        // A pull is told once.
+        let pull = PullRequest { subscription: "pulled".into(), ..PullRequest::default() };
+        let pulled = raw::subscriber(&channel).pull(pull.clone()).await?.into_inner();
+        let [gap] = pulled.gaps.as_slice() else { bail!("{:?}", pulled.gaps) };
+        let right =
+            gap.epoch == old.epoch && gap.range == Some(SequenceRange { first: 1, last: 5 });
+        ensure!(right && pulled.messages.len() == 2, "{pulled:?}");
+        let again = raw::subscriber(&channel).pull(pull).await?.into_inner();
+        ensure!(again.gaps.is_empty(), "{again:?}");
+        // Known now, and not told again.
+        for crash in [true, false] {
+            for name in ["billing", "pulled"] {
+                wait::until_ok("the end of the deleted topic", SOON, async || {
+                    let left = admin::subscription(&channel, name).await?.positions;
+                    ensure!(left.len() == 1 && left[0].epoch == new.epoch, "{name}: {left:?}");
+                    Ok(())
+                })
+                .await?;
+            }
+            if crash {
+                rig.crash().await?;
+                channel = channel_of(&rig).await?;
+            }
+        }
+        Ok(())
     });
 }
 

@@ -94,7 +94,7 @@ fn ack_frame(
             topic,
             cursor_generation,
             acked: vec![acked],
-            nacked: Vec::new(),
+            ..TopicAcks::default()
         }],
     })
 }

@@ -72,6 +72,7 @@ fn position(position: Position) -> pb::TopicPosition {
         held_bytes: position.held_bytes,
         acked: ranges(position.acked),
         nacked: position.nacked.into_iter().map(nack).collect(),
+        missed: ranges(position.missed),
         last_received: position.last_received,
     }
 }
@@ -98,8 +99,9 @@ pub(super) fn acks(number: u64, topics: Vec<TopicBatch>) -> pb::SubscribeRequest
     let topic = |topic: TopicBatch| pb::TopicAcks {
         topic: topic.number,
         cursor_generation: topic.cursor_generation,
-        acked: ranges(topic.acks),
-        nacked: topic.nacks.into_iter().map(nack).collect(),
+        acked: ranges(topic.unsent.acks),
+        nacked: topic.unsent.nacks.into_iter().map(nack).collect(),
+        missed: ranges(topic.unsent.missed),
     };
     let topics = topics.into_iter().map(topic).collect();
     request(Frame::Acks(pb::AckBatch { number, topics }))

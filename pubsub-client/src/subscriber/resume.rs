@@ -9,7 +9,7 @@ use std::ops::Bound::{Excluded, Unbounded};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use super::topic::{Joined, Missing, Nacked, Next, Position, Topic, TopicKey};
+use super::topic::{Joined, Missing, Nacked, Next, Position, Sent, Topic, TopicKey, Unsent};
 
 /// The wire's word for the reason of a gap.
 const TOPIC_DELETED: i32 = pubsub_proto::v1::GapReason::TopicDeleted as i32;
@@ -41,8 +41,7 @@ pub(super) struct TopicBatch {
     pub(super) key: TopicKey,
     pub(super) number: u32,
     pub(super) cursor_generation: u64,
-    pub(super) acks: Vec<RangeInclusive<u64>>,
-    pub(super) nacks: Vec<(u64, Nacked)>,
+    pub(super) unsent: Unsent,
 }
 
 /// What has become of earlier acks.
@@ -57,15 +56,7 @@ pub(super) struct Settled {
 #[derive(Debug)]
 struct SentBatch {
     number: u64,
-    topics: Vec<SentTopic>,
-}
-
-#[derive(Debug)]
-struct SentTopic {
-    key: TopicKey,
-    acks: Vec<RangeInclusive<u64>>,
-    /// Sequences and showings.
-    nacks: Vec<(u64, u64)>,
+    topics: Vec<(TopicKey, Sent)>,
 }
 
 /// The state of a subscriber over all its topics and connections. `M` is a message.
@@ -115,8 +106,7 @@ impl<M> Resume<M> {
         let mut positions = Vec::new();
         for (key, topic) in self.topics.iter_mut().filter(|(_, topic)| !topic.left) {
             let position = if self.reader { topic.reader_position() } else { topic.position() };
-            let nacks = position.nacked.iter().map(|(seq, nack)| (*seq, nack.showing)).collect();
-            topics.push(SentTopic { key: *key, acks: position.acked.clone(), nacks });
+            topics.push((*key, position.sent()));
             positions.push(position);
         }
         self.sent.push_back(SentBatch { number: 0, topics });
@@ -133,7 +123,9 @@ impl<M> Resume<M> {
             kept.insert(self.join(joined, &mut settled));
         }
         for key in before.into_iter().filter(|key| !kept.contains(key)) {
-            self.miss(key);
+            if self.reader {
+                self.miss(key);
+            }
             self.leave(key, &mut settled);
         }
         let confirmed = self.confirm(0);
@@ -143,28 +135,29 @@ impl<M> Resume<M> {
     }
 
     fn join(&mut self, joined: Joined, settled: &mut Settled) -> TopicKey {
-        let same_name = |topic: &Topic<M>| topic.name == joined.name && !topic.left;
-        let known = self.topics.iter().find(|(_, topic)| same_name(topic)).map(|(key, _)| *key);
+        let same = |topic: &Topic<M>| {
+            topic.name == joined.name && topic.epoch == joined.epoch && !topic.left
+        };
+        let known = self.topics.iter().find(|(_, topic)| same(topic)).map(|(key, _)| *key);
         if let Some(key) = known
             && let Some(topic) = self.topics.get_mut(&key)
         {
-            if topic.epoch == joined.epoch && topic.cursor_generation == joined.cursor_generation {
+            if topic.cursor_generation == joined.cursor_generation {
                 topic.resume(&joined);
                 self.by_number.insert(joined.number, key);
                 return key;
             }
-            if topic.epoch == joined.epoch {
-                // A seek: nothing of what was known has a meaning any more.
-                self.remove(key, settled);
-            } else {
-                self.miss(key);
-                self.leave(key, settled);
-            }
+            // A seek: nothing of what was known has a meaning any more.
+            self.remove(key, settled);
         }
         self.keys += 1;
         let key = TopicKey(self.keys);
         self.by_number.insert(joined.number, key);
-        self.topics.insert(key, Topic::new(&joined));
+        let same_name = self.topics.iter().filter(|(_, topic)| topic.name == joined.name);
+        let predecessor = same_name.map(|(key, _)| *key).next_back();
+        let mut topic = Topic::new(&joined);
+        topic.predecessor = predecessor;
+        self.topics.insert(key, topic);
         key
     }
 
@@ -175,8 +168,8 @@ impl<M> Resume<M> {
         settled.stale.push(key);
     }
 
-    /// A topic was deleted while nobody was there to be told: what is known to have been in it
-    /// and has not arrived never will.
+    /// A topic was deleted while its reader was away: what is known to have been in it and has
+    /// not arrived never will. Subscriptions are told by the server.
     fn miss(&mut self, key: TopicKey) {
         let Some(topic) = self.topics.get_mut(&key).filter(|topic| !topic.left) else { return };
         let first = topic.last_received + 1;
@@ -306,23 +299,21 @@ impl<M> Resume<M> {
         let mut settled = Settled::default();
         while self.sent.front().is_some_and(|batch| batch.number <= number) {
             let Some(batch) = self.sent.pop_front() else { break };
-            for SentTopic { key, acks, nacks } in batch.topics {
+            for (key, sent) in batch.topics {
                 let Some(topic) = self.topics.get_mut(&key) else { continue };
-                topic.confirm(&acks, &nacks);
-                settled.confirmed.push((key, acks));
+                topic.confirm(&sent);
+                settled.confirmed.push((key, sent.acks));
                 self.refresh(key);
             }
         }
         settled
     }
 
-    /// Whether something is left of a deleted topic of the same name: its end comes first.
+    /// Whether something is to be shown of an earlier topic of the same name: its end comes first.
     fn is_preceded(&self, key: TopicKey) -> bool {
-        let Some(topic) = self.topics.get(&key) else { return false };
-        let mut earlier = self.ready.range(..key).filter_map(|key| self.topics.get(key));
-        // Without a deleted topic there are no more topics than numbers.
-        self.topics.len() > self.by_number.len()
-            && earlier.any(|other| other.left && other.name == topic.name)
+        let predecessor = |key| self.topics.get(&key).and_then(|topic| topic.predecessor);
+        std::iter::successors(predecessor(key), |key| predecessor(*key))
+            .any(|earlier| self.ready.contains(&earlier))
     }
 
     /// Takes the next thing to show: the oldest of a topic, the topics by turns. `allowed` says
@@ -337,7 +328,7 @@ impl<M> Resume<M> {
         let next = topic.take(showing, self.reader)?;
         let (name, epoch) = (Arc::clone(&topic.name), topic.epoch);
         self.served = key;
-        self.queued += usize::from(self.reader);
+        self.queued += usize::from(self.reader || matches!(next, Next::Gap(_)));
         self.refresh(key);
         Some(match next {
             Next::Message { sequence, attempt, message } => {
@@ -391,23 +382,19 @@ impl<M> Resume<M> {
         for (key, topic) in &mut self.topics {
             let Some(number) = topic.number.filter(|_| topic.has_unsent()) else { continue };
             let cursor_generation = topic.cursor_generation;
-            let (acks, nacks) = topic.unsent();
+            let unsent = topic.unsent();
             if self.reader {
                 // A server keeps nothing of a reader, and so has nothing to confirm.
-                topic.confirm(&acks, &[]);
+                topic.confirm(&unsent.sent());
             }
-            batch.push(TopicBatch { key: *key, number, cursor_generation, acks, nacks });
+            batch.push(TopicBatch { key: *key, number, cursor_generation, unsent });
         }
         if batch.is_empty() {
             return None;
         }
         self.batches += 1;
-        let sent = |topic: &TopicBatch| {
-            let nacks = topic.nacks.iter().map(|(seq, nack)| (*seq, nack.showing)).collect();
-            SentTopic { key: topic.key, acks: topic.acks.clone(), nacks }
-        };
         if !self.reader {
-            let topics = batch.iter().map(sent).collect();
+            let topics = batch.iter().map(|topic| (topic.key, topic.unsent.sent())).collect();
             self.sent.push_back(SentBatch { number: self.batches, topics });
         }
         Some((self.batches, batch))

@@ -104,11 +104,11 @@ impl Server {
             if acks.cursor_generation != state.cursor_generation {
                 continue;
             }
-            for sequence in expand(&acks.acks) {
+            for sequence in expand(&acks.unsent.acks) {
                 state.done.insert(sequence);
                 state.held.remove(&sequence);
             }
-            for (from, _) in acks.nacks {
+            for (from, _) in acks.unsent.nacks {
                 if state.done.contains(&from) {
                     continue;
                 }
@@ -428,7 +428,7 @@ fn what_a_hello_carried_is_confirmed_by_the_welcome_and_not_before() {
     assert_eq!(settled.confirmed, [(first.topic, vec![1..=1])]);
     assert_eq!(resume.ack(first), Acked::Done);
     let (number, batch) = resume.batch().unwrap();
-    assert_eq!((number, &batch[0].acks), (1, &vec![2..=2]));
+    assert_eq!((number, &batch[0].unsent.acks), (1, &vec![2..=2]));
 }
 
 #[test]
@@ -441,7 +441,7 @@ fn a_message_that_is_done_and_comes_again_is_swallowed_and_acked_again() {
     resume.confirm(1);
     deliver(&mut resume, 2, 1..=1);
     assert!(take(&mut resume).is_none());
-    assert_eq!(resume.batch().unwrap().1[0].acks, [1..=1]);
+    assert_eq!(resume.batch().unwrap().1[0].unsent.acks, [1..=1]);
 }
 
 #[test]
@@ -519,12 +519,31 @@ fn a_gap_is_told_once_in_its_place_and_without_what_has_arrived() {
 }
 
 #[test]
+fn a_gap_is_reported_by_each_hello_until_that_is_confirmed() {
+    let mut resume = attached(false);
+    let missing = Missing { range: 1..=3, reason: 1 };
+    resume.gap(1, &missing).unwrap();
+    assert_eq!(resume.queued(), 0, "nobody has seen it");
+    assert!(matches!(resume.take(|_| true), Some(Shown::Gap { .. })));
+    assert_eq!(resume.queued(), 1);
+    assert_eq!(resume.batch().unwrap().1[0].unsent.missed, [1..=3]);
+    assert!(resume.is_unconfirmed());
+    for _ in 0..2 {
+        assert_eq!(resume.hello().pop().unwrap().missed, [1..=3]);
+    }
+    resume.welcome(vec![joined(3, 7)]);
+    assert!(!resume.is_unconfirmed());
+    assert_eq!(resume.gap(1, &missing), Ok(false), "it is not told twice");
+    assert!(resume.hello().pop().unwrap().missed.is_empty());
+}
+
+#[test]
 fn a_reader_goes_on_after_what_was_taken_and_acks_by_taking() {
     let mut resume = attached(true);
     deliver(&mut resume, 1, 1..=5);
     take(&mut resume).unwrap();
     take(&mut resume).unwrap();
-    assert_eq!(resume.batch().unwrap().1[0].acks, [1..=2]);
+    assert_eq!(resume.batch().unwrap().1[0].unsent.acks, [1..=2]);
     assert!(!resume.is_unconfirmed());
     let position = resume.hello().pop().unwrap();
     assert_eq!((position.last_received, position.held.len()), (2, 0));

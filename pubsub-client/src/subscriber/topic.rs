@@ -37,7 +37,15 @@ pub(super) struct Position {
     pub(super) held_bytes: u64,
     pub(super) acked: Vec<RangeInclusive<u64>>,
     pub(super) nacked: Vec<(u64, Nacked)>,
+    pub(super) missed: Vec<RangeInclusive<u64>>,
     pub(super) last_received: u64,
+}
+
+impl Position {
+    pub(super) fn sent(&self) -> Sent {
+        let nacks = self.nacked.iter().map(|(sequence, nack)| (*sequence, nack.showing)).collect();
+        Sent { acks: self.acked.clone(), nacks, missed: self.missed.clone() }
+    }
 }
 
 /// A message handed back.
@@ -56,6 +64,30 @@ pub(super) struct Nacked {
 pub(super) struct Missing {
     pub(super) range: RangeInclusive<u64>,
     pub(super) reason: i32,
+}
+
+/// What the server is to be told of a topic.
+#[derive(Clone, Debug)]
+pub(super) struct Unsent {
+    pub(super) acks: Vec<RangeInclusive<u64>>,
+    pub(super) nacks: Vec<(u64, Nacked)>,
+    pub(super) missed: Vec<RangeInclusive<u64>>,
+}
+
+/// What it was told, and has to confirm.
+#[derive(Debug)]
+pub(super) struct Sent {
+    pub(super) acks: Vec<RangeInclusive<u64>>,
+    /// Sequences and showings.
+    pub(super) nacks: Vec<(u64, u64)>,
+    pub(super) missed: Vec<RangeInclusive<u64>>,
+}
+
+impl Unsent {
+    pub(super) fn sent(&self) -> Sent {
+        let nacks = self.nacks.iter().map(|(sequence, nack)| (*sequence, nack.showing)).collect();
+        Sent { acks: self.acks.clone(), nacks, missed: self.missed.clone() }
+    }
 }
 
 /// The next thing to show.
@@ -86,6 +118,8 @@ pub(super) struct Topic<M> {
     pub(super) name: Arc<str>,
     pub(super) epoch: u64,
     pub(super) cursor_generation: u64,
+    /// The deleted topic that had the name before, while something of it is here.
+    pub(super) predecessor: Option<TopicKey>,
     /// Its number on the present stream.
     pub(super) number: Option<u32>,
     /// The rewinds on the present stream.
@@ -107,6 +141,9 @@ pub(super) struct Topic<M> {
     outstanding: BTreeMap<u64, Outstanding>,
     gaps: BTreeMap<u64, Missing>,
     announced: RangeInclusiveSet<u64>,
+    /// Gaps that the application knows of, and the server does not know that yet.
+    missed: RangeInclusiveSet<u64>,
+    missed_to_send: RangeInclusiveSet<u64>,
     acked: RangeInclusiveSet<u64>,
     acks_to_send: RangeInclusiveSet<u64>,
     nacked: BTreeMap<u64, Nacked>,
@@ -121,6 +158,7 @@ impl<M> Topic<M> {
             name: Arc::clone(&joined.name),
             epoch: joined.epoch,
             cursor_generation: joined.cursor_generation,
+            predecessor: None,
             number: Some(joined.number),
             generation: 0,
             head: joined.head,
@@ -136,6 +174,8 @@ impl<M> Topic<M> {
             outstanding: BTreeMap::new(),
             gaps: BTreeMap::new(),
             announced: RangeInclusiveSet::new(),
+            missed: RangeInclusiveSet::new(),
+            missed_to_send: RangeInclusiveSet::new(),
             acked: RangeInclusiveSet::new(),
             acks_to_send: RangeInclusiveSet::new(),
             nacked: BTreeMap::new(),
@@ -163,6 +203,7 @@ impl<M> Topic<M> {
         self.buffered.clear();
         self.gaps.clear();
         self.announced.clear();
+        self.missed.clear();
         self.acked.clear();
         self.last_received = self.last_shown.max(self.start);
         self.done = Dedup::new(self.last_received);
@@ -175,6 +216,7 @@ impl<M> Topic<M> {
         self.number = None;
         self.acks_to_send.clear();
         self.nacks_to_send.clear();
+        self.missed_to_send.clear();
         // A deliberate bug, for tests of tests.
         if cfg!(pubsub_break = "acks_dropped_at_reconnect") {
             self.acked.clear();
@@ -194,6 +236,7 @@ impl<M> Topic<M> {
             held_bytes: bytes.chain(self.outstanding.values().map(|out| out.bytes)).sum(),
             acked: self.acked.iter().cloned().collect(),
             nacked: self.nacked.iter().map(|(seq, nack)| (*seq, nack.clone())).collect(),
+            missed: self.missed.iter().cloned().collect(),
             last_received: self.last_received,
         }
     }
@@ -277,6 +320,10 @@ impl<M> Topic<M> {
         {
             let (_, missing) = self.gaps.pop_first()?;
             self.last_shown = self.last_shown.max(*missing.range.end());
+            if !self.left {
+                self.missed.insert(missing.range.clone());
+                self.missed_to_send.insert(missing.range.clone());
+            }
             return Some(Next::Gap(missing));
         }
         let (sequence, Buffered { message, attempt, bytes }) = self.buffered.pop_first()?;
@@ -330,25 +377,34 @@ impl<M> Topic<M> {
     }
 
     /// What is to be sent and was not yet on this stream.
-    pub(super) fn unsent(&mut self) -> (Vec<RangeInclusive<u64>>, Vec<(u64, Nacked)>) {
-        let acks = std::mem::take(&mut self.acks_to_send).into_iter().collect();
+    pub(super) fn unsent(&mut self) -> Unsent {
         let nacks = std::mem::take(&mut self.nacks_to_send);
         let item = |sequence| self.nacked.get(&sequence).map(|nack| (sequence, nack.clone()));
-        (acks, nacks.into_iter().filter_map(item).collect())
+        Unsent {
+            acks: std::mem::take(&mut self.acks_to_send).into_iter().collect(),
+            nacks: nacks.into_iter().filter_map(item).collect(),
+            missed: std::mem::take(&mut self.missed_to_send).into_iter().collect(),
+        }
     }
 
     pub(super) fn has_unsent(&self) -> bool {
-        !(self.acks_to_send.is_empty() && self.nacks_to_send.is_empty())
+        !(self.acks_to_send.is_empty()
+            && self.nacks_to_send.is_empty()
+            && self.missed_to_send.is_empty())
     }
 
     /// The server has these on disk.
-    pub(super) fn confirm(&mut self, acks: &[RangeInclusive<u64>], nacks: &[(u64, u64)]) {
-        for range in acks {
+    pub(super) fn confirm(&mut self, sent: &Sent) {
+        for range in &sent.acks {
             self.acked.remove(range.clone());
             self.acks_to_send.remove(range.clone());
             self.done.insert(range.clone());
         }
-        for (sequence, showing) in nacks {
+        for range in &sent.missed {
+            self.missed.remove(range.clone());
+            self.done.insert(range.clone());
+        }
+        for (sequence, showing) in &sent.nacks {
             if self.nacked.get(sequence).is_some_and(|nack| nack.showing == *showing) {
                 self.nacked.remove(sequence);
                 // The rewind has come before the confirmation; or it never will, since the server
@@ -370,7 +426,7 @@ impl<M> Topic<M> {
 
     /// Whether acks or nacks are unconfirmed.
     pub(super) fn is_unconfirmed(&self) -> bool {
-        !(self.acked.is_empty() && self.nacked.is_empty())
+        !(self.acked.is_empty() && self.nacked.is_empty() && self.missed.is_empty())
     }
 
     pub(super) fn unconfirmed(&self) -> u64 {
@@ -392,6 +448,8 @@ impl<M> Topic<M> {
         self.acks_to_send.clear();
         self.nacked.clear();
         self.nacks_to_send.clear();
+        self.missed.clear();
+        self.missed_to_send.clear();
         self.unsettled_nacks.clear();
         self.outstanding.clear();
     }

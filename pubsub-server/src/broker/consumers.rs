@@ -90,10 +90,14 @@ impl Subscription {
             self.active = None;
             return;
         }
+        topics.retain(|topic| self.topics.contains_key(&topic.epoch));
+        // A topic that is gone is told before its successor of the same name.
+        topics.sort_by_key(|topic| !self.topics.get(&topic.epoch).is_some_and(|topic| topic.gone));
         let epoch = (self.keeper == Keeper::Server).then_some(self.record.epoch);
         session.tell(Event::Welcome(Welcome { epoch, topics }));
         self.grace = None;
         self.active = Some(session);
+        self.tell_departed();
     }
 
     pub(super) async fn on_goodbye(&mut self, id: SessionId) {
@@ -165,6 +169,7 @@ impl Subscription {
                 continue;
             }
             topic.delivery.ack(&acks.acked);
+            topic.delivery.miss(&acks.missed);
             // Whoever does not hold the place can say what it has received, but moves nothing.
             for nack in acks.nacked.iter().filter(|_| active) {
                 let rewound = topic.delivery.nack(nack, now);
@@ -173,6 +178,7 @@ impl Subscription {
                 }
             }
         }
+        self.tell_departed();
     }
 
     /// Nobody can have received what is not committed. A topic that has left may be acked still.
@@ -187,8 +193,10 @@ impl Subscription {
                 continue;
             };
             let last_acked = acks.acked.last().map_or(0, |range| *range.end());
+            let last_missed = acks.missed.last().map_or(0, |range| *range.end());
             let last_nacked = acks.nacked.iter().map(|nack| nack.sequence).max().unwrap_or(0);
-            let (sequence, head) = (last_acked.max(last_nacked), topic.delivery.head());
+            let (sequence, head) =
+                (last_acked.max(last_nacked).max(last_missed), topic.delivery.head());
             if sequence > head {
                 let topic = topic.name.clone();
                 return Err(BrokerError::BeyondHead { topic, sequence, head });

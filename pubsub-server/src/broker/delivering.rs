@@ -83,15 +83,17 @@ impl Subscription {
         window: u64,
     ) -> Option<(Epoch, u64, ReadLimit)> {
         let now = Instant::now();
-        let out: u64 = self.topics.values().map(|topic| topic.delivery.held() as u64).sum();
-        let bytes: u64 = self.topics.values().map(|topic| topic.delivery.held_bytes()).sum();
+        // What is held of topics that are gone takes no room from the others.
+        let present = || self.topics.values().filter(|topic| !topic.gone);
+        let out: u64 = present().map(|topic| topic.delivery.held() as u64).sum();
+        let bytes: u64 = present().map(|topic| topic.delivery.held_bytes()).sum();
         for _ in 0..self.turns.len() {
             self.turns.rotate_left(1);
             let epoch = *self.turns.back()?;
             let Some(topic) = self.topics.get_mut(&epoch) else {
                 continue;
             };
-            if topic.damaged.is_some() {
+            if topic.damaged.is_some() || topic.gone {
                 continue;
             }
             let alone = topic.delivery.held() == 0;
@@ -129,13 +131,7 @@ impl Subscription {
             return Vec::new();
         };
         match error {
-            ReadError::Trimmed { first } => {
-                if let Some((from, to)) = topic.delivery.lose_below(first)
-                    && let Some(session) = &mut self.active
-                {
-                    session.tell(Event::Gap(topic.number, from, to, GapReason::Retention));
-                }
-            }
+            ReadError::Trimmed { first } => self.tell_missing(epoch, first, GapReason::Retention),
             // The broker is about to tell.
             ReadError::NoTopic => topic.damaged = Some(from),
             ReadError::DataLoss { .. } | ReadError::Storage(_) => {

@@ -39,6 +39,8 @@ pub struct Claim {
     pub acked: Sequences,
     /// Handed back, unconfirmed.
     pub nacked: Vec<Nack>,
+    /// Told to be gaps, unconfirmed.
+    pub missed: Sequences,
     /// The generation of the cursor that this refers to.
     pub cursor_generation: u64,
 }
@@ -134,6 +136,11 @@ impl Delivery {
         self.generation
     }
 
+    /// Whether the cursor has changed since it was taken.
+    pub fn is_dirty(&self) -> bool {
+        self.dirty
+    }
+
     /// Whether the cursor has changed since the last call.
     pub fn take_dirty(&mut self) -> bool {
         std::mem::take(&mut self.dirty)
@@ -159,6 +166,7 @@ impl Delivery {
             return claim.held.clone();
         }
         self.ack(&claim.acked);
+        self.miss(&claim.missed);
         for nack in &claim.nacked {
             self.fail(nack, now);
         }
@@ -367,19 +375,39 @@ impl Delivery {
         self.detach();
     }
 
-    /// Messages below `first` are gone. Answers those that this subscription will miss.
+    /// Messages below `first` are gone. Answers the first and the last one that the consumer is
+    /// to be told of; it may hold some between them. The floor waits until it knows.
     pub fn lose_below(&mut self, first: u64) -> Option<(u64, u64)> {
-        let (from, to) = (self.cursor.floor + 1, first - 1);
+        let first = first.min(self.head + 1);
+        // What lies before `next` is with the consumer, or told already.
+        let (from, to) = (self.next.max(self.cursor.floor + 1), first - 1);
         if from > to {
             return None;
         }
-        let missed: Vec<_> = self.cursor.done.gaps(&(from..=to)).collect();
-        for range in &missed {
-            self.cursor.released.insert(range.clone(), Release::Gap);
+        self.next = first;
+        let mut known = self.cursor.done.clone();
+        known.extend(self.held.range(from..=to).map(|(sequence, _)| *sequence..=*sequence));
+        let missing = from..=to;
+        let mut missing = known.gaps(&missing);
+        let first = missing.next()?;
+        let last = missing.last().unwrap_or_else(|| first.clone());
+        Some((*first.start(), *last.end()))
+    }
+
+    /// The consumer knows that it will never receive these.
+    pub fn miss(&mut self, missed: &Sequences) {
+        for range in missed.iter() {
+            let first = (*range.start()).max(self.cursor.floor + 1);
+            let last = (*range.end()).min(self.head);
+            if first > last {
+                continue;
+            }
+            let pieces: Vec<_> = self.cursor.received.gaps(&(first..=last)).collect();
+            for piece in pieces {
+                self.cursor.released.insert(piece, Release::Gap);
+            }
+            self.settle(first, last);
         }
-        self.settle(from, to);
-        self.next = self.next.max(first);
-        Some((from, to)).filter(|_| !missed.is_empty())
     }
 
     /// What is known about a message.
@@ -534,6 +562,26 @@ mod tests {
         assert_eq!(receipt(&delivery, 2), Receipt::Pending);
         assert_eq!(receipt(&delivery, 3), Receipt::Received);
         assert_eq!(pump(&mut delivery, 100, Instant::now()).len(), 6);
+    }
+
+    #[test]
+    fn a_gap_is_told_to_every_consumer_until_one_knows() {
+        let mut delivery = check(6, |delivery, now| {
+            assert_eq!(pump(delivery, 2, now), [(1, 1), (2, 1)]);
+            delivery.ack(&set([1]));
+            assert_eq!(delivery.lose_below(5), Some((3, 4)), "2 is held, and may be acked still");
+            assert_eq!(pump(delivery, 100, now), [(5, 1), (6, 1)]);
+            delivery.detach();
+            assert_eq!(delivery.lose_below(5), Some((2, 4)));
+            delivery.miss(&set([2, 3, 4, 9]));
+        });
+        assert_eq!(delivery.cursor().floor, 4);
+        assert_eq!(delivery.lose_below(5), None);
+        assert_eq!(delivery.receipt(1), Receipt::Received);
+        assert_eq!(delivery.receipt(2), Receipt::Released(Release::Gap));
+        // A late ack is an ack.
+        delivery.ack(&set([2]));
+        assert_eq!(delivery.receipt(2), Receipt::Received);
     }
 
     #[test]

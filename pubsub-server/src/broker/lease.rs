@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::delivery::Nack;
 use super::error::BrokerError;
-use super::session::{Credit, Lease, Leased, Pull};
+use super::session::{Credit, Lease, Leased, Missing, Pull, Pulled};
 use super::subscription::{Subscription, Topic};
 use crate::limits;
 use crate::names::ConsumerId;
@@ -21,6 +21,8 @@ pub(super) struct Leases {
     next_pull: u64,
     pulls: BTreeMap<u64, PullLease>,
     waiting: VecDeque<Waiting>,
+    /// What the next answer is to tell; no more than one for each topic.
+    pub(super) missing: Vec<Missing>,
 }
 
 #[derive(Debug)]
@@ -33,7 +35,7 @@ struct PullLease {
 struct Waiting {
     pull: Pull,
     until: Instant,
-    reply: oneshot::Sender<Result<Vec<Leased>, BrokerError>>,
+    reply: oneshot::Sender<Result<Pulled, BrokerError>>,
 }
 
 /// Pulls that may wait at one subscription.
@@ -71,7 +73,7 @@ impl Subscription {
     pub(super) fn on_pull(
         &mut self,
         pull: Pull,
-        reply: oneshot::Sender<Result<Vec<Leased>, BrokerError>>,
+        reply: oneshot::Sender<Result<Pulled, BrokerError>>,
     ) {
         if let Some(active) = self.other_holder(&pull.consumer) {
             let _ = reply.send(Err(BrokerError::SubscriptionBusy { active }));
@@ -95,11 +97,12 @@ impl Subscription {
                 continue;
             }
             let leased = self.take(&waiting.pull).await;
-            if leased.is_empty() && waiting.until > Instant::now() {
+            let missing = self.take_missing();
+            if leased.is_empty() && missing.is_empty() && waiting.until > Instant::now() {
                 self.leases.waiting.push_front(waiting);
                 return;
             }
-            let _ = waiting.reply.send(Ok(leased));
+            let _ = waiting.reply.send(Ok(Pulled { leased, missing }));
         }
     }
 
@@ -110,6 +113,7 @@ impl Subscription {
         let credit = Credit { messages: window, bytes: limits::MAX_OUTSTANDING_BYTES };
         let mut leased = Vec::new();
         let mut bytes = 0;
+        self.tell_departed();
         while leased.len() < pull.max_messages && bytes < limits::FRAME_BYTES {
             let Some((epoch, from, mut limit)) = self.next_read(credit, window) else {
                 break;

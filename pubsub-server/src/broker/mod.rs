@@ -1,7 +1,7 @@
 //! The domain: topics, publishers, subscriptions. It knows neither the wire nor the engine.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -12,13 +12,14 @@ use crate::env::SharedEnv;
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName};
 use crate::record::{CursorRecord, Epoch, SubscriptionRecord, TopicRecord, Uuid};
-use crate::storage::{Health, Storage, StorageError, TopicStats};
+use crate::storage::{CatalogSubscription, Health, Storage, StorageError, TopicStats};
 
 mod consumers;
 mod delivering;
 pub mod delivery;
 pub mod error;
 mod lease;
+mod missing;
 pub mod publisher;
 mod receipts;
 mod retention;
@@ -80,6 +81,8 @@ struct Topic {
 struct Handle {
     record: Arc<SubscriptionRecord>,
     commands: mpsc::Sender<Command>,
+    /// Deleted topics that the subscription's consumer does not know of yet.
+    departed: Arc<AtomicUsize>,
 }
 
 /// Commands that may wait for a subscription's task: it is never away for longer than a read or
@@ -111,11 +114,12 @@ impl Broker {
             Some((topic.record.epoch, topic))
         });
         let topics: BTreeMap<Epoch, Arc<Topic>> = topics.collect();
-        for (record, cursors) in catalog.subscriptions {
-            let starts = cursors.into_iter().filter_map(|(epoch, cursor)| {
+        for CatalogSubscription { record, cursors, departed } in catalog.subscriptions {
+            let present = cursors.into_iter().filter_map(|(epoch, cursor)| {
                 topics.get(&epoch).map(|topic| topic.start(&record.name, cursor))
             });
-            let starts = starts.collect();
+            let gone = departed.into_iter().map(TopicStart::departed);
+            let starts = present.chain(gone).collect();
             broker.run_subscription(record, starts);
         }
         broker.spawn_retention();
@@ -199,9 +203,10 @@ impl Broker {
 
     fn spawn(&self, record: SubscriptionRecord, keeper: Keeper, topics: Vec<TopicStart>) -> Handle {
         let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
-        let handle = Handle { record: Arc::new(record.clone()), commands };
         let storage = Arc::clone(&self.inner.storage);
-        let task = Subscription::new(record, keeper, storage, topics);
+        let task = Subscription::new(record.clone(), keeper, storage, topics);
+        let departed = Arc::clone(&task.departed);
+        let handle = Handle { record: Arc::new(record), commands, departed };
         self.inner.tasks.spawn(task.run(receiver));
         handle
     }
@@ -222,7 +227,8 @@ impl Topic {
 
     fn start_unregistered(&self, cursor: CursorRecord, floor: Arc<AtomicU64>) -> TopicStart {
         let name = self.record.name.clone();
-        TopicStart { name, epoch: self.record.epoch, cursor, head: self.head.clone(), floor }
+        let (epoch, head) = (self.record.epoch, self.head.clone());
+        TopicStart { name, epoch, cursor, head, floor, gone: false }
     }
 
     fn floors(&self) -> MutexGuard<'_, BTreeMap<SubscriptionName, Arc<AtomicU64>>> {

@@ -43,6 +43,7 @@ impl Subscription {
         if changes.is_empty() {
             self.confirm(&confirms);
             answer(waiters, Ok(()));
+            self.leave_departed();
             return;
         }
         let urgency = if waiters.is_empty() { Urgency::Soon } else { Urgency::Now };
@@ -79,6 +80,7 @@ impl Subscription {
                 }
                 self.confirm(&save.confirms);
                 answer(save.waiters, Ok(()));
+                self.leave_departed();
             }
             Err(error) => {
                 self.save_again();

@@ -52,7 +52,7 @@ pub enum Command {
     /// The consumer leaves for good.
     Goodbye(SessionId),
     /// Take messages under a lease.
-    Pull(Pull, oneshot::Sender<Result<Vec<Leased>, BrokerError>>),
+    Pull(Pull, oneshot::Sender<Result<Pulled, BrokerError>>),
     /// Hand leased messages back.
     Release(Vec<Lease>, Option<Duration>, oneshot::Sender<Result<(), BrokerError>>),
     /// Ack outside of a session.
@@ -81,6 +81,8 @@ pub struct TopicAcks {
     pub acked: Sequences,
     /// Handed back.
     pub nacked: Vec<Nack>,
+    /// Told to be gaps.
+    pub missed: Sequences,
 }
 
 /// Asks for messages under a lease.
@@ -107,6 +109,30 @@ pub struct Lease {
     pub attempt: u32,
     /// The pull that took it.
     pub pull: u64,
+}
+
+/// What a pull takes.
+#[derive(Debug, Default)]
+pub struct Pulled {
+    /// Messages.
+    pub leased: Vec<Leased>,
+    /// What will never be taken.
+    pub missing: Vec<Missing>,
+}
+
+/// Messages that will never come.
+#[derive(Debug)]
+pub struct Missing {
+    /// The name of their topic.
+    pub topic: TopicName,
+    /// Its incarnation.
+    pub epoch: Epoch,
+    /// The first one.
+    pub first: u64,
+    /// The last one.
+    pub last: u64,
+    /// Why.
+    pub reason: GapReason,
 }
 
 /// A message under a lease.

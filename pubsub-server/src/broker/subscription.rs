@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use futures_util::stream::{BoxStream, SelectAll};
 use futures_util::{FutureExt as _, StreamExt as _};
@@ -15,7 +15,7 @@ use super::delivery::{Delivery, Receipt};
 use super::error::BrokerError;
 use super::lease::Leases;
 use super::saving::{Save, Waiter, saved};
-use super::session::{Command, Event, GapReason, Session, SessionTopic, Told};
+use super::session::{Command, Event, Session, SessionTopic, Told};
 use crate::limits;
 use crate::names::{ConsumerId, SubscriptionName, TopicName};
 use crate::record::{CursorRecord, Epoch, Sequences, SubscriptionRecord};
@@ -47,6 +47,8 @@ pub struct TopicStart {
     pub(super) head: watch::Receiver<u64>,
     /// Where the task publishes its durable floor, for retention.
     pub(super) floor: Arc<AtomicU64>,
+    /// Whether the topic was deleted.
+    pub(super) gone: bool,
 }
 
 /// How things stand with a subscription.
@@ -94,6 +96,8 @@ pub(super) struct Topic {
     pub(super) told: Told,
     /// The message that cannot be read.
     pub(super) damaged: Option<u64>,
+    /// Deleted, and here until the consumer knows what it will miss.
+    pub(super) gone: bool,
 }
 
 /// Whether the server keeps the positions, or the client.
@@ -119,6 +123,8 @@ pub(super) struct Subscription {
     /// Until when the consumer on record, which is not connected, keeps its place.
     pub(super) grace: Option<Instant>,
     pub(super) leases: Leases,
+    /// How many of the topics are gone.
+    pub(super) departed: Arc<AtomicUsize>,
     pub(super) record_changed: bool,
     pub(super) save: Option<Save>,
     /// Not before then is a commit tried again that has failed.
@@ -134,6 +140,7 @@ impl Subscription {
         storage: Arc<dyn Storage>,
         topics: Vec<TopicStart>,
     ) -> Self {
+        let gone = topics.iter().filter(|topic| topic.gone).count();
         let grace = record.consumer.as_ref().map(|_| Instant::now() + limits::GRACE);
         let mut this = Self {
             record,
@@ -148,6 +155,7 @@ impl Subscription {
             standby: VecDeque::new(),
             grace,
             leases: Leases::default(),
+            departed: Arc::new(AtomicUsize::new(gone)),
             record_changed: false,
             save: None,
             retry_save: None,
@@ -254,13 +262,13 @@ impl Subscription {
     }
 
     fn join(&mut self, start: TopicStart) -> Epoch {
-        let TopicStart { name, epoch, cursor, head, floor } = start;
+        let TopicStart { name, epoch, cursor, head, floor, gone } = start;
         floor.store(cursor.floor, Ordering::Release);
         let delivery = Delivery::new(cursor, *head.borrow());
         let (number, told) = (self.next_number, Told::default());
         self.next_number += 1;
         self.numbers.insert(number, epoch);
-        let topic = Topic { name, number, delivery, floor, told, damaged: None };
+        let topic = Topic { name, number, delivery, floor, told, damaged: None, gone };
         self.topics.insert(epoch, topic);
         self.turns.push_back(epoch);
         self.heads.push(WatchStream::new(head).map(move |head| (epoch, head)).boxed());
@@ -271,22 +279,6 @@ impl Subscription {
         if let Some(topic) = self.topics.get_mut(&epoch) {
             topic.delivery.on_head(head);
         }
-    }
-
-    fn on_topic_deleted(&mut self, epoch: Epoch) {
-        let Some(topic) = self.topics.remove(&epoch) else {
-            return;
-        };
-        self.numbers.remove(&topic.number);
-        self.turns.retain(|turn| *turn != epoch);
-        let Some(session) = &mut self.active else {
-            return;
-        };
-        if let Some(first) = topic.delivery.oldest_unsettled() {
-            let head = topic.delivery.head();
-            session.tell(Event::Gap(topic.number, first, head, GapReason::TopicDeleted));
-        }
-        session.tell(Event::Left(topic.number));
     }
 
     fn seek(&mut self, targets: Vec<(Epoch, u64)>) {
@@ -344,6 +336,7 @@ impl Topic {
 
     fn position(&self, epoch: Epoch, now: Instant) -> Position {
         let waits_for = match (self.damaged, self.delivery.ready_at(now)) {
+            _ if self.gone => Some("the topic was deleted, which no consumer knows yet".to_owned()),
             (Some(sequence), _) => Some(format!("message {sequence} is damaged on disk")),
             (None, Some(at)) => {
                 let seconds = (at - now).as_secs_f32();

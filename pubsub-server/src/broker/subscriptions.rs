@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 
 use super::delivery::{Claim, starting_at};
 use super::error::BrokerError;
-use super::session::{Attach, Command, Event, Lease, Leased, Pull, SessionId};
+use super::session::{Attach, Command, Event, Lease, Pull, Pulled, SessionId};
 use super::subscription::{AdminCommand, Description, Keeper, TopicStart};
 use super::{Broker, Handle, Topic};
 use crate::limits;
@@ -280,11 +280,7 @@ impl Broker {
     /// # Errors
     ///
     /// If the subscription is not there, or another consumer has it.
-    pub async fn pull(
-        &self,
-        name: &SubscriptionName,
-        pull: Pull,
-    ) -> Result<Vec<Leased>, BrokerError> {
+    pub async fn pull(&self, name: &SubscriptionName, pull: Pull) -> Result<Pulled, BrokerError> {
         self.existing(name)?.ask(|reply| Command::Pull(pull, reply)).await?
     }
 

@@ -2,6 +2,7 @@
 
 use std::ops::Bound;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::error::BrokerError;
 use super::session::Command;
@@ -78,10 +79,16 @@ impl Broker {
         let _admin = self.inner.admin.lock().await;
         let topic = self.topic(name)?;
         let epoch = topic.record.epoch;
+        let listeners = self.listeners(name);
+        let untold = |(listener, _): &(Handle, bool)| listener.departed.load(Ordering::Relaxed);
+        if listeners.iter().map(untold).max() >= Some(limits::MAX_DEPARTED) {
+            let what = "deleted topics of which a subscription was not told yet";
+            return Err(BrokerError::LimitReached { what, limit: limits::MAX_DEPARTED as u64 });
+        }
         let change = Change::DeleteTopic(epoch);
         self.inner.storage.apply(vec![change], Urgency::Now).await?.into_inner();
         self.state().topics.remove(name);
-        for (listener, _) in self.listeners(name) {
+        for (listener, _) in listeners {
             let _ = listener.commands.send(Command::Admin(AdminCommand::TopicDeleted(epoch))).await;
         }
         Ok(())

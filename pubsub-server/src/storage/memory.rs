@@ -1,7 +1,7 @@
 //! The engine that keeps everything in memory: the reference for what the others do, and the one
 //! for tests. Its store outlives it, as a disk does.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::FutureExt;
@@ -12,14 +12,14 @@ use tokio::time::Instant;
 use super::admission::{Admission, Context, KeyRow, Publisher, admit};
 use super::clock::{Age, Clock, Now, millis};
 use super::{
-    Append, AppendOutcome, AppendRefusal, Capabilities, Catalog, Change, CommitError, Health,
-    OpenOutcome, OpenPublisher, Promise, ReadError, ReadLimit, Storage, StorageError, Ticket,
-    TopicStats, Urgency, ticket,
+    Append, AppendOutcome, AppendRefusal, Capabilities, Catalog, CatalogSubscription, Change,
+    CommitError, Health, OpenOutcome, OpenPublisher, Promise, ReadError, ReadLimit, Storage,
+    StorageError, Ticket, TopicStats, Urgency, ticket,
 };
 use crate::env::SharedEnv;
 use crate::limits;
 use crate::record::{
-    CursorRecord, Epoch, StoredMessage, SubscriptionRecord, Timestamp, TopicRecord, Uuid,
+    CursorRecord, Departed, Epoch, StoredMessage, SubscriptionRecord, Timestamp, TopicRecord, Uuid,
 };
 
 /// The engine.
@@ -57,7 +57,9 @@ struct Store {
     now: Now,
     topics: BTreeMap<Epoch, Topic>,
     subscriptions: BTreeMap<Epoch, SubscriptionRecord>,
+    /// By topic and subscription.
     cursors: BTreeMap<(Epoch, Epoch), CursorRecord>,
+    departed: BTreeMap<(Epoch, Epoch), Departed>,
 }
 
 #[derive(Debug)]
@@ -197,28 +199,44 @@ impl Store {
             Change::CreateTopic(record) => {
                 self.topics.insert(record.epoch, Topic::new(record));
             }
-            Change::DeleteTopic(topic) => {
-                self.topics.remove(&topic);
-                self.cursors.retain(|(of, _), _| *of != topic);
-            }
+            Change::DeleteTopic(topic) => self.delete_topic(topic),
             Change::PutSubscription(record) => {
                 self.subscriptions.insert(record.epoch, record);
             }
             Change::DeleteSubscription(subscription) => {
                 self.subscriptions.remove(&subscription);
                 self.cursors.retain(|(_, of), _| *of != subscription);
+                self.departed.retain(|(_, of), _| *of != subscription);
             }
             Change::PutCursor { subscription, topic, cursor } => {
                 let both = self.topics.contains_key(&topic)
                     && self.subscriptions.contains_key(&subscription);
+                let key = (topic, subscription);
                 if both {
-                    self.cursors.insert((topic, subscription), cursor);
+                    self.cursors.insert(key, cursor);
+                } else if let Some(departed) = self.departed.get_mut(&key) {
+                    departed.cursor = cursor;
+                    if departed.cursor.floor >= departed.head {
+                        self.departed.remove(&key);
+                    }
                 }
             }
             Change::Trim { topic, below } => {
                 if let Some(topic) = self.topics.get_mut(&topic) {
                     topic.trim(below);
                 }
+            }
+        }
+    }
+}
+
+impl Store {
+    fn delete_topic(&mut self, epoch: Epoch) {
+        let Some(topic) = self.topics.remove(&epoch) else { return };
+        let (name, head) = (&topic.record.name, topic.head());
+        for (key, cursor) in self.cursors.extract_if(.., |(of, _), _| *of == epoch) {
+            if cursor.floor < head {
+                self.departed.insert(key, Departed { name: name.clone(), epoch, head, cursor });
             }
         }
     }
@@ -289,11 +307,15 @@ impl Storage for Memory {
     fn catalog(&self) -> BoxFuture<'_, Result<Catalog, StorageError>> {
         let store = self.store();
         let topics = store.topics.values().map(|topic| topic.record.clone()).collect();
-        let cursors: HashSet<_> = store.cursors.keys().copied().collect();
-        let subscriptions = store.subscriptions.values().map(|subscription| {
-            let own = cursors.iter().filter(|(_, of)| *of == subscription.epoch);
-            let own = own.map(|key| (key.0, store.cursors[key].clone())).collect();
-            (subscription.clone(), own)
+        let subscriptions = store.subscriptions.values().map(|record| {
+            let own = |key: &(Epoch, Epoch)| key.1 == record.epoch;
+            let cursors = store.cursors.iter().filter(|(key, _)| own(key));
+            let departed = store.departed.iter().filter(|(key, _)| own(key));
+            CatalogSubscription {
+                record: record.clone(),
+                cursors: cursors.map(|(key, cursor)| (key.0, cursor.clone())).collect(),
+                departed: departed.map(|(_, departed)| departed.clone()).collect(),
+            }
         });
         let subscriptions = subscriptions.collect();
         ready(Ok(Catalog { topics, subscriptions })).boxed()

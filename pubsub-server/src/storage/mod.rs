@@ -48,8 +48,8 @@ use futures_util::future::BoxFuture;
 use tokio::sync::{oneshot, watch};
 
 use crate::record::{
-    CursorRecord, Epoch, NewMessage, StoredMessage, SubscriptionRecord, Timestamp, TopicRecord,
-    Uuid,
+    CursorRecord, Departed, Epoch, NewMessage, StoredMessage, SubscriptionRecord, Timestamp,
+    TopicRecord, Uuid,
 };
 
 mod admission;
@@ -85,7 +85,7 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     fn apply(&self, changes: Vec<Change>, urgency: Urgency) -> Ticket<()>;
 
     /// The committed head of a topic, 0 while it is empty. `None` if there is no such topic; the
-    /// sender is dropped when the topic is deleted.
+    /// sender is dropped when the topic is deleted, and has shown its last head by then.
     fn head(&self, topic: Epoch) -> Option<watch::Receiver<u64>>;
 
     /// Reads messages from a sequence on, up to the committed head or the limit; at least one
@@ -258,14 +258,15 @@ pub enum Change {
     /// Adds a topic. Its name and epoch are new.
     CreateTopic(TopicRecord),
     /// Removes a topic with its messages, publishers, keys and all cursors in it. The space may
-    /// come back later.
+    /// come back later. A cursor behind the head becomes a [`Departed`], until its floor gets
+    /// there or its subscription is gone.
     DeleteTopic(Epoch),
     /// Adds a subscription or replaces its record.
     PutSubscription(SubscriptionRecord),
     /// Removes a subscription with its cursors.
     DeleteSubscription(Epoch),
-    /// Adds or replaces the position of a subscription in a topic; nothing happens if either of
-    /// them is gone.
+    /// Adds or replaces the position of a subscription in a topic, or in one that has departed;
+    /// nothing happens if either of them is gone.
     PutCursor {
         /// The subscription.
         subscription: Epoch,
@@ -298,8 +299,19 @@ pub enum Urgency {
 pub struct Catalog {
     /// The topics.
     pub topics: Vec<TopicRecord>,
-    /// The subscriptions with their positions by topic.
-    pub subscriptions: Vec<(SubscriptionRecord, Vec<(Epoch, CursorRecord)>)>,
+    /// The subscriptions.
+    pub subscriptions: Vec<CatalogSubscription>,
+}
+
+/// A subscription at the start.
+#[derive(Clone, Debug)]
+pub struct CatalogSubscription {
+    /// Its record.
+    pub record: SubscriptionRecord,
+    /// Its positions by topic.
+    pub cursors: Vec<(Epoch, CursorRecord)>,
+    /// What it was not told of.
+    pub departed: Vec<Departed>,
 }
 
 /// How much to read.

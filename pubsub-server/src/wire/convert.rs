@@ -10,7 +10,7 @@ use tonic::Status;
 
 use super::status::{self, invalid};
 use crate::broker::delivery::{Claim, Nack, Receipt};
-use crate::broker::session::{self, GapReason, Lease, Leased, TopicAcks};
+use crate::broker::session::{self, GapReason, Lease, Leased, Missing, TopicAcks};
 use crate::broker::subscription::{Description, Position};
 use crate::broker::{ReceiptAnswer, Start, TopicInfo};
 use crate::limits;
@@ -234,6 +234,7 @@ pub(super) fn parse_claim(position: &v1::TopicPosition) -> Result<Claim, Status>
         held_bytes: position.held_bytes,
         acked: parse_ranges(&position.acked)?,
         nacked: position.nacked.iter().map(parse_nack).collect::<Result<_, _>>()?,
+        missed: parse_ranges(&position.missed)?,
         cursor_generation: position.cursor_generation,
     })
 }
@@ -263,6 +264,7 @@ pub(super) fn parse_acks(batch: v1::AckBatch) -> Result<session::AckBatch, Statu
             cursor_generation: acks.cursor_generation,
             acked: parse_ranges(&acks.acked)?,
             nacked: acks.nacked.iter().map(parse_nack).collect::<Result<_, _>>()?,
+            missed: parse_ranges(&acks.missed)?,
         })
     };
     let topics = batch.topics.into_iter().map(parse).collect::<Result<_, Status>>()?;
@@ -318,6 +320,16 @@ pub(super) fn pulled(leased: Leased) -> Result<v1::PulledMessage, Status> {
         message: Some(received(message, attempt)?),
         lease_token: format!("{:016x}-{sequence:x}-{attempt:x}-{pull:x}", epoch.0),
     })
+}
+
+pub(super) fn pulled_gap(missing: Missing) -> v1::PulledGap {
+    let Missing { topic, epoch, first, last, reason } = missing;
+    v1::PulledGap {
+        topic: topic.to_string(),
+        epoch: epoch.0,
+        range: Some(v1::SequenceRange { first, last }),
+        reason: gap_reason(reason).into(),
+    }
 }
 
 pub(super) fn parse_lease(token: &str) -> Result<Lease, Status> {

@@ -55,8 +55,9 @@ impl SubscriberService for Service {
         let name = convert::parse_subscription(&request.subscription)?;
         let pull = parse_pull(&request)?;
         let pulled = self.0.broker.pull(&name, pull).await.map_err(|error| status(&error))?;
-        let messages = pulled.into_iter().map(convert::pulled).collect::<Result<_, _>>()?;
-        Ok(tonic::Response::new(PullResponse { messages }))
+        let messages = pulled.leased.into_iter().map(convert::pulled).collect::<Result<_, _>>()?;
+        let gaps = pulled.missing.into_iter().map(convert::pulled_gap).collect();
+        Ok(tonic::Response::new(PullResponse { messages, gaps }))
     }
 
     async fn acknowledge(

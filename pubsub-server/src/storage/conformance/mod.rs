@@ -13,7 +13,7 @@ use super::{
     AppendRefusal, Change, CommitError, Fate, ReadError, ReadLimit, Run, Storage, Urgency,
 };
 use crate::names::SubscriptionName;
-use crate::record::{CursorRecord, Epoch, NewMessage, Timestamp};
+use crate::record::{CursorRecord, Departed, Epoch, NewMessage, Timestamp};
 
 use self::identity::*;
 
@@ -228,12 +228,64 @@ async fn a_deleted_topic_is_gone_with_everything(lab: &mut Lab) {
     for _ in 0..2 {
         let catalog = lab.storage.catalog().await.unwrap();
         assert_eq!(catalog.topics, []);
-        assert_eq!(catalog.subscriptions[0].1, []);
+        let subscription = &catalog.subscriptions[0];
+        assert_eq!((&*subscription.cursors, &*subscription.departed), (&[][..], &[][..]));
         lab.reopen().await;
     }
     lab.storage.done(vec![Change::CreateTopic(topic("t", 8))]).await;
     let runs = lab.storage.decided(anonymous(8, vec![keyed(1, "other")])).await.unwrap();
     assert_eq!(places(&runs), [(1, 1, false)], "a new epoch starts over");
+}
+
+async fn what_a_subscription_missed_of_a_deleted_topic_stays_known(lab: &mut Lab) {
+    lab.store(batch(&["a", "b", "c"])).await;
+    let at = |floor| CursorRecord { floor, ..CursorRecord::default() };
+    let put = |subscription, floor| Change::PutCursor {
+        subscription: Epoch(subscription),
+        topic: Epoch(T),
+        cursor: at(floor),
+    };
+    for (name, epoch, floor) in [("behind", 3, 1), ("through", 4, 3), ("gone", 5, 0)] {
+        let subscription = Change::PutSubscription(subscription(name, epoch));
+        lab.storage.done(vec![subscription, put(epoch, floor)]).await;
+    }
+    // In the same commit as a message: the head is that of the end.
+    let mut head = lab.storage.head(Epoch(T)).unwrap();
+    let last = lab.storage.append(anonymous(T, batch(&["d"])));
+    let deleted = lab.storage.apply(vec![Change::DeleteTopic(Epoch(T))], Urgency::Now);
+    last.await.unwrap().into_inner().unwrap();
+    deleted.await.unwrap().into_inner();
+    assert_eq!(*head.borrow_and_update(), 4);
+    assert!(head.changed().await.is_err(), "the sender is dropped");
+    lab.storage.done(vec![Change::DeleteSubscription(Epoch(5))]).await;
+    let missed = async |lab: &Lab| {
+        let catalog = lab.storage.catalog().await.unwrap();
+        let one = |departed: Departed| {
+            assert_eq!((departed.name.as_str(), departed.epoch), ("t", Epoch(T)));
+            (departed.cursor.floor, departed.head)
+        };
+        let subscriptions = catalog.subscriptions.into_iter();
+        let each = subscriptions.flat_map(|each| {
+            let name = each.record.name;
+            each.departed.into_iter().map(move |departed| (name.to_string(), one(departed)))
+        });
+        each.collect::<Vec<_>>()
+    };
+    let behind = |floor| ("behind".to_owned(), (floor, 4));
+    for _ in 0..2 {
+        assert_eq!(missed(lab).await, [behind(1), ("through".to_owned(), (3, 4))]);
+        lab.reopen().await;
+    }
+    lab.storage.done(vec![put(3, 2), put(4, 4), put(5, 1)]).await;
+    for _ in 0..2 {
+        assert_eq!(missed(lab).await, [behind(2)]);
+        lab.reopen().await;
+    }
+    lab.storage.done(vec![Change::DeleteSubscription(Epoch(3))]).await;
+    assert_eq!(missed(lab).await, []);
+    // A subscription that is made again under the same epoch would show what is left.
+    lab.reopen().await;
+    assert_eq!(missed(lab).await, []);
 }
 
 async fn the_catalog_is_what_was_applied(lab: &mut Lab) {
@@ -253,9 +305,9 @@ async fn the_catalog_is_what_was_applied(lab: &mut Lab) {
     for _ in 0..2 {
         let catalog = lab.storage.catalog().await.unwrap();
         assert_eq!(catalog.topics, [topic("t", T)]);
-        let [(record, cursors)] = catalog.subscriptions.as_slice() else { panic!("{catalog:?}") };
-        assert_eq!(record, &subscriptions[0]);
-        assert_eq!(cursors.as_slice(), [(Epoch(T), cursor.clone())]);
+        let [found] = catalog.subscriptions.as_slice() else { panic!("{catalog:?}") };
+        assert_eq!(found.record, subscriptions[0]);
+        assert_eq!(found.cursors, [(Epoch(T), cursor.clone())]);
         lab.reopen().await;
     }
 }
@@ -344,6 +396,7 @@ suite! {
     large_messages_and_batches_are_whole
     a_trim_removes_what_is_below
     a_deleted_topic_is_gone_with_everything
+    what_a_subscription_missed_of_a_deleted_topic_stays_known
     the_catalog_is_what_was_applied
     published_at_never_decreases_and_is_searched
     every_boot_is_in_the_ledger

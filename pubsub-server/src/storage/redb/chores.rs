@@ -232,7 +232,9 @@ fn garbage_piece(
         for key in cursors {
             tables.cursors.remove(key)?;
         }
-        if seen.is_some() {
+        let departed = (epoch, 0)..=(epoch, u64::MAX);
+        let removed = remove_some(&mut tables.departed, departed, PIECE_ROWS)?;
+        if seen.is_some() || removed > 0 {
             return Ok(Some(seen));
         }
     } else {

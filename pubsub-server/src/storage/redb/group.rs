@@ -2,14 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ::redb::ReadableTableMetadata;
+use ::redb::{ReadableTable, ReadableTableMetadata};
 
-use super::rows::{Head, encode, encode_batch, row_length, wide};
+use super::rows::{Head, decode, encode, encode_batch, row_length, wide};
 use super::sealing::release;
 use super::state::{State, Topic};
-use super::tables::{GARBAGE_SUBSCRIPTION, GARBAGE_TOPIC, META_CLOCK, Tables, Trouble, get, put};
+use super::tables::{
+    GARBAGE_SUBSCRIPTION, GARBAGE_TOPIC, META_CLOCK, Tables, Trouble, decoded, get, put,
+};
 use crate::limits;
-use crate::record::{Epoch, NewMessage, Uuid};
+use crate::record::{CursorRecord, Departed, Epoch, NewMessage, TopicRecord, Uuid};
 use crate::storage::admission::{Admission, Context, KeyRow, Publisher, admit};
 use crate::storage::clock::{Age, Now};
 use crate::storage::{Append, AppendOutcome, AppendRefusal, Change, OpenOutcome, OpenPublisher};
@@ -42,7 +44,8 @@ pub(super) struct Group<'t, 's> {
 pub(super) struct Effects {
     /// Topics that are new or whose heads have changed.
     pub(super) touched: BTreeSet<Epoch>,
-    pub(super) deleted: BTreeSet<Epoch>,
+    /// Topics that are gone, with their last heads.
+    pub(super) deleted: BTreeMap<Epoch, u64>,
     /// Topics of which rows may go.
     pub(super) trimmed: BTreeSet<Epoch>,
     /// Bytes of bodies that were stored.
@@ -218,10 +221,11 @@ impl<'t, 's> Group<'t, 's> {
                 }
             }
             Change::PutCursor { subscription, topic, cursor } => {
-                let both = self.state.topics.contains_key(&topic)
-                    && self.state.subscriptions.contains(&subscription);
-                if both {
+                if !self.state.subscriptions.contains(&subscription) {
+                } else if self.state.topics.contains_key(&topic) {
                     put(&mut self.tables.cursors, (topic.0, subscription.0), encode(&cursor))?;
+                } else {
+                    self.move_departed((subscription.0, topic.0), cursor)?;
                 }
             }
             Change::Trim { topic, below } => {
@@ -237,7 +241,8 @@ impl<'t, 's> Group<'t, 's> {
 
     /// Makes a topic disappear at once; its rows go later, in pieces.
     fn delete_topic(&mut self, topic: Epoch) -> Result<(), Trouble> {
-        let Some(Topic { segments, .. }) = self.state.drop_topic(topic) else {
+        self.depart(topic)?;
+        let Some(Topic { segments, head, .. }) = self.state.drop_topic(topic) else {
             return Ok(());
         };
         for segment in segments.iter() {
@@ -250,8 +255,52 @@ impl<'t, 's> Group<'t, 's> {
         self.messages.remove(&topic);
         self.publishers.retain(|(of, _), _| *of != topic);
         self.effects.touched.remove(&topic);
-        self.effects.deleted.insert(topic);
+        self.effects.deleted.insert(topic, head.map_or(0, |head| head.head));
         self.effects.garbage = true;
+        Ok(())
+    }
+
+    /// Keeps what subscriptions have to be told of a topic that is being deleted.
+    fn depart(&mut self, topic: Epoch) -> Result<(), Trouble> {
+        let record = get(&self.tables.topics, topic.0, decode::<TopicRecord>)?;
+        let (Some(record), Some(state)) = (record, self.state.topics.get(&topic)) else {
+            return Ok(());
+        };
+        let mut departed = Vec::new();
+        for entry in self.tables.cursors.range((topic.0, 0)..=(topic.0, u64::MAX))? {
+            let (key, row) = entry?;
+            let subscription = Epoch(key.value().1);
+            if self.state.subscriptions.contains(&subscription) {
+                // What is damaged is told as missed, too: better twice than never.
+                let cursor = decoded::<(u64, u64), _>("cursors", &key.value(), row.value(), decode);
+                let cursor: CursorRecord = cursor.unwrap_or_default();
+                let head = state.head.map_or(cursor.floor + 1, |head| head.head);
+                departed.push((subscription, head, cursor));
+            }
+        }
+        for (subscription, head, cursor) in departed {
+            if cursor.floor < head {
+                let name = record.name.clone();
+                let row = encode(&Departed { name, epoch: topic, head, cursor });
+                put(&mut self.tables.departed, (subscription.0, topic.0), row)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the position in a topic that was deleted.
+    fn move_departed(&mut self, key: (u64, u64), cursor: CursorRecord) -> Result<(), Trouble> {
+        let departed = get(&self.tables.departed, key, decode::<Departed>)?;
+        match departed {
+            None => {}
+            Some(departed) if cursor.floor >= departed.head => {
+                self.tables.departed.remove(key)?;
+            }
+            Some(departed) => {
+                let row = encode(&Departed { cursor, ..departed });
+                put(&mut self.tables.departed, key, row)?;
+            }
+        }
         Ok(())
     }
 

@@ -425,8 +425,8 @@ impl World {
             assert_eq!(stored(engine, *epoch, model), expected);
         }
         let catalog = engine.catalog().now_or_never().unwrap().unwrap();
-        let [(_, cursors)] = catalog.subscriptions.as_slice() else { panic!("{catalog:?}") };
-        let floor = cursors.first().map_or(0, |(_, cursor)| cursor.floor);
+        let [subscription] = catalog.subscriptions.as_slice() else { panic!("{catalog:?}") };
+        let floor = subscription.cursors.first().map_or(0, |(_, cursor)| cursor.floor);
         let (acked, asked) = self.model.floor;
         assert!((acked..=asked).contains(&floor), "{floor} is not in {acked}..={asked}");
     }

@@ -3,18 +3,18 @@
 
 use std::collections::{HashMap, HashSet};
 
-use ::redb::{ReadOnlyTable, ReadableDatabase, ReadableTable};
+use ::redb::{ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable};
 use bytes::Bytes;
 
 use super::rows::{BatchHeader, Messages, decode, decode_header};
 use super::sealed::Segment;
 use super::shared::{Shared, ViewState};
-use super::tables::{CURSORS, MESSAGES, Row, SUBSCRIPTIONS, TOPICS, Trouble, decoded};
+use super::tables::{CURSORS, DEPARTED, MESSAGES, Row, SUBSCRIPTIONS, TOPICS, Trouble, decoded};
 use super::writer::explain;
 use crate::record::{
-    CursorRecord, Epoch, StoredMessage, SubscriptionRecord, Timestamp, TopicRecord,
+    CursorRecord, Departed, Epoch, StoredMessage, SubscriptionRecord, Timestamp, TopicRecord,
 };
-use crate::storage::{Catalog, ReadError, ReadLimit};
+use crate::storage::{Catalog, CatalogSubscription, ReadError, ReadLimit};
 
 type MessageTable = ReadOnlyTable<(u64, u64), Row>;
 
@@ -90,9 +90,21 @@ pub(super) fn catalog(shared: &Shared) -> Result<Catalog, Trouble> {
         let epoch = epoch.value();
         let record: SubscriptionRecord =
             decoded::<u64, _>("subscriptions", &epoch, row.value(), decode)?;
-        catalog.subscriptions.push((record, cursors.remove(&epoch).unwrap_or_default()));
+        let cursors = cursors.remove(&epoch).unwrap_or_default();
+        let departed = departed(&txn, epoch)?;
+        catalog.subscriptions.push(CatalogSubscription { record, cursors, departed });
     }
     Ok(catalog)
+}
+
+fn departed(txn: &ReadTransaction, subscription: u64) -> Result<Vec<Departed>, Trouble> {
+    let mut departed = Vec::new();
+    let table = txn.open_table(DEPARTED)?;
+    for entry in table.range((subscription, 0)..=(subscription, u64::MAX))? {
+        let (key, row) = entry?;
+        departed.push(decoded::<(u64, u64), _>("departed", &key.value(), row.value(), decode)?);
+    }
+    Ok(departed)
 }
 
 /// Where a sequence is.

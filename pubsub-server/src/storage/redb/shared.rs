@@ -102,8 +102,12 @@ impl Shared {
         self.insert(topic, 0, ViewState { damaged: true, ..ViewState::default() });
     }
 
-    pub(super) fn hide(&self, topic: Epoch) {
-        self.topics.write().unwrap_or_else(PoisonError::into_inner).remove(&topic);
+    /// Hides a topic that was deleted. Whoever has its head sees the last one.
+    pub(super) fn hide(&self, topic: Epoch, head: u64) {
+        let view = self.topics.write().unwrap_or_else(PoisonError::into_inner).remove(&topic);
+        if let Some(view) = view {
+            view.head.send_if_modified(|known| std::mem::replace(known, head.max(*known)) < head);
+        }
     }
 
     fn insert(&self, topic: Epoch, head: u64, state: ViewState) {

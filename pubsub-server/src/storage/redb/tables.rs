@@ -40,6 +40,8 @@ pub(super) const SUBSCRIPTIONS: TableDefinition<'_, u64, Row> =
     TableDefinition::new("subscriptions");
 /// (topic, subscription) -> position.
 pub(super) const CURSORS: TableDefinition<'_, (u64, u64), Row> = TableDefinition::new("cursors");
+/// (subscription, topic that was deleted) -> what the subscription was not told of yet.
+pub(super) const DEPARTED: TableDefinition<'_, (u64, u64), Row> = TableDefinition::new("departed");
 /// (kind, epoch) of what is deleted and still has rows.
 pub(super) const GARBAGE: TableDefinition<'_, (u8, u64), Row> = TableDefinition::new("garbage");
 /// (topic, first sequence) -> a range in a sealed file.
@@ -69,6 +71,7 @@ pub(super) struct Tables<'t> {
     pub(super) expiries: Table<'t, (u64, u64, u64), Row>,
     pub(super) subscriptions: Table<'t, u64, Row>,
     pub(super) cursors: Table<'t, (u64, u64), Row>,
+    pub(super) departed: Table<'t, (u64, u64), Row>,
     pub(super) garbage: Table<'t, (u8, u64), Row>,
     pub(super) segments: Table<'t, (u64, u64), Row>,
     pub(super) files: Table<'t, u64, Row>,
@@ -93,6 +96,7 @@ impl<'t> Tables<'t> {
             expiries: txn.open_table(EXPIRIES)?,
             subscriptions: txn.open_table(SUBSCRIPTIONS)?,
             cursors: txn.open_table(CURSORS)?,
+            departed: txn.open_table(DEPARTED)?,
             garbage: txn.open_table(GARBAGE)?,
             segments: txn.open_table(SEGMENTS)?,
             files: txn.open_table(FILES)?,

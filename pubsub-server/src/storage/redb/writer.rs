@@ -208,8 +208,8 @@ impl Writer {
         for topic in &effects.touched {
             self.show_topic(*topic);
         }
-        for topic in &effects.deleted {
-            self.shared.hide(*topic);
+        for (topic, head) in &effects.deleted {
+            self.shared.hide(*topic, *head);
         }
     }
 

@@ -1,0 +1,99 @@
+//! What will never be received. A consumer is told of it in its place in the stream, and again
+//! after every attach until one has said that it knows; only then does the position pass it.
+//!
+//! A topic that is deleted stays with its subscriptions that long: its messages are gone, but
+//! that they are is news, and what a consumer holds of them can be acked.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tokio::sync::watch;
+
+use super::session::{Event, GapReason, Missing};
+use super::subscription::{Subscription, TopicStart};
+use crate::record::{Departed, Epoch, Sequences};
+
+/// All of a topic.
+const GONE: u64 = u64::MAX;
+
+impl TopicStart {
+    /// Of a topic that was deleted before the server started.
+    pub(super) fn departed(departed: Departed) -> Self {
+        let Departed { name, epoch, head, cursor } = departed;
+        let head = watch::Sender::new(head).subscribe();
+        Self { name, epoch, cursor, head, floor: Arc::default(), gone: true }
+    }
+}
+
+impl Subscription {
+    pub(super) fn on_topic_deleted(&mut self, epoch: Epoch) {
+        let Some(topic) = self.topics.get_mut(&epoch) else {
+            return;
+        };
+        topic.gone = true;
+        topic.damaged = None;
+        // The storage has kept the position as it was saved last.
+        topic.delivery.mark_dirty();
+        self.departed.fetch_add(1, Ordering::Relaxed);
+        if self.active.is_some() {
+            self.tell_missing(epoch, GONE, GapReason::TopicDeleted);
+        }
+    }
+
+    /// Tells what is missing of the topics that are gone, as far as it is not told yet.
+    pub(super) fn tell_departed(&mut self) {
+        if self.departed.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let gone = self.topics.iter().filter(|(_, topic)| topic.gone);
+        for epoch in gone.map(|(epoch, _)| *epoch).collect::<Vec<_>>() {
+            self.tell_missing(epoch, GONE, GapReason::TopicDeleted);
+        }
+    }
+
+    /// Tells the consumer that the messages below `first` are gone.
+    pub(super) fn tell_missing(&mut self, epoch: Epoch, first: u64, reason: GapReason) {
+        let Some(topic) = self.topics.get_mut(&epoch) else {
+            return;
+        };
+        let Some((first, last)) = topic.delivery.lose_below(first) else {
+            return;
+        };
+        if let Some(session) = &mut self.active {
+            session.tell(Event::Gap(topic.number, first, last, reason));
+        } else {
+            let name = topic.name.clone();
+            self.leases.missing.push(Missing { topic: name, epoch, first, last, reason });
+        }
+    }
+
+    /// What a pull is to be told. It has no way to say that it knows, so telling is enough.
+    pub(super) fn take_missing(&mut self) -> Vec<Missing> {
+        let missing = std::mem::take(&mut self.leases.missing);
+        for Missing { epoch, first, last, .. } in &missing {
+            if let Some(topic) = self.topics.get_mut(epoch) {
+                topic.delivery.miss(&Sequences::from_iter([*first..=*last]));
+            }
+        }
+        missing
+    }
+
+    /// Ends with deleted topics of which everything is told, acked and saved.
+    pub(super) fn leave_departed(&mut self) {
+        if self.departed.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let over = self.topics.extract_if(.., |_, topic| {
+            let known = topic.delivery.oldest_unsettled().is_none();
+            topic.gone && known && !topic.delivery.is_dirty()
+        });
+        for (epoch, topic) in over {
+            self.departed.fetch_sub(1, Ordering::Relaxed);
+            self.numbers.remove(&topic.number);
+            self.turns.retain(|turn| *turn != epoch);
+            if let Some(session) = &mut self.active {
+                session.tell(Event::Left(topic.number));
+            }
+        }
+    }
+}
