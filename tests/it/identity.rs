@@ -241,6 +241,34 @@ fn a_newer_connection_that_races_the_older_one_stores_nothing_twice() {
 }
 
 #[test]
+fn a_hello_that_is_overtaken_by_a_newer_one_fences_nobody() {
+    scenario(WITHIN, async |lab| {
+        let mut rig = lab.rig().await?;
+        let mut channel = raw::connect(&rig.server.url()).await?;
+        admin::create_topic(&channel, TOPIC).await?;
+        let overtaken = continued(1);
+        let (mut newer, _) = PublishStream::welcomed(&channel, continued(1)).await?;
+        newer.publish(1, numbered([1])).await?;
+        fates(&mut newer, 1).await?;
+        for crash in [false, true] {
+            if crash {
+                rig.crash().await?;
+                channel = raw::connect(&rig.server.url()).await?;
+            }
+            let mut late = PublishStream::open(&channel, overtaken.clone()).await?;
+            let end = late.end().await?;
+            ensure!(raw::reason(&end).as_deref() == Some("FENCED"), "{end:?}");
+            if !crash {
+                newer.publish(2, numbered([2])).await?;
+                let answer = fates(&mut newer, 1).await?;
+                ensure!(answer == [Fate::Stored { sequence: 2, duplicate: false }], "{answer:?}");
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn a_rejected_message_in_mid_window_gets_the_same_answer_after_a_cut() {
     scenario(WITHIN, async |lab| {
         let mut rig = lab.rig().await?;

@@ -1,7 +1,10 @@
 //! The protocol without the SDK: frames as they are, for scenarios that need to send what the
 //! SDK never would, and for an auditor that does not trust the SDK.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
 use pubsub_proto::{
@@ -107,7 +110,10 @@ pub fn message(payload: impl Into<bytes::Bytes>) -> Message {
     Message { payload: payload.into(), ..Message::default() }
 }
 
-/// The hello of a publisher that has sent nothing yet.
+/// Counts the connections of all publishers: each one's grow.
+static ATTACHES: AtomicU64 = AtomicU64::new(1);
+
+/// The hello of a publisher that has sent nothing yet, on its next connection.
 pub fn publisher_hello(topic: &str, producer_id: [u8; 16]) -> PublisherHello {
     PublisherHello {
         protocol: PROTOCOL_VERSION,
@@ -115,6 +121,7 @@ pub fn publisher_hello(topic: &str, producer_id: [u8; 16]) -> PublisherHello {
         producer_id: producer_id.to_vec().into(),
         resolved_below: 1,
         next_sequence: 1,
+        attach: ATTACHES.fetch_add(1, Ordering::Relaxed),
         client: "pubsub-tests".into(),
         ..PublisherHello::default()
     }

@@ -163,6 +163,7 @@ fn hello(core: &Core) -> pb::PublishStreamRequest {
         heartbeat_interval: wire_duration(core.settings.heartbeat),
         boot_id: hello.boot,
         topic_epoch: hello.topic_epoch,
+        attach: hello.attach,
     }))
 }
 

@@ -48,6 +48,7 @@ pub(super) struct Hello {
     pub(super) next: u64,
     pub(super) boot: Bytes,
     pub(super) topic_epoch: u64,
+    pub(super) attach: u64,
 }
 
 /// What the welcome says.
@@ -93,6 +94,8 @@ pub(super) struct Window<T> {
     bytes_on_stream: usize,
     boot: Bytes,
     topic_epoch: u64,
+    /// The number of connections so far.
+    attaches: u64,
     /// Whether a recreated topic is published to like any other.
     accept_recreated: bool,
 }
@@ -108,6 +111,7 @@ impl<T> Window<T> {
             bytes_on_stream: 0,
             boot: Bytes::new(),
             topic_epoch: 0,
+            attaches: 0,
             accept_recreated,
         }
     }
@@ -132,6 +136,7 @@ impl<T> Window<T> {
 
     /// A new stream is being opened: what its hello says.
     pub(super) fn hello(&mut self) -> Hello {
+        self.attaches += 1;
         self.on_stream = 0;
         self.bytes_on_stream = 0;
         // Deliberate bugs, for tests of tests.
@@ -150,6 +155,7 @@ impl<T> Window<T> {
             next: self.next,
             boot: self.boot.clone(),
             topic_epoch: self.topic_epoch,
+            attach: self.attaches,
         }
     }
 

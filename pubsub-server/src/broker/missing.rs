@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use tokio::sync::watch;
 
 use super::session::{Event, GapReason, Missing};
-use super::subscription::{Subscription, TopicStart};
+use super::subscription::{Keeper, Subscription, Topic, TopicStart};
 use crate::record::{Departed, Epoch, Sequences};
 
 /// All of a topic.
@@ -83,11 +83,15 @@ impl Subscription {
         if self.departed.load(Ordering::Relaxed) == 0 {
             return;
         }
-        let over = self.topics.extract_if(.., |_, topic| {
+        // Nothing is kept for a reader: it is told, and that is all.
+        let reader = self.keeper == Keeper::Client;
+        let is_over = |topic: &Topic| {
             let known = topic.delivery.oldest_unsettled().is_none();
-            topic.gone && known && !topic.delivery.is_dirty()
-        });
-        for (epoch, topic) in over {
+            topic.gone && (reader || known && !topic.delivery.is_dirty())
+        };
+        let over = self.topics.iter().filter(|(_, topic)| is_over(topic));
+        for epoch in over.map(|(epoch, _)| *epoch).collect::<Vec<_>>() {
+            let Some(topic) = self.topics.remove(&epoch) else { continue };
             self.departed.fetch_sub(1, Ordering::Relaxed);
             self.numbers.remove(&topic.number);
             self.turns.retain(|turn| *turn != epoch);

@@ -32,6 +32,8 @@ pub struct Open {
     pub producer: Uuid,
     /// How often it started over.
     pub producer_epoch: u32,
+    /// The number of this connection.
+    pub attach: u64,
     /// Results below this sequence are not needed any more.
     pub resolved_below: u64,
 }
@@ -94,14 +96,12 @@ impl Broker {
     pub async fn open_publisher(&self, open: Open) -> Result<Publisher, BrokerError> {
         self.check_boot(open.known_boot)?;
         let topic = self.topic(&open.topic)?;
-        let epoch = topic.record.epoch;
-        if open.known_epoch.is_some_and(|known| known != epoch) {
+        if open.known_epoch.is_some_and(|known| known != topic.record.epoch) {
             return Err(BrokerError::TopicRecreated(open.topic));
         }
-        let stream = self.next_id();
-        let publisher = PublisherRef { id: open.producer, epoch: open.producer_epoch, stream };
-        let resolved_below = open.resolved_below;
-        let request = OpenPublisher { topic: epoch, publisher, resolved_below };
+        let Open { producer: id, producer_epoch: epoch, attach: stream, resolved_below, .. } = open;
+        let publisher = PublisherRef { id, epoch, stream };
+        let request = OpenPublisher { topic: topic.record.epoch, publisher, resolved_below };
         let opened = self.inner.storage.open_publisher(request).await?.into_inner();
         let last_sequence = opened?;
         Ok(Publisher { broker: self.clone(), topic, publisher, last_sequence })

@@ -178,7 +178,10 @@ impl Publisher {
         let OpenPublisher { publisher: PublisherRef { epoch, stream, .. }, .. } = *open;
         let fresh = Self { epoch, boot, stream, decided: 0, runs: VecDeque::new(), used: now.age };
         let mut publisher = match known {
-            Some(known) if known.epoch > epoch => return Err(AppendRefusal::Fenced),
+            // Connections overtake each other: what was sent first may arrive last.
+            Some(known) if (known.epoch, known.stream) >= (epoch, stream) => {
+                return Err(AppendRefusal::Fenced);
+            }
             Some(known) if known.epoch == epoch => Self { boot, stream, used: now.age, ..known },
             Some(_) | None => fresh,
         };

@@ -26,7 +26,8 @@ enum NaiveFate {
 
 impl Naive {
     fn open(&mut self, epoch: u32, stream: u64, resolved: usize) -> Result<usize, AppendRefusal> {
-        if epoch < self.epoch {
+        let stale = self.stream.is_some_and(|known| known >= stream);
+        if epoch < self.epoch || (epoch == self.epoch && stale) {
             return Err(AppendRefusal::Fenced);
         }
         if epoch > self.epoch {
@@ -121,9 +122,9 @@ fn item() -> impl Strategy<Value = Item> {
 fn step() -> impl Strategy<Value = Step> {
     let items = prop::collection::vec(item(), 0..6);
     prop_oneof![
-        1 => (1..4u32, 0..3u64, 0..4u64)
+        1 => (1..4u32, 0..6u64, 0..4u64)
             .prop_map(|(epoch, stream, resolved)| Step::Open { epoch, stream, resolved }),
-        8 => (prop::bool::weighted(0.8), 0..3u64, 0..6u64, 0..8u64, items, 0..4u64).prop_map(
+        8 => (prop::bool::weighted(0.8), 0..6u64, 0..6u64, 0..8u64, items, 0..4u64).prop_map(
             |(known, stream, back, skip, items, resolved)| Step::Append {
                 known,
                 stream,

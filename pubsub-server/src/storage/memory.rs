@@ -234,10 +234,11 @@ impl Store {
     fn delete_topic(&mut self, epoch: Epoch) {
         let Some(topic) = self.topics.remove(&epoch) else { return };
         let (name, head) = (&topic.record.name, topic.head());
-        for (key, cursor) in self.cursors.extract_if(.., |(of, _), _| *of == epoch) {
-            if cursor.floor < head {
-                self.departed.insert(key, Departed { name: name.clone(), epoch, head, cursor });
-            }
+        let cursors = std::mem::take(&mut self.cursors).into_iter();
+        let (gone, kept): (BTreeMap<_, _>, _) = cursors.partition(|((of, _), _)| *of == epoch);
+        self.cursors = kept;
+        for (key, cursor) in gone.into_iter().filter(|(_, cursor)| cursor.floor < head) {
+            self.departed.insert(key, Departed { name: name.clone(), epoch, head, cursor });
         }
     }
 }

@@ -78,7 +78,8 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     fn append(&self, append: Append) -> Ticket<AppendOutcome>;
 
     /// Opens a publisher's stream. Appends of its earlier streams that were accepted before take
-    /// effect and count into the answer; those accepted later are [`AppendRefusal::Fenced`].
+    /// effect and count into the answer; those accepted later are [`AppendRefusal::Fenced`], and so
+    /// is a stream that is not higher than all before it, also before a restart.
     fn open_publisher(&self, open: OpenPublisher) -> Ticket<OpenOutcome>;
 
     /// Changes topics, subscriptions and positions, all or nothing.
@@ -166,8 +167,8 @@ pub struct PublisherRef {
     pub id: Uuid,
     /// How often it started over from sequence 1.
     pub epoch: u32,
-    /// The stream. Of two streams of one publisher and epoch the one that was opened later fences
-    /// the other; the number only tells them apart within one boot.
+    /// The stream, counted by the publisher. Of two streams of one publisher and epoch the higher
+    /// one fences the other, in whatever order they arrive.
     pub stream: u64,
 }
 

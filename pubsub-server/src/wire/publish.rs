@@ -119,12 +119,16 @@ fn parse_hello(hello: &PublisherHello) -> Result<Open, Status> {
         let text = format!("next_sequence {next} and resolved_below {resolved} do not fit");
         return Err(protocol(text));
     }
+    if hello.attach == 0 {
+        return Err(invalid("attach counts from 1"));
+    }
     Ok(Open {
         topic: convert::parse_topic(&hello.topic)?,
         known_epoch: convert::parse_epoch(hello.topic_epoch),
         known_boot: convert::parse_optional_uuid("boot_id", &hello.boot_id)?,
         producer: convert::parse_uuid("producer_id", &hello.producer_id)?,
         producer_epoch: hello.producer_epoch,
+        attach: hello.attach,
         resolved_below: hello.resolved_below,
     })
 }

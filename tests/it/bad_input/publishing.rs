@@ -88,6 +88,7 @@ fn bad_publisher_hellos() -> Vec<(&'static str, &'static str, PublisherHello)> {
             "INVALID_ARGUMENT|PROTOCOL_VIOLATION",
             PublisherHello { resolved_below: 5, next_sequence: 4, ..good() },
         ),
+        ("attach 0", "INVALID_ARGUMENT", PublisherHello { attach: 0, ..good() }),
         (
             "a boot of another server",
             "DIVERGED",

@@ -21,7 +21,7 @@ pub(super) async fn a_replay_is_answered_as_the_first_time(lab: &mut Lab) {
     let runs = lab.storage.decided(first.clone()).await.unwrap();
     assert_eq!(places(&runs), [(1, 1, true), (2, 2, true), (3, 3, true)]);
     lab.reopen().await;
-    let again = publisher(1, 1, 1);
+    let again = publisher(1, 1, 2);
     assert_eq!(lab.storage.opened(T, again).await, Ok(Some(3)));
     let runs = lab.storage.decided(from(again, T, 2, batch(&["b", "c", "d"]))).await.unwrap();
     assert_eq!(places(&runs), [(2, 2, true), (3, 3, true), (4, 4, false)]);
@@ -65,6 +65,9 @@ pub(super) async fn a_newer_stream_or_epoch_fences_the_older(lab: &mut Lab) {
     assert_eq!(late, Err(AppendRefusal::Fenced));
     let runs = lab.storage.decided(from(new, T, 2, batch(&["b"]))).await.unwrap();
     assert_eq!(places(&runs), [(2, 2, false)], "a fenced append takes no sequence");
+    for late in [old, new] {
+        assert_eq!(lab.storage.opened(T, late).await, Err(AppendRefusal::Fenced));
+    }
     let newest = publisher(1, 2, 1);
     assert_eq!(lab.storage.opened(T, newest).await, Ok(None));
     let late = lab.storage.decided(from(new, T, 3, batch(&["late"]))).await;
@@ -87,7 +90,9 @@ pub(super) async fn a_refused_message_takes_its_sequence(lab: &mut Lab) {
     let runs = lab.storage.decided(append.clone()).await.unwrap();
     assert_eq!(places(&runs), [(1, 1, false), (3, 2, false)]);
     lab.reopen().await;
-    lab.storage.opened(T, me).await.unwrap();
+    let again = publisher(1, 1, 2);
+    lab.storage.opened(T, again).await.unwrap();
+    let append = Append { publisher: Some(again), ..append };
     let runs = lab.storage.decided(append).await.unwrap();
     assert_eq!(places(&runs), [(1, 1, true), (3, 2, true)]);
     assert_eq!(runs[1], Run { first_sequence: 2, count: 1, fate: Fate::Refused(refusal) });
@@ -103,6 +108,7 @@ pub(super) async fn results_are_kept_until_they_are_resolved(lab: &mut Lab) {
     assert_eq!(old, Err(AppendRefusal::ResultExpired { sequence: 2 }));
     let kept = lab.storage.decided(from(me, T, 3, batch(&["c", "d"]))).await.unwrap();
     assert_eq!(places(&kept), [(3, 3, true), (4, 4, true)]);
+    let me = publisher(1, 1, 2);
     let open = OpenPublisher { topic: Epoch(T), publisher: me, resolved_below: 5 };
     assert_eq!(lab.storage.open_publisher(open).await.unwrap().into_inner(), Ok(Some(4)));
     let old = lab.storage.decided(from(me, T, 4, batch(&["d"]))).await;
