@@ -19,4 +19,5 @@ mod lifetimes;
 mod link;
 mod load;
 mod outcomes;
+mod sealing;
 mod tidy;
