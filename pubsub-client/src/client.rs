@@ -59,8 +59,8 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// Fails at once if the address is wrong or no server answers there. Once a client exists,
-    /// it outlives any absence of the server; to start without the server, use
+    /// Fails at once if the address is wrong, or no server or something else answers there. Once a
+    /// client exists, it outlives any absence of the server; to start without the server, use
     /// [`ClientBuilder::connect_lazy`].
     pub async fn connect(url: impl Into<String>) -> Result<Self, ConnectError> {
         Self::builder(url).connect().await
@@ -215,7 +215,7 @@ impl ClientBuilder {
     ///
     /// # Errors
     ///
-    /// Fails at once if the address is wrong or no server answers there.
+    /// Fails at once if the address is wrong, or no server or something else answers there.
     pub async fn connect(self) -> Result<Client, ConnectError> {
         let client = self.connect_lazy()?;
         client.admin().probe().await.map_err(|error| match error {
@@ -232,7 +232,8 @@ impl ClientBuilder {
     }
 
     /// Makes a client without connecting: its publishers and subscribers keep trying until the
-    /// server is there.
+    /// server is there. They give up only if something that is no pubsub server, such as a proxy
+    /// that wants credentials, has denied each attempt for a minute.
     ///
     /// # Errors
     ///

@@ -50,8 +50,8 @@ pub use codec::Prost;
 pub use codec::{Codec, CodecError, Raw};
 pub use env::Env;
 pub use error::{
-    AckError, AdminError, Cause, CloseError, ConnectError, EnqueueError, FlushError, Outcome,
-    PublishError, PublishErrorKind, Reason, ServerError, SubscribeError, TransportError,
+    AckError, AdminError, Cause, CloseError, ConnectError, EnqueueError, FlushError, ForeignAnswer,
+    Outcome, PublishError, PublishErrorKind, Reason, ServerError, SubscribeError, TransportError,
     Unresolved,
 };
 pub use message::{InvalidMessageId, Message, MessageId, ReceivedMessage};

@@ -28,6 +28,9 @@ pub(crate) const ACK_BATCH: usize = 256;
 /// After how long a message comes again that was dropped without ack or nack: long enough that a
 /// handler that always fails early is no hot loop.
 pub(crate) const RELEASE_DELAY: Duration = Duration::from_secs(1);
+/// How long a message may be in the application's hands: far longer than honest work takes, since
+/// giving one up too early shows it twice.
+pub(crate) const MAX_PROCESSING: Duration = Duration::from_secs(60 * 60);
 
 /// How long a connection may take.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

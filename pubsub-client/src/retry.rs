@@ -11,9 +11,10 @@ use crate::env::SharedEnv;
 ///
 /// The delay doubles with each attempt in a row, from `initial` up to `max`, and the actual wait
 /// is a random part of it ("full jitter"), so that ten thousand clients of a restarted server do
-/// not return in the same millisecond. There is no limit to the number of attempts. The count
-/// starts over on progress (a publish result, an ack confirmation, a new message), not merely
-/// because a connection was made.
+/// not return in the same millisecond. There is no limit to the number of attempts, except against
+/// something that is no pubsub server ([`ForeignAnswer`](crate::ForeignAnswer)). The count starts
+/// over on progress (a publish result, an ack confirmation, a new message), not merely because a
+/// connection was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
     initial: Duration,

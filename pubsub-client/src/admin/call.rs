@@ -72,6 +72,7 @@ impl Admin {
             }
             Ok(Err(status)) => match Verdict::of(&status) {
                 Verdict::Server(error) => return Err(AdminError::Refused(error)),
+                Verdict::Foreign(answer) => TransportError::new(answer.to_string()),
                 Verdict::Transport(source) => source,
             },
             Err(_) => late(),

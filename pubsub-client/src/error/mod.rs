@@ -1,5 +1,6 @@
 //! What can go wrong, by operation. Trouble on the way to the server is not in here: it is
-//! retried, and visible in the [state](crate::ConnectionState).
+//! retried, and visible in the [state](crate::ConnectionState). Only what looks like an address
+//! that is not the server's ends a session.
 
 mod publish;
 mod server;
@@ -9,7 +10,7 @@ pub use publish::{
     CloseError, EnqueueError, FlushError, Outcome, PublishError, PublishErrorKind, Unresolved,
 };
 pub(crate) use server::Verdict;
-pub use server::{Cause, Reason, ServerError, TransportError};
+pub use server::{Cause, ForeignAnswer, Reason, ServerError, TransportError};
 pub use subscribe::{AckError, SubscribeError};
 
 /// The client could not be made.
@@ -24,7 +25,7 @@ pub enum ConnectError {
         /// What is wrong with it.
         detail: String,
     },
-    /// No server answered at the address.
+    /// No pubsub server answered at the address; possibly something else did.
     #[error("no pubsub server answers at {url}: {source}")]
     Unreachable {
         /// The address.

@@ -1,6 +1,6 @@
 //! How a publish can fail.
 
-use crate::error::{Reason, ServerError};
+use crate::error::{ForeignAnswer, Reason, ServerError};
 use crate::message::Message;
 
 /// Whether something that failed may have happened all the same.
@@ -71,6 +71,9 @@ pub enum PublishErrorKind {
     /// Client and server cannot agree on what was sent.
     #[error("out of step with the server: {0}")]
     Protocol(String),
+    /// Something that is no pubsub server has denied each attempt for a minute.
+    #[error(transparent)]
+    Foreign(ForeignAnswer),
     /// The publisher was closed before the message's fate was known.
     #[error("the publisher is closed")]
     Closed,
@@ -116,6 +119,7 @@ impl PublishError {
             | PublishErrorKind::ServerRegressed { .. }
             | PublishErrorKind::Fenced
             | PublishErrorKind::Protocol(_)
+            | PublishErrorKind::Foreign(_)
             | PublishErrorKind::Closed => None,
         }
     }
@@ -135,7 +139,8 @@ impl PublishError {
             PublishErrorKind::TooLarge { .. }
             | PublishErrorKind::ServerRegressed { .. }
             | PublishErrorKind::Fenced
-            | PublishErrorKind::Protocol(_) => false,
+            | PublishErrorKind::Protocol(_)
+            | PublishErrorKind::Foreign(_) => false,
         }
     }
 }

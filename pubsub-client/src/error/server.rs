@@ -5,6 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use pubsub_proto::v1 as pb;
+use tonic::Code;
 use tonic_types::StatusExt as _;
 
 macro_rules! reasons {
@@ -209,6 +210,22 @@ impl TransportError {
     }
 }
 
+/// A denial in words that are not a pubsub server's: the address is that of another service, or
+/// of a proxy that lets nobody through.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "something that is no pubsub server answered {0:?}; the address may be that of another \
+     service, or of a proxy that wants credentials"
+)]
+pub struct ForeignAnswer(String);
+
+impl ForeignAnswer {
+    /// What was answered: a code of gRPC, and a text for people.
+    pub fn answer(&self) -> &str {
+        &self.0
+    }
+}
+
 /// Why a session lost its connection, or ended.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -225,6 +242,10 @@ pub enum Cause {
     /// The server refused.
     #[error(transparent)]
     Server(ServerError),
+    /// Something that is no pubsub server denied the request. It is tried again for a minute, in
+    /// which a proxy may find its server; then the session ends.
+    #[error(transparent)]
+    Foreign(ForeignAnswer),
     /// The server announced its restart.
     #[error("the server is restarting: {0}")]
     Drain(String),
@@ -243,6 +264,7 @@ impl Cause {
             Self::Silence(_)
             | Self::HandshakeTimeout(_)
             | Self::Transport(_)
+            | Self::Foreign(_)
             | Self::Drain(_)
             | Self::Protocol(_)
             | Self::Panicked => None,
@@ -254,10 +276,12 @@ impl Cause {
 ///
 /// A status counts as the server's word only if it carries our `ErrorInfo`. The code of any
 /// other one depends on proxies, on the moment and even on Cargo features; it is transport
-/// trouble, whatever it says.
+/// trouble, whatever it says. Only a denial is told apart: it can be the last word of something
+/// that is no pubsub server.
 #[derive(Debug)]
 pub(crate) enum Verdict {
     Server(ServerError),
+    Foreign(ForeignAnswer),
     Transport(TransportError),
 }
 
@@ -269,6 +293,11 @@ impl Verdict {
                 "" => status.code().description(),
                 text => text,
             };
+            let code = status.code();
+            if matches!(code, Code::Unauthenticated | Code::PermissionDenied | Code::Unimplemented)
+            {
+                return Self::Foreign(ForeignAnswer(format!("{code:?}: {text}")));
+            }
             return Self::Transport(match std::error::Error::source(status) {
                 Some(source) => TransportError::chain(source).after(text),
                 None => TransportError::new(text),
@@ -288,6 +317,7 @@ impl From<Verdict> for Cause {
     fn from(verdict: Verdict) -> Self {
         match verdict {
             Verdict::Server(error) => Self::Server(error),
+            Verdict::Foreign(answer) => Self::Foreign(answer),
             Verdict::Transport(error) => Self::Transport(error),
         }
     }
@@ -297,7 +327,7 @@ impl From<Verdict> for Cause {
 mod tests {
     use std::collections::HashMap;
 
-    use tonic::{Code, Status};
+    use tonic::Status;
     use tonic_types::ErrorDetails;
 
     use super::*;
@@ -318,9 +348,22 @@ mod tests {
         assert_eq!(error.metadata("a"), Some("b"));
         assert_eq!(error.retry_after(), Some(Duration::from_secs(3)));
         assert!(matches!(Verdict::of(&status("other")), Verdict::Transport(_)));
-        for code in [Code::NotFound, Code::PermissionDenied, Code::Unknown, Code::Cancelled] {
+        for code in [Code::NotFound, Code::Unavailable, Code::Unknown, Code::Cancelled] {
             let status = Status::new(code, "a proxy says");
             assert!(matches!(Verdict::of(&status), Verdict::Transport(_)), "{code}");
+        }
+    }
+
+    #[test]
+    fn a_denial_is_the_servers_word_or_that_of_something_else() {
+        for code in [Code::Unauthenticated, Code::PermissionDenied, Code::Unimplemented] {
+            let status = Status::new(code, "a proxy says");
+            let Verdict::Foreign(answer) = Verdict::of(&status) else { panic!("{code}") };
+            assert_eq!(answer.answer(), format!("{code:?}: a proxy says"));
+            let mut details = ErrorDetails::new();
+            details.set_error_info("TOPIC_FULL", "pubsub.v1", HashMap::new());
+            let status = Status::with_error_details(code, "full", details);
+            assert!(matches!(Verdict::of(&status), Verdict::Server(_)), "{code}");
         }
     }
 

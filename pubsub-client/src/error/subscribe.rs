@@ -1,7 +1,7 @@
 //! How a subscription can fail.
 
 use crate::codec::CodecError;
-use crate::error::{Reason, ServerError};
+use crate::error::{ForeignAnswer, Reason, ServerError};
 use crate::subscriber::Delivery;
 
 /// An error in the stream of a subscriber. Except for [`Decode`](Self::Decode) it is terminal:
@@ -20,6 +20,9 @@ pub enum SubscribeError {
     /// Client and server cannot agree on what was delivered.
     #[error("out of step with the server: {0}")]
     Protocol(String),
+    /// Something that is no pubsub server has denied each attempt for a minute.
+    #[error(transparent)]
+    Foreign(ForeignAnswer),
     /// A payload could not be decoded. The stream goes on, and the delivery can still be acked
     /// or nacked; it is released when dropped.
     #[error("the payload of {} cannot be decoded: {source}", delivery.id)]
@@ -36,7 +39,7 @@ impl SubscribeError {
     pub fn reason(&self) -> Option<Reason> {
         match self {
             Self::Refused(error) => Some(error.reason()),
-            Self::Protocol(_) | Self::Decode { .. } => None,
+            Self::Protocol(_) | Self::Foreign(_) | Self::Decode { .. } => None,
         }
     }
 
@@ -45,7 +48,8 @@ impl SubscribeError {
         match self {
             Self::Refused(error) => error.is_retryable(),
             Self::Protocol(_) => true,
-            Self::Decode { .. } => false,
+            // The address is wrong, or credentials are missing: waiting changes neither.
+            Self::Foreign(_) | Self::Decode { .. } => false,
         }
     }
 }

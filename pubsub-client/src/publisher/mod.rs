@@ -54,7 +54,9 @@ use crate::state::{ConnectionState, StateWatch};
 /// Nothing fails merely because the server is away, restarts, or is full: messages wait in the
 /// window, and when that is full, callers wait. After a reconnect everything without an answer
 /// is sent again, in order; the server stores each message once. The [state](Self::state) tells
-/// what is going on, and a [deadline](Message::deadline) limits the wait.
+/// what is going on, and a [deadline](Message::deadline) limits the wait. Only something that is
+/// no pubsub server ([`ForeignAnswer`](crate::ForeignAnswer)) fails the publisher, if it has denied
+/// each attempt to reconnect for a minute.
 ///
 /// When the last handle is dropped, what is in the window is still sent, in the background, for
 /// 30 s at most. Use [`close`](Self::close) or [`Client::shutdown`](crate::Client::shutdown) to
@@ -323,7 +325,8 @@ impl PublisherBuilder {
     ///
     /// # Errors
     ///
-    /// The server refuses it, for example because there is no such topic.
+    /// The server refuses it, for example because there is no such topic. Or something that is no
+    /// pubsub server has answered for a minute.
     pub async fn open(self) -> Result<Publisher, PublishError> {
         let publisher = self.open_lazy();
         publisher.handle.core.ready().await?;

@@ -20,7 +20,7 @@ use crate::error::{Cause, Outcome, PublishError, PublishErrorKind, Reason, Serve
 use crate::limits;
 use crate::liveness::Liveness;
 use crate::message::{MessageId, duration, time, wire_duration};
-use crate::reconnect::Reconnect;
+use crate::reconnect::{Hopeless, Reconnect};
 use crate::state::ConnectionState;
 use crate::transport::Link;
 
@@ -58,12 +58,27 @@ pub(super) async fn run(core: Arc<Core>) {
         () = core.keep_time() => return core.end(PublishErrorKind::Closed, None),
     };
     tracing::error!(topic = core.topic(), %failure, "the publisher has failed");
-    let cause = if let PublishErrorKind::Session(error) = &failure {
-        Cause::Server(error.clone())
-    } else {
-        Cause::Protocol(failure.to_string())
-    };
+    let cause = cause(&failure);
     core.end(failure, Some(cause));
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "the others are told by their text")]
+fn cause(failure: &PublishErrorKind) -> Cause {
+    match failure {
+        PublishErrorKind::Session(error) => Cause::Server(error.clone()),
+        PublishErrorKind::Foreign(answer) => Cause::Foreign(answer.clone()),
+        PublishErrorKind::Protocol(detail) => Cause::Protocol(detail.clone()),
+        other => Cause::Protocol(other.to_string()),
+    }
+}
+
+impl From<Hopeless> for PublishErrorKind {
+    fn from(hopeless: Hopeless) -> Self {
+        match hopeless {
+            Hopeless::Protocol(detail) => Self::Protocol(detail),
+            Hopeless::Foreign(answer) => Self::Foreign(answer),
+        }
+    }
 }
 
 async fn keep_connected(core: &Core) -> PublishErrorKind {
@@ -81,7 +96,7 @@ async fn keep_connected(core: &Core) -> PublishErrorKind {
             End::Failed(kind) => return kind,
             End::Lost(cause) => match reconnect.lost(cause, &core.state) {
                 Ok(delay) => delay,
-                Err(cause) => return PublishErrorKind::Protocol(cause.to_string()),
+                Err(hopeless) => return hopeless.into(),
             },
         };
         sleep(delay).await;
@@ -135,9 +150,9 @@ async fn connect(core: &Core, reconnect: &mut Reconnect) -> End {
     let Some(Frame::Welcome(welcome)) = first.frame else {
         return broken("the first frame is no welcome");
     };
+    reconnect.connected();
     match welcomed(core, welcome, hello_at) {
         Ok((live, cut)) => {
-            reconnect.connected();
             core.state.set(ConnectionState::Connected);
             core.set_welcomed();
             Session { core, reconnect, live, cut, blocked: false, drain: None }.run(link).await

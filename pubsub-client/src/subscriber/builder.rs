@@ -48,6 +48,7 @@ pub(super) struct Settings {
     pub(super) max_bytes: u64,
     pub(super) consumer: String,
     pub(super) heartbeat: Duration,
+    pub(super) max_processing: Duration,
 }
 
 impl Settings {
@@ -79,6 +80,7 @@ impl SubscriberBuilder {
             max_bytes: limits::OUTSTANDING_BYTES,
             consumer,
             heartbeat,
+            max_processing: limits::MAX_PROCESSING,
         };
         Self { client, settings }
     }
@@ -148,6 +150,24 @@ impl SubscriberBuilder {
         self
     }
 
+    /// Sets how long the application may hold a message without acking it: 60 min by default;
+    /// [`Duration::MAX`] is for ever.
+    ///
+    /// A message that is held for longer is given up: a warning is logged, and the message is
+    /// nacked in the application's stead, which counts as a failed attempt. As after any
+    /// [nack](crate::Delivery::nack), it comes again after the server's backoff, before everything
+    /// later of its topic. The older delivery can still ack it; whatever else is done with that
+    /// one does not count any more. In [`run`](Subscriber::run) the message is not handled again
+    /// before its first handler has returned.
+    ///
+    /// It is looked for with each heartbeat, and so is given up later by one at most; while
+    /// disconnected, not before the connection is back. A reader has no acks, and keeps what it
+    /// was handed.
+    pub fn max_processing(mut self, limit: Duration) -> Self {
+        self.settings.max_processing = limit;
+        self
+    }
+
     /// Opens it, and waits until the server has taken it in: as the active consumer, or as one
     /// that stands by.
     ///
@@ -157,7 +177,7 @@ impl SubscriberBuilder {
     /// # Errors
     ///
     /// The server refuses: there is no such topic, or a subscription of this name exists with
-    /// other settings.
+    /// other settings. Or something that is no pubsub server has answered for a minute.
     pub async fn open(self) -> Result<Subscriber, SubscribeError> {
         let subscriber = self.open_lazy();
         match subscriber.core.opened().await {

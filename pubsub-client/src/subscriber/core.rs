@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::builder::Settings;
 use super::convert;
 use super::delivery::{Delivery, Nack};
-use super::resume::{Acked, Handle, Resume, Settled, Shown};
+use super::resume::{Acked, Handle, Overdue, Resume, Settled, Shown};
 use super::stop::{Drain, Stopping};
 use super::topic::{Nacked, TopicKey};
 use super::{Event, Position, TopicPosition};
@@ -74,11 +74,11 @@ pub(super) enum Gate {
 }
 
 impl Gate {
-    fn is_open(self) -> bool {
+    fn is_open(self, now: Instant) -> bool {
         match self {
             Self::Closed => false,
             Self::Open => true,
-            Self::Until(end) => Instant::now() < end,
+            Self::Until(end) => now < end,
         }
     }
 }
@@ -136,7 +136,9 @@ impl Core {
             return Poll::Ready(None);
         }
         let before = inner.resume.queued();
-        let shown = if inner.gate.is_open() { inner.resume.take(allowed) } else { None };
+        let now = Instant::now();
+        let open = inner.gate.is_open(now);
+        let shown = if open { inner.resume.take(now.into_std(), allowed) } else { None };
         let Some(shown) = shown else {
             inner.consumer = Some(context.waker().clone());
             return Poll::Pending;
@@ -191,12 +193,13 @@ impl Core {
         })
     }
 
-    pub(super) fn nack(&self, handle: Handle, nack: Nack) {
+    /// Says whether the message was still the handle's to hand back.
+    pub(super) fn nack(&self, handle: Handle, nack: Nack) -> bool {
         let Nack { delay, reason } = nack;
         self.hand_back(
             handle,
             Nacked { attempt: handle.attempt, delay, reason, showing: handle.showing },
-        );
+        )
     }
 
     pub(super) fn release(&self, handle: Handle) {
@@ -211,10 +214,12 @@ impl Core {
         );
     }
 
-    fn hand_back(&self, handle: Handle, nacked: Nacked) {
+    fn hand_back(&self, handle: Handle, nacked: Nacked) -> bool {
         self.change(|inner| {
-            inner.urgent |= inner.resume.nack(handle, nacked);
-        });
+            let done = inner.resume.nack(handle, nacked);
+            inner.urgent |= done;
+            done
+        })
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut Inner) -> T) -> T {
@@ -294,6 +299,19 @@ impl Core {
 
     // For the session.
 
+    /// Hands back what the application has held for too long. Its handles live on, and may ack.
+    pub(super) fn give_up_overdue(&self, now: Instant) {
+        let overdue = self.lock().resume.overdue(now.into_std(), self.settings.max_processing);
+        for Overdue { handle, topic, held_for } in overdue {
+            let nack = Nack::backoff().because("not acked within max processing");
+            // It may have been acked since.
+            if self.nack(handle, nack) {
+                let sequence = handle.sequence;
+                tracing::warn!(%topic, sequence, ?held_for, "held for too long: handed back");
+            }
+        }
+    }
+
     /// Something arrived that the application may be waiting for.
     pub(super) fn arrived(&self, inner: &mut Inner, settled: Settled) {
         for (topic, ranges) in settled.confirmed {
@@ -321,9 +339,9 @@ impl Core {
     pub(super) fn end(&self, error: Option<SubscribeError>) {
         let cause = error.as_ref().map(|error| match error {
             SubscribeError::Refused(error) => Cause::Server(error.clone()),
-            SubscribeError::Protocol(_) | SubscribeError::Decode { .. } => {
-                Cause::Protocol(error.to_string())
-            }
+            SubscribeError::Foreign(answer) => Cause::Foreign(answer.clone()),
+            SubscribeError::Protocol(detail) => Cause::Protocol(detail.clone()),
+            SubscribeError::Decode { .. } => Cause::Protocol(error.to_string()),
         });
         {
             let mut inner = self.lock();

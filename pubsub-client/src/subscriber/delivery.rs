@@ -14,7 +14,8 @@ use crate::message::ReceivedMessage;
 ///
 /// It derefs to the [`ReceivedMessage`]. Dropping it without [`ack`](Self::ack) or
 /// [`nack`](Self::nack) *releases* it: it comes again after a second, without being counted as a
-/// failure. It stays valid across disconnects and server restarts.
+/// failure. It stays valid across disconnects and server restarts. One that is held for longer
+/// than [`max_processing`](crate::SubscriberBuilder::max_processing) is given up, and comes again.
 ///
 /// After a nack or release of message n, all unacked messages after n are shown again, in order,
 /// even those already handed out; what the application still does with the older deliveries of

@@ -8,8 +8,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound::{Excluded, Unbounded};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use super::topic::{Joined, Missing, Nacked, Next, Position, Sent, Topic, TopicKey, Unsent};
+use super::topic::{
+    Joined, Missing, Nacked, Next, Outstanding, Position, Sent, Topic, TopicKey, Unsent,
+};
 
 /// The wire's word for the reason of a gap.
 const TOPIC_DELETED: i32 = pubsub_proto::v1::GapReason::TopicDeleted as i32;
@@ -33,6 +36,14 @@ pub(super) struct Handle {
 pub(super) enum Shown<M> {
     Message { handle: Handle, topic: Arc<str>, epoch: u64, message: M },
     Gap { topic: Arc<str>, epoch: u64, missing: Missing },
+}
+
+/// A message that the application has held for too long.
+#[derive(Debug)]
+pub(super) struct Overdue {
+    pub(super) handle: Handle,
+    pub(super) topic: Arc<str>,
+    pub(super) held_for: Duration,
 }
 
 /// Acks and nacks of one topic.
@@ -318,14 +329,18 @@ impl<M> Resume<M> {
 
     /// Takes the next thing to show: the oldest of a topic, the topics by turns. `allowed` says
     /// which topics may be served.
-    pub(super) fn take(&mut self, allowed: impl Fn(TopicKey) -> bool) -> Option<Shown<M>> {
+    pub(super) fn take(
+        &mut self,
+        now: Instant,
+        allowed: impl Fn(TopicKey) -> bool,
+    ) -> Option<Shown<M>> {
         let after = self.ready.range((Excluded(self.served), Unbounded));
         let mut turns = after.chain(self.ready.range(..=self.served));
         let key = *turns.find(|key| allowed(**key) && !self.is_preceded(**key))?;
         let topic = self.topics.get_mut(&key)?;
         self.showings += 1;
         let showing = self.showings;
-        let next = topic.take(showing, self.reader)?;
+        let next = topic.take(showing, now, self.reader)?;
         let (name, epoch) = (Arc::clone(&topic.name), topic.epoch);
         self.served = key;
         self.queued += usize::from(self.reader || matches!(next, Next::Gap(_)));
@@ -368,6 +383,19 @@ impl<M> Resume<M> {
         self.queued += usize::from(done);
         self.refresh(handle.topic);
         done
+    }
+
+    /// What the application has held for longer than `limit`, to be handed back in its stead.
+    pub(super) fn overdue(&self, now: Instant, limit: Duration) -> Vec<Overdue> {
+        let mut overdue = Vec::new();
+        for (key, topic) in &self.topics {
+            for (sequence, out, held_for) in topic.overdue(now, limit) {
+                let Outstanding { showing, attempt, .. } = *out;
+                let handle = Handle { topic: *key, sequence, showing, attempt };
+                overdue.push(Overdue { handle, topic: Arc::clone(&topic.name), held_for });
+            }
+        }
+        overdue
     }
 
     /// How many acks and nacks wait to be sent.

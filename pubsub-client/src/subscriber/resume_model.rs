@@ -3,11 +3,20 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::RangeInclusive;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::resume::{Acked, Broken, Handle, Resume, Settled, Shown, TopicBatch};
+use super::resume::{Acked, Broken, Handle, Overdue, Resume, Settled, Shown, TopicBatch};
 use super::topic::{Joined, Missing, Nacked, Position};
+
+/// For how long the application may hold a message.
+const MAX_PROCESSING: Duration = Duration::from_secs(5);
+
+/// A time to count from.
+fn start() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
 
 /// A server with two topics, as simple as can be.
 #[derive(Debug, Default)]
@@ -148,6 +157,9 @@ struct World {
     /// Live handles, and those whose messages were taken back.
     handles: Vec<Handle>,
     confirmed: BTreeSet<(u64, u64)>,
+    now: Instant,
+    /// When each showing was.
+    shown_at: BTreeMap<u64, Instant>,
 }
 
 #[derive(Clone, Debug)]
@@ -160,6 +172,8 @@ enum Step {
     Ack(usize),
     AckUpTo(usize),
     Nack(usize),
+    /// Seconds pass, and what was held for too long is handed back.
+    Wait(u64),
     Cut,
     /// The hello arrives, and the stream is cut before the welcome does.
     CutAfterHello,
@@ -178,6 +192,7 @@ fn step() -> impl Strategy<Value = Step> {
         6 => (0..8_usize).prop_map(Step::Ack),
         1 => (0..8_usize).prop_map(Step::AckUpTo),
         2 => (0..8_usize).prop_map(Step::Nack),
+        1 => (1..8_u64).prop_map(Step::Wait),
         2 => Just(Step::Cut),
         1 => Just(Step::CutAfterHello),
         1 => (topic.clone(), 1..20_u64).prop_map(|(topic, to)| Step::Seek(topic, to)),
@@ -193,6 +208,8 @@ impl World {
             seen: BTreeMap::new(),
             handles: Vec::new(),
             confirmed: BTreeSet::new(),
+            now: start(),
+            shown_at: BTreeMap::new(),
         };
         world.attach();
         world
@@ -228,6 +245,7 @@ impl World {
             Step::Ack(nth) => self.ack(nth, false),
             Step::AckUpTo(nth) => self.ack(nth, true),
             Step::Nack(nth) => self.nack(nth),
+            Step::Wait(seconds) => self.wait(seconds),
             Step::Cut => self.attach(),
             Step::CutAfterHello => {
                 let positions = self.client.hello();
@@ -264,7 +282,7 @@ impl World {
     }
 
     fn take(&mut self) {
-        let Some(shown) = self.client.take(|_| true) else { return };
+        let Some(shown) = self.client.take(self.now, |_| true) else { return };
         let Shown::Message { handle, topic, message, .. } = shown else { panic!("{shown:?}") };
         assert_eq!(message, handle.sequence);
         let number = usize::from(&*topic == "t1");
@@ -286,6 +304,7 @@ impl World {
         });
         assert_eq!(skipped, None, "it comes before {message} in {topic}");
         self.handles.push(handle);
+        self.shown_at.insert(handle.showing, self.now);
     }
 
     fn ack(&mut self, nth: usize, all: bool) {
@@ -312,6 +331,22 @@ impl World {
             return;
         }
         let handle = self.handles.swap_remove(nth % self.handles.len());
+        self.hand_back(handle);
+    }
+
+    fn wait(&mut self, seconds: u64) {
+        self.now += Duration::from_secs(seconds);
+        for Overdue { handle, held_for, .. } in self.client.overdue(self.now, MAX_PROCESSING) {
+            assert!(held_for > MAX_PROCESSING);
+            assert_eq!(held_for, self.now - self.shown_at[&handle.showing]);
+            // The application still has the handle, and may use it later.
+            assert!(self.handles.contains(&handle));
+            self.hand_back(handle);
+        }
+        assert!(self.client.overdue(self.now, MAX_PROCESSING).is_empty(), "once");
+    }
+
+    fn hand_back(&mut self, handle: Handle) {
         let Handle { sequence, showing, attempt, topic } = handle;
         let nacked = Nacked { attempt, delay: None, reason: String::new(), showing };
         if self.client.nack(handle, nacked) {
@@ -394,7 +429,11 @@ fn deliver(resume: &mut Resume<u64>, first: u64, sequences: RangeInclusive<u64>)
 }
 
 fn take(resume: &mut Resume<u64>) -> Option<Handle> {
-    match resume.take(|_| true)? {
+    take_at(resume, start())
+}
+
+fn take_at(resume: &mut Resume<u64>, now: Instant) -> Option<Handle> {
+    match resume.take(now, |_| true)? {
         Shown::Message { handle, .. } => Some(handle),
         Shown::Gap { .. } => panic!("a gap"),
     }
@@ -501,6 +540,52 @@ fn an_older_handle_acks_a_message_that_comes_again_before_it_is_shown() {
 }
 
 #[test]
+fn a_message_is_overdue_once_and_an_ack_by_its_older_handle_wins() {
+    const SECOND: Duration = Duration::from_secs(1);
+    let mut resume = attached(false);
+    deliver(&mut resume, 1, 1..=3);
+    let start = start();
+    let first = take_at(&mut resume, start).unwrap();
+    let second = take_at(&mut resume, start + SECOND).unwrap();
+    let overdue = |resume: &Resume<u64>, seconds| -> Vec<(Handle, Duration)> {
+        let overdue = resume.overdue(start + seconds * SECOND, 5 * SECOND);
+        overdue.into_iter().map(|overdue| (overdue.handle, overdue.held_for)).collect()
+    };
+    assert_eq!(overdue(&resume, 5), []);
+    assert_eq!(overdue(&resume, 6), [(first, 6 * SECOND)]);
+    assert_eq!(overdue(&resume, 7), [(first, 7 * SECOND), (second, 6 * SECOND)]);
+    assert!(resume.overdue(start + 7 * SECOND, Duration::MAX).is_empty());
+    let showing = first.showing;
+    let nacked = Nacked { attempt: 1, delay: None, reason: String::new(), showing };
+    assert!(resume.nack(first, nacked.clone()));
+    assert_eq!(overdue(&resume, 6), []);
+    // Before the nack is sent: then it never is.
+    resume.ack(first);
+    let (_, batch) = resume.batch().unwrap();
+    assert_eq!((&batch[0].unsent.acks, batch[0].unsent.nacks.len()), (&vec![1..=1], 0));
+
+    let nacked = Nacked { showing: second.showing, ..nacked };
+    assert!(resume.nack(second, nacked));
+    assert_eq!(resume.batch().unwrap().1[0].unsent.nacks.len(), 1);
+    // After the message has come again: then it is not shown again.
+    resume.rewind(1, 2, 1).unwrap();
+    let items = [(2, (2, 1, 2)), (3, (1, 1, 3))];
+    resume.deliver(1, 4, 1, items.into_iter()).unwrap();
+    resume.confirm(2);
+    assert_eq!(resume.ack(second), Acked::Queued);
+    assert_eq!(take_at(&mut resume, start + 8 * SECOND).unwrap().sequence, 3);
+    assert_eq!(overdue(&resume, 13), [], "what is shown again has its time anew");
+}
+
+#[test]
+fn a_reader_holds_nothing_for_too_long() {
+    let mut resume = attached(true);
+    deliver(&mut resume, 1, 1..=1);
+    take(&mut resume).unwrap();
+    assert!(resume.overdue(start() + MAX_PROCESSING * 2, MAX_PROCESSING).is_empty());
+}
+
+#[test]
 fn a_gap_is_told_once_in_its_place_and_without_what_has_arrived() {
     let mut resume = attached(false);
     deliver(&mut resume, 1, 1..=2);
@@ -509,7 +594,7 @@ fn a_gap_is_told_once_in_its_place_and_without_what_has_arrived() {
     assert_eq!(resume.gap(1, &missing), Ok(true));
     assert_eq!(resume.gap(1, &missing), Ok(false));
     let mut order = Vec::new();
-    while let Some(shown) = resume.take(|_| true) {
+    while let Some(shown) = resume.take(start(), |_| true) {
         order.push(match shown {
             Shown::Message { message, .. } => message..=message,
             Shown::Gap { missing, .. } => missing.range,
@@ -524,7 +609,7 @@ fn a_gap_is_reported_by_each_hello_until_that_is_confirmed() {
     let missing = Missing { range: 1..=3, reason: 1 };
     resume.gap(1, &missing).unwrap();
     assert_eq!(resume.queued(), 0, "nobody has seen it");
-    assert!(matches!(resume.take(|_| true), Some(Shown::Gap { .. })));
+    assert!(matches!(resume.take(start(), |_| true), Some(Shown::Gap { .. })));
     assert_eq!(resume.queued(), 1);
     assert_eq!(resume.batch().unwrap().1[0].unsent.missed, [1..=3]);
     assert!(resume.is_unconfirmed());
@@ -565,7 +650,7 @@ fn topics_take_turns() {
     deliver(&mut resume, 1, 1..=3);
     let items = [(1, (1, 1, 101)), (2, (1, 1, 102))];
     resume.deliver(2, 4, 0, items.into_iter()).unwrap();
-    let order: Vec<u64> = std::iter::from_fn(|| match resume.take(|_| true)? {
+    let order: Vec<u64> = std::iter::from_fn(|| match resume.take(start(), |_| true)? {
         Shown::Message { message, .. } => Some(message),
         Shown::Gap { .. } => None,
     })

@@ -22,6 +22,11 @@ impl Subscriber {
     /// it returns an error or panics, the message is nacked with the error as the reason, and
     /// comes again, after the server's backoff, before anything later of its topic.
     ///
+    /// A handler that takes longer than
+    /// [`max_processing`](crate::SubscriberBuilder::max_processing) holds its topic up until it
+    /// returns; its message has then been given up, and comes again unless the handler returns
+    /// `Ok`.
+    ///
     /// Gaps are logged as warnings; to act on them, use [`next`](Self::next).
     ///
     /// ```
@@ -53,7 +58,8 @@ impl Subscriber {
     ///
     /// # Errors
     ///
-    /// The server has ended the session for good. Handlers that run are waited for.
+    /// The session has ended for good, as [`SubscribeError`] tells. Handlers that run are waited
+    /// for.
     pub async fn run<H, F, E>(
         mut self,
         concurrency: usize,

@@ -20,7 +20,7 @@ use crate::error::{Cause, Reason, SubscribeError};
 use crate::limits;
 use crate::liveness::Liveness;
 use crate::message::duration;
-use crate::reconnect::Reconnect;
+use crate::reconnect::{Hopeless, Reconnect};
 use crate::state::ConnectionState;
 use crate::transport::{Link, Responses};
 
@@ -55,7 +55,16 @@ impl From<Broken> for End {
     }
 }
 
-/// Runs until the subscriber is stopped or refused.
+impl From<Hopeless> for SubscribeError {
+    fn from(hopeless: Hopeless) -> Self {
+        match hopeless {
+            Hopeless::Protocol(detail) => Self::Protocol(detail),
+            Hopeless::Foreign(answer) => Self::Foreign(answer),
+        }
+    }
+}
+
+/// Runs until the subscriber is stopped or refused, or gives up.
 pub(super) async fn run(core: Arc<Core>) {
     let error = tokio::select! {
         error = keep_attached(&core) => error,
@@ -81,7 +90,7 @@ async fn keep_attached(core: &Core) -> Option<SubscribeError> {
                 }
                 match reconnect.lost(cause, &core.state) {
                     Ok(delay) => delay,
-                    Err(cause) => return Some(SubscribeError::Protocol(cause.to_string())),
+                    Err(hopeless) => return Some(hopeless.into()),
                 }
             }
         };
@@ -256,6 +265,8 @@ impl Session<'_> {
         if self.live.ping_is_due(now) {
             let nonce = self.live.ping(now);
             permit.send(convert::request(Request::Ping(pb::Ping { nonce })));
+            // A message has no timer of its own: being late by a ping does not matter to it.
+            self.core.give_up_overdue(now);
             return;
         }
         self.ack_due = None;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rangemap::RangeInclusiveSet;
 
@@ -104,10 +104,13 @@ struct Buffered<M> {
     bytes: u64,
 }
 
+/// A message in the application's hands.
 #[derive(Debug)]
-struct Outstanding {
-    showing: u64,
+pub(super) struct Outstanding {
+    pub(super) showing: u64,
+    pub(super) attempt: u32,
     bytes: u64,
+    since: Instant,
 }
 
 /// The states of a message, each a set below: buffered, outstanding (in the application's hands),
@@ -312,7 +315,7 @@ impl<M> Topic<M> {
 
     /// Hands out the next thing, in the order of the log. `auto_ack`: it needs no ack by the
     /// application.
-    pub(super) fn take(&mut self, showing: u64, auto_ack: bool) -> Option<Next<M>> {
+    pub(super) fn take(&mut self, showing: u64, now: Instant, auto_ack: bool) -> Option<Next<M>> {
         let message = self.buffered.first_key_value().map(|(sequence, _)| *sequence);
         let gap = self.gaps.first_key_value().map(|(sequence, _)| *sequence);
         if let Some(gap) = gap
@@ -331,7 +334,8 @@ impl<M> Topic<M> {
         if auto_ack {
             self.queue_ack(sequence);
         } else {
-            self.outstanding.insert(sequence, Outstanding { showing, bytes });
+            let out = Outstanding { showing, attempt, bytes, since: now };
+            self.outstanding.insert(sequence, out);
         }
         Some(Next::Message { sequence, attempt, message })
     }
@@ -355,6 +359,18 @@ impl<M> Topic<M> {
     /// All messages in the application's hands up to this one.
     pub(super) fn outstanding_up_to(&self, sequence: u64) -> Vec<u64> {
         self.outstanding.range(..=sequence).map(|(sequence, _)| *sequence).collect()
+    }
+
+    /// The messages that the application has held for longer than `limit`, and for how long.
+    pub(super) fn overdue(
+        &self,
+        now: Instant,
+        limit: Duration,
+    ) -> impl Iterator<Item = (u64, &Outstanding, Duration)> {
+        self.outstanding.iter().filter_map(move |(sequence, out)| {
+            let held_for = now.saturating_duration_since(out.since);
+            (held_for > limit).then_some((*sequence, out, held_for))
+        })
     }
 
     fn queue_ack(&mut self, sequence: u64) {

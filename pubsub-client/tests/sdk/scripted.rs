@@ -4,7 +4,10 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use pubsub_client::{Cause, Client, ConnectionState, Event, PublishErrorKind, RetryPolicy};
+use pubsub_client::{
+    Cause, Client, ConnectionState, EnqueueError, Event, Outcome, PublishErrorKind, RetryPolicy,
+    StateWatch, SubscribeError,
+};
 use pubsub_proto::v1::publish_stream_request::Frame as PublishFrame;
 use pubsub_proto::v1::publish_stream_response::Frame as PublishAnswer;
 use pubsub_proto::v1::publisher_service_server::{PublisherService, PublisherServiceServer};
@@ -259,6 +262,68 @@ async fn a_status_of_a_proxy_is_no_word_of_the_server() {
     assert_eq!(delivery.id.sequence, 1);
 }
 
+/// Lets a minute pass whenever the session waits to try again, until it ends: says why.
+async fn end_of(mut state: StateWatch) -> Arc<Cause> {
+    for _ in 0..10 {
+        let change = soon(state.changed()).await.unwrap();
+        if let ConnectionState::Closed { cause } = change {
+            return cause.unwrap();
+        }
+        tokio::time::pause();
+        tokio::time::advance(Duration::from_secs(61)).await;
+        tokio::time::resume();
+    }
+    panic!("it never ends");
+}
+
+#[tokio::test]
+async fn a_subscriber_that_is_denied_by_something_else_ends_after_a_minute() {
+    let world =
+        world(|_| Some(vec![Err(Status::permission_denied("log in first"))]), nothing).await;
+    let mut subscriber = world.client.subscriber("s").topic("t").open_lazy();
+    let cause = end_of(subscriber.state()).await;
+    assert!(matches!(*cause, Cause::Foreign(_)), "{cause}");
+    assert!(world.server.hellos.lock().unwrap().len() > 1, "it was tried again");
+    let Some(Err(error)) = soon(subscriber.next()).await else { panic!("no error") };
+    assert!(matches!(error, SubscribeError::Foreign(_)), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("PermissionDenied: log in first") && text.contains("proxy"), "{text}");
+    assert!(soon(subscriber.next()).await.is_none());
+}
+
+#[tokio::test]
+async fn a_publisher_that_is_denied_by_something_else_tells_what_was_ever_sent() {
+    let script: Script<PublishAnswer> = |stream| {
+        let denied = Err(Status::unauthenticated("log in first"));
+        Some(if stream == 0 { vec![Ok(publisher_welcome(None)), denied] } else { vec![denied] })
+    };
+    let world = world(nothing, script).await;
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    let sent = publisher.enqueue("1").await.unwrap();
+    soon(publisher.state().wait_for(ConnectionState::is_reconnecting)).await.unwrap();
+    let unsent = publisher.enqueue("2").await.unwrap();
+    let cause = end_of(publisher.state()).await;
+    assert!(matches!(*cause, Cause::Foreign(_)), "{cause}");
+    for (ticket, outcome) in [(sent, Outcome::Unknown), (unsent, Outcome::NotPersisted)] {
+        let error = soon(ticket).await.unwrap_err();
+        assert!(matches!(error.kind(), PublishErrorKind::Foreign(_)), "{error}");
+        assert_eq!((error.outcome(), error.is_retryable()), (outcome, false));
+    }
+    let Err(EnqueueError::Closed { cause: Some(kind), .. }) = publisher.enqueue("3").await else {
+        panic!("it goes on")
+    };
+    assert!(matches!(*kind, PublishErrorKind::Foreign(_)), "{kind}");
+}
+
+#[tokio::test]
+async fn connecting_to_something_else_fails_at_once_and_says_so() {
+    // It has no service for administration.
+    let world = world(nothing, nothing).await;
+    let error = soon(Client::connect(world.client.url())).await.unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("Unimplemented") && text.contains("another service"), "{text}");
+}
+
 #[tokio::test]
 async fn a_server_that_does_not_answer_is_left() {
     let world = world(nothing, nothing).await;
@@ -278,7 +343,7 @@ async fn results_that_are_not_due_end_the_publisher_the_second_time() {
     let publisher = world.client.publisher("t").open().await.unwrap();
     let error = soon(publisher.publish("1")).await.unwrap_err();
     assert!(matches!(error.kind(), PublishErrorKind::Protocol(_)), "{error}");
-    assert_eq!(error.outcome(), pubsub_client::Outcome::Unknown);
+    assert_eq!(error.outcome(), Outcome::Unknown);
     assert_eq!(*world.server.publishers.lock().unwrap(), 2);
     assert!(publisher.state().get().is_closed());
 }

@@ -81,6 +81,71 @@ async fn after_a_nack_the_message_and_its_successors_come_again_in_order() {
 }
 
 #[tokio::test]
+async fn a_message_that_is_held_for_too_long_comes_again_and_its_older_delivery_can_ack() {
+    let world = World::new().await;
+    world.publish(1..=2).await;
+    let mut patient = world.subscription("patient").max_processing(Duration::MAX);
+    patient = patient.max_outstanding_messages(1);
+    let mut patient = patient.open().await.unwrap();
+    let kept = next(&mut patient).await;
+    let mut subscriber = world.subscription("s").max_processing(SECOND / 2).open().await.unwrap();
+    let shown_at = std::time::Instant::now();
+    let first = next(&mut subscriber).await;
+    assert_eq!(receive(&mut subscriber, 1).await, [2]);
+    let again = next(&mut subscriber).await;
+    assert!(shown_at.elapsed() >= 3 * SECOND / 2, "after the limit and the server's backoff");
+    assert_eq!((number(&again), again.attempt), (1, 2));
+    soon(first.ack_confirmed()).await.unwrap();
+    // It has nothing to say any more.
+    again.nack(Nack::now());
+    silence(&mut subscriber).await;
+    let info = world.client.admin().subscription("s").await.unwrap();
+    assert_eq!((info.positions[0].floor, info.positions[0].backlog), (2, 0));
+    silence(&mut patient).await;
+    kept.ack();
+    let second = next(&mut patient).await;
+    assert_eq!((number(&second), second.attempt), (2, 1));
+}
+
+#[tokio::test]
+async fn a_message_that_is_given_up_waits_for_its_handler() {
+    let world = World::new().await;
+    world.publish(1..=2).await;
+    let subscriber = world.subscription("s").max_processing(SECOND / 2).open().await.unwrap();
+    let stopper = subscriber.stopper();
+    let seen = Arc::new(Mutex::new((0, Vec::new())));
+    let handler = {
+        let seen = Arc::clone(&seen);
+        move |message: pubsub_client::ReceivedMessage| {
+            let seen = Arc::clone(&seen);
+            async move {
+                let sequence = message.id.sequence;
+                {
+                    let mut seen = seen.lock().unwrap();
+                    seen.0 += 1;
+                    assert_eq!(seen.0, 1, "two at once");
+                    seen.1.push((sequence, message.attempt));
+                }
+                // Long enough for the first to be given up, and to be there again.
+                tokio::time::sleep(if sequence == 1 { 4 * SECOND } else { SECOND / 10 }).await;
+                seen.lock().unwrap().0 -= 1;
+                if message.attempt == 1 && sequence == 1 { Err("too late") } else { Ok(()) }
+            }
+        }
+    };
+    let running = tokio::task::spawn(subscriber.run(4, handler));
+    soon(async {
+        while seen.lock().unwrap().1.len() < 3 {
+            tokio::time::sleep(SECOND / 50).await;
+        }
+    })
+    .await;
+    assert!(soon(stopper.stop(Drain::Finish, 5 * SECOND)).await.is_clean());
+    soon(running).await.unwrap().unwrap();
+    assert_eq!(seen.lock().unwrap().1, [(1, 1), (1, 2), (2, 1)]);
+}
+
+#[tokio::test]
 async fn a_dropped_delivery_comes_again_without_counting_as_a_failure() {
     let world = World::new().await;
     world.publish(1..=2).await;
