@@ -70,6 +70,8 @@ pub const FRAME_BYTES: usize = 256 * 1024;
 /// Ranges of received messages kept for one subscription and topic; older ones are merged into
 /// "trimmed".
 pub const MAX_RECEIVED_RANGES: usize = 10_000;
+/// Ranges beyond the floor that are done: a consumer that acks what it was sent never has as many.
+pub const MAX_DONE_RANGES: usize = 20_000;
 /// Boots remembered in the ledger.
 pub const MAX_BOOTS: usize = 10_000;
 

@@ -204,10 +204,9 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 
 async fn serve(stream: TcpStream, routes: Routes, mut stopping: watch::Receiver<bool>) {
     let _ = stream.set_nodelay(true);
-    // Whoever connects and says nothing is sent away.
-    match timeout(HANDSHAKE, stream.peek(&mut [0])).await {
-        Ok(Ok(read)) if read > 0 => {}
-        Ok(_) | Err(_) => return,
+    // Whoever connects and says nothing, or begins and goes no further, is sent away.
+    if timeout(HANDSHAKE, preface(&stream)).await != Ok(true) {
+        return;
     }
     let tasks = TaskTracker::new();
     let service = TowerToHyperService::new(routes);
@@ -224,6 +223,21 @@ async fn serve(stream: TcpStream, routes: Routes, mut stopping: watch::Receiver<
         tracing::debug!(%error, "a connection ended");
     }
 }
+
+/// Whether the client has sent what every HTTP/2 connection begins with; hyper would wait for it
+/// without an end, and looks at what it says.
+async fn preface(stream: &TcpStream) -> bool {
+    let mut bytes = [0; PREFACE_BYTES];
+    loop {
+        match stream.peek(&mut bytes).await {
+            Ok(PREFACE_BYTES) => return true,
+            Ok(0) | Err(_) => return false,
+            Ok(_) => tokio::time::sleep(MIN_PAUSE).await,
+        }
+    }
+}
+
+const PREFACE_BYTES: usize = 24;
 
 /// All limits explicitly: tonic's own server leaves two of them open that protect against floods
 /// of resets.

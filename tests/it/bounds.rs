@@ -20,7 +20,9 @@ fn a_full_topic_blocks_its_publisher_visibly_until_it_is_consumed() {
         admin::create_topic_with(&channel, "small", config).await?;
         admin::create_topic(&channel, "other").await?;
         let client = app::client(&server.url())?;
-        let mut slow = app::subscribe(&client, "slow", "small").await?;
+        // Most of what it has to get stays with the server meanwhile.
+        let builder = client.subscriber("slow").topic("small").start(Start::Earliest);
+        let mut slow = builder.max_outstanding_messages(2).open().await?;
         let publisher = app::publisher(&client, "small").await?;
 
         let payload = vec![7; 4 * 1024];
@@ -97,6 +99,8 @@ fn topics_are_not_deleted_faster_than_their_consumers_are_told() {
 
 #[test]
 fn a_consumer_that_never_reads_stalls_nobody_else() {
+    /// Of 2 MiB.
+    const ROUNDS: usize = 32;
     scenario(WITHIN, async |lab| {
         let server = lab.server().await?;
         let channel = raw::connect(&server.url()).await?;
@@ -115,7 +119,7 @@ fn a_consumer_that_never_reads_stalls_nobody_else() {
         let mut live = app::subscribe(&client, "live", "orders").await?;
         let publisher = app::publisher(&client, "orders").await?;
         let before = server.usage()?.resident_kib;
-        for _ in 0..8 {
+        for _ in 0..ROUNDS {
             for _ in 0..128 {
                 drop(publisher.enqueue(Message::new(vec![0; 16 * 1024])).await?);
             }
@@ -125,8 +129,10 @@ fn a_consumer_that_never_reads_stalls_nobody_else() {
             wait::soon("the flush", SOON, publisher.flush()).await??;
         }
         let grown = server.usage()?.resident_kib.saturating_sub(before);
-        // 16 MiB went past eight stalled consumers: less than a copy for each may be in memory.
-        ensure!(grown < 160 * 1024, "the server grew by {grown} KiB");
+        eprintln!("the server grew by {grown} KiB");
+        // 64 MiB went past eight stalled consumers. Of each of these 24 frames of 256 KiB may wait,
+        // and the engine has a cache of 64 MiB: 112 MiB, and half as much again for the allocator.
+        ensure!(grown < 168 * 1024, "the server grew by {grown} KiB");
         drop(stalled);
         Ok(())
     });

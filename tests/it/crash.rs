@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use pubsub_client::Message;
+use pubsub_proto::v1::{CreateTopicRequest, DeleteSubscriptionRequest, PublishRequest};
 use pubsub_tests::{
     admin, auditor,
     checker::Gate,
@@ -151,6 +152,49 @@ fn a_server_killed_again_and_again_while_it_starts_recovers() {
 }
 
 #[test]
+fn a_call_that_is_cut_off_has_happened_once_or_not_at_all() {
+    const CUTS: u64 = 40;
+    scenario(WITHIN, async |lab| {
+        let mut rig = lab.rig().await?;
+        for number in 1..=CUTS {
+            let (name, patience) = (format!("topic-{number}"), lab.rng.below(2_000));
+            let channel = raw::connect(&rig.server.url()).await?;
+            let create = admin::create_topic(&channel, &name);
+            // The stream is reset, at about the time of the commit.
+            let _cut = tokio::time::timeout(Duration::from_micros(patience), create).await;
+            let again = CreateTopicRequest { name, if_not_exists: true, config: None };
+            raw::admin(&channel).create_topic(again).await?;
+            let delete = DeleteSubscriptionRequest { name: format!("gone-{number}") };
+            admin::create_subscription(&channel, &delete.name, &["topic-*"]).await?;
+            let mut cut = raw::admin(&channel);
+            let deleting = cut.delete_subscription(delete.clone());
+            let _cut = tokio::time::timeout(Duration::from_micros(patience), deleting).await;
+            let deleted = raw::admin(&channel).delete_subscription(delete).await;
+            let reason = deleted.err().and_then(|status| raw::reason(&status));
+            let gone = reason.as_deref().is_none_or(|reason| reason == "SUBSCRIPTION_NOT_FOUND");
+            ensure!(gone, "{reason:?}");
+        }
+        let channel = raw::connect(&rig.server.url()).await?;
+        let mut expected = Vec::new();
+        for number in 1..=CUTS {
+            let topic = format!("topic-{number}");
+            let messages = vec![raw::message("kept")];
+            let request = PublishRequest { topic: topic.clone(), messages };
+            raw::publisher(&channel).publish(request).await?;
+            expected.push(admin::topic(&channel, &topic).await?);
+        }
+        rig.crash().await?;
+        let channel = raw::connect(&rig.server.url()).await?;
+        for before in expected {
+            let topic = admin::topic(&channel, &before.name).await?;
+            ensure!(topic == before && topic.subscriptions.is_empty(), "{topic:?}, {before:?}");
+        }
+        ensure!(!lab.log().contains("stored twice"), "two of one name");
+        Ok(())
+    });
+}
+
+#[test]
 fn a_drain_under_load_ends_within_seconds_and_nobody_notices() {
     scenario(WITHIN, async |lab| {
         let mut rig = lab.rig().await?;
@@ -160,6 +204,7 @@ fn a_drain_under_load_ends_within_seconds_and_nobody_notices() {
             load.publisher(lab.rng.fork()).await?;
         }
         load.consumer("billing", lab.rng.fork()).await?;
+        let mut quickest = Duration::MAX;
         for _ in 0..4 {
             load.progress(100, 100).await?;
             load.fault("stop");
@@ -170,8 +215,12 @@ fn a_drain_under_load_ends_within_seconds_and_nobody_notices() {
             // The promise is 5 s; a busy machine gets one more.
             let took = asked.elapsed();
             ensure!(took < Duration::from_secs(6), "it took {took:?}");
+            quickest = quickest.min(took);
             rig.revive().await?;
         }
+        // Clients that are told leave by themselves. They follow the advice once a minute; for
+        // those that do not, the server waits for 3 s.
+        ensure!(quickest < Duration::from_secs(3), "nobody was told: {quickest:?} at least");
         load.progress(50, 50).await?;
         let gate = Gate { stored: 400, delivered: 400, faults: 4, in_doubt: 1 };
         load.finish(&rig.server.url(), gate).await?;

@@ -18,6 +18,8 @@ use pubsub_tests::{
 };
 use tonic::transport::Channel;
 
+use crate::sealing;
+
 const WITHIN: Duration = Duration::from_secs(120);
 const SOON: Duration = Duration::from_secs(20);
 const STOP: Duration = Duration::from_secs(8);
@@ -158,6 +160,8 @@ fn a_backlog_in_sealed_files_is_read_whole_and_a_flipped_bit_in_it_is_typed() {
             stores.pop().context("nothing is sealed")
         };
         wait::until_ok("a sealed file", SOON, async || sealed()).await?;
+        // So that what it holds is in no other file any more.
+        sealing::all_sealed(&data).await?;
         server.kill().await?;
         server.start_again().await?;
         let channel = raw::connect(&server.url()).await?;

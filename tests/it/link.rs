@@ -2,14 +2,16 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use pubsub_client::{ConnectionState, Message};
+use anyhow::{Context as _, Result, bail, ensure};
+use pubsub_client::{ConnectionState, Message, StateWatch};
+use pubsub_proto::v1::{PublisherHello, SubscribeHello};
 use pubsub_tests::{
     admin, auditor,
     checker::Gate,
     lab::{Rig, scenario},
     proxy::{At, Cut, Direction, Mode},
-    raw, wait,
+    raw::{self, PublishStream, SubscribeStream},
+    wait,
 };
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
@@ -23,6 +25,8 @@ const WITHIN: Duration = Duration::from_secs(120);
 const TOPIC: &str = "orders";
 /// With heartbeats of 1 s, silence is noticed after 2.5 s; a busy machine gets more.
 const NOTICED: Duration = Duration::from_secs(8);
+/// Long enough for silence to be noticed, if there were any.
+const IDLE: Duration = Duration::from_secs(4);
 
 /// No conversation of these scenarios has more frames in one direction.
 const MOST_FRAMES: u64 = 80;
@@ -181,6 +185,49 @@ fn a_slow_and_choppy_link_changes_nothing_but_time() {
         let shown = app::next_many(&mut subscriber, 40).await?;
         ensure!(app::sequences(&shown).into_iter().eq(1..=40), "{shown:?}");
         app::confirm(shown).await
+    });
+}
+
+#[test]
+fn an_idle_link_stays_up() {
+    scenario(WITHIN, async |lab| {
+        let rig = lab.rig().await?;
+        admin::create_topic(&raw::connect(&rig.server.url()).await?, TOPIC).await?;
+        let client = app::client(&rig.url())?;
+        let publisher = app::publisher(&client, TOPIC).await?;
+        let subscriber = app::subscribe(&client, "billing", TOPIC).await?;
+        let stays = async |watch: StateWatch| {
+            app::state(watch.clone(), "connected", SOON, ConnectionState::is_connected).await?;
+            match app::state(watch, "lost", IDLE, ConnectionState::is_reconnecting).await {
+                Ok(state) => bail!("an idle link is lost: {state:?}"),
+                Err(_) => Ok(()),
+            }
+        };
+        let (publisher, subscriber) =
+            tokio::join!(stays(publisher.state()), stays(subscriber.state()));
+        publisher.and(subscriber)
+    });
+}
+
+#[test]
+fn a_client_that_says_nothing_is_given_up() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let channel = raw::connect(&server.url()).await?;
+        admin::create_topic(&channel, TOPIC).await?;
+        let heartbeat = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+        let hello = raw::consumer_hello("billing", "worker", &[TOPIC]);
+        let hello = SubscribeHello { heartbeat_interval: heartbeat, ..hello };
+        let (mut consumer, _) = SubscribeStream::welcomed(&channel, hello).await?;
+        let hello = raw::publisher_hello(TOPIC, [7; 16]);
+        let hello = PublisherHello { heartbeat_interval: heartbeat, ..hello };
+        let (mut publisher, _) = PublishStream::welcomed(&channel, hello).await?;
+        // Nothing is sent from here on.
+        wait::soon("the end of the consumer", NOTICED, consumer.end()).await??;
+        wait::soon("the end of the publisher", NOTICED, publisher.end()).await??;
+        let connected = admin::subscription(&channel, "billing").await?.connected;
+        ensure!(!connected, "a silent consumer counts as connected");
+        Ok(())
     });
 }
 

@@ -157,12 +157,18 @@ impl Load {
             }
         }
         // What the checker finds explains more than that something did not arrive.
-        let found = checker::judge(&self.recorder.history(), &[log], &expected, gate);
+        let history = self.recorder.history();
+        let found = checker::judge(&history, &[log], &expected, gate);
         let found = match (found, ended) {
             (Ok(found), Ok(())) => found,
             (Ok(_), Err(error)) | (Err(error), Ok(())) => return Err(error),
             (Err(report), Err(error)) => return Err(report.context(format!("{error:#}"))),
         };
+        // Whatever breaks meanwhile: an application is told the id of all that it publishes.
+        let lost = |event: &&Event| matches!(event, Event::Unknown(_) | Event::Refused(_));
+        if let Some(event) = history.iter().find(lost) {
+            bail!("a publish ended without an id: {event}");
+        }
         for expectation in &expected {
             app::all_acked(&channel, &expectation.subscription).await?;
         }

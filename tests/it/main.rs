@@ -20,4 +20,5 @@ mod link;
 mod load;
 mod outcomes;
 mod sealing;
+mod standby;
 mod tidy;

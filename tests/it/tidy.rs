@@ -136,14 +136,16 @@ fn sources() -> Result<Vec<Source>> {
     Ok(sources)
 }
 
-/// Finds a whole word, or a path of whole words.
+/// Finds a whole word, or a path of whole words. One that ends with `::` is the beginning of a
+/// path.
 fn word(code: &str, word: &str) -> Option<Range<usize>> {
     let is_part = |character: char| character.is_alphanumeric() || character == '_';
     code.match_indices(word)
         .find(|(start, _)| {
             let before = code[..*start].chars().next_back();
             let after = code[start + word.len()..].chars().next();
-            !before.is_some_and(is_part) && !after.is_some_and(is_part)
+            let goes_on = word.ends_with(is_part) && after.is_some_and(is_part);
+            !before.is_some_and(is_part) && !goes_on
         })
         .map(|(start, _)| start..start + word.len())
 }
@@ -302,4 +304,6 @@ fn only_code_counts() {
     assert_eq!(word(&code, "redb"), None, "{code}");
     assert_eq!(code.lines().count(), source.lines().count());
     assert!(word("use redb::Database;", "redb").is_some());
+    assert!(word("use redb::Database;", "redb::").is_some());
+    assert_eq!(word("redb.open()", "redb::"), None);
 }

@@ -110,7 +110,7 @@ pub fn message(payload: impl Into<bytes::Bytes>) -> Message {
     Message { payload: payload.into(), ..Message::default() }
 }
 
-/// Counts the connections of all publishers: each one's grow.
+/// Counts all connections: so the numbers of each publisher and consumer grow.
 static ATTACHES: AtomicU64 = AtomicU64::new(1);
 
 /// The hello of a publisher that has sent nothing yet, on its next connection.
@@ -127,12 +127,16 @@ pub fn publisher_hello(topic: &str, producer_id: [u8; 16]) -> PublisherHello {
     }
 }
 
-/// The hello of a consumer that connects for the first time.
+/// The hello of a consumer on its next connection.
 pub fn consumer_hello(subscription: &str, consumer: &str, topics: &[&str]) -> SubscribeHello {
     SubscribeHello {
         protocol: PROTOCOL_VERSION,
         subscription: subscription.into(),
-        consumer: Some(Consumer { id: consumer.into(), instance: vec![1; 16].into(), attach: 1 }),
+        consumer: Some(Consumer {
+            id: consumer.into(),
+            instance: vec![1; 16].into(),
+            attach: ATTACHES.fetch_add(1, Ordering::Relaxed),
+        }),
         topics: topics.iter().copied().map(Into::into).collect(),
         max_outstanding_messages: 1000,
         max_outstanding_bytes: 8 << 20,

@@ -10,6 +10,7 @@ use super::session::{AckBatch, Event, Heartbeat, Session, SessionId, SessionTopi
 use super::subscription::{Keeper, Subscription};
 use crate::limits;
 use crate::names::ConsumerId;
+use crate::record::ConsumerRecord;
 
 impl Subscription {
     /// Who holds the place, if it is not this consumer.
@@ -21,25 +22,50 @@ impl Subscription {
 
     pub(super) async fn on_attach(&mut self, mut session: Session) {
         let consumer = &session.consumer;
+        if self.is_overtaken(consumer) {
+            let error = BrokerError::Superseded(consumer.id.clone());
+            session.tell(Event::Ended(error));
+            return;
+        }
         if let Some(active) = &mut self.active
             && active.consumer.id == consumer.id
         {
-            let same = active.consumer.instance == consumer.instance;
-            if same && active.consumer.attach >= consumer.attach {
-                let error = BrokerError::Superseded(consumer.id.clone());
-                session.tell(Event::Ended(error));
-                return;
-            }
             active.tell(Event::Ended(BrokerError::Superseded(consumer.id.clone())));
             self.activate(session).await;
         } else if let Some(holder) = self.holder()
             && holder != consumer.id
         {
             session.tell(Event::Standby(holder));
+            self.take_claimed_acks(&mut session);
             self.wait_in_line(session);
         } else {
             self.activate(session).await;
         }
+    }
+
+    /// Whether a later connection of the same instance was here already: connections overtake
+    /// each other.
+    fn is_overtaken(&self, consumer: &ConsumerRecord) -> bool {
+        let sessions = self.active.iter().chain(&self.standby).map(|session| &session.consumer);
+        sessions.chain(&self.record.consumer).any(|known| {
+            (&known.id, known.instance) == (&consumer.id, consumer.instance)
+                && known.attach >= consumer.attach
+        })
+    }
+
+    /// What a consumer has received counts, also if it has to stand by. What it holds and hands
+    /// back is another one's by now.
+    fn take_claimed_acks(&mut self, session: &mut Session) {
+        for (epoch, claim) in &session.claims {
+            if let Some(topic) = self.topics.get_mut(epoch)
+                && topic.delivery.cursor().generation == claim.cursor_generation
+            {
+                topic.delivery.ack(&claim.acked);
+                topic.delivery.miss(&claim.missed);
+            }
+        }
+        // The hello counts as batch 0, to be confirmed if there was something in it.
+        session.acks_taken = (!session.claims.is_empty()).then_some(0);
     }
 
     /// Whose turn it is, connected or awaited.
@@ -77,6 +103,8 @@ impl Subscription {
                 Claim { cursor_generation: topic.delivery.cursor().generation, ..Claim::default() };
             let dropped = topic.delivery.attach(claims.get(epoch).unwrap_or(&none), now);
             topic.told = topic.tell();
+            // It may be readable again; if not, this consumer is to hear of it.
+            topic.damaged = None;
             topics.push(SessionTopic { dropped, ..topic.describe(*epoch) });
         }
         let known = self.record.consumer.as_ref();
@@ -88,6 +116,7 @@ impl Subscription {
         if let Err(error) = self.settle_saves().await {
             session.tell(Event::Ended(error.into()));
             self.active = None;
+            self.grace = Some(now + limits::GRACE);
             return;
         }
         topics.retain(|topic| self.topics.contains_key(&topic.epoch));
@@ -95,6 +124,7 @@ impl Subscription {
         topics.sort_by_key(|topic| !self.topics.get(&topic.epoch).is_some_and(|topic| topic.gone));
         let epoch = (self.keeper == Keeper::Server).then_some(self.record.epoch);
         session.tell(Event::Welcome(Welcome { epoch, topics }));
+        (session.acks_taken, session.acks_confirmed) = (Some(0), Some(0));
         self.grace = None;
         self.active = Some(session);
         self.tell_departed();
@@ -104,7 +134,7 @@ impl Subscription {
         self.standby.retain(|session| session.id != id);
         if self.active.as_ref().is_some_and(|active| active.id == id) {
             self.active = None;
-            self.release_place().await;
+            self.release_place();
         }
     }
 
@@ -118,7 +148,7 @@ impl Subscription {
     }
 
     /// The consumer gives up its place, or its grace is over.
-    pub(super) async fn release_place(&mut self) {
+    pub(super) fn release_place(&mut self) {
         self.grace = None;
         self.record.consumer = None;
         self.record_changed = true;
@@ -128,11 +158,11 @@ impl Subscription {
         if self.keeper == Keeper::Client {
             self.ended = true;
         }
-        self.promote_if_free().await;
     }
 
+    /// Lets the next one in if nobody holds the place.
     pub(super) async fn promote_if_free(&mut self) {
-        while self.holder().is_none() {
+        while !self.standby.is_empty() && self.holder().is_none() {
             let Some(next) = self.standby.pop_front() else {
                 return;
             };
@@ -158,7 +188,7 @@ impl Subscription {
         else {
             return;
         };
-        session.acks_taken = session.acks_taken.max(batch.number);
+        session.acks_taken = session.acks_taken.max(Some(batch.number));
         let active = self.active.as_ref().is_some_and(|active| active.id == id);
         for acks in batch.topics {
             let epoch = self.numbers.get(&acks.topic);
@@ -171,11 +201,11 @@ impl Subscription {
             topic.delivery.ack(&acks.acked);
             topic.delivery.miss(&acks.missed);
             // Whoever does not hold the place can say what it has received, but moves nothing.
-            for nack in acks.nacked.iter().filter(|_| active) {
-                let rewound = topic.delivery.nack(nack, now);
-                if let (Some(rewound), Some(session)) = (rewound, &mut self.active) {
-                    session.tell(Event::Rewind(topic.number, rewound));
-                }
+            if active
+                && let Some(rewound) = topic.delivery.nack(&acks.nacked, now)
+                && let Some(session) = &mut self.active
+            {
+                session.tell(Event::Rewind(topic.number, rewound));
             }
         }
         self.tell_departed();
@@ -232,9 +262,15 @@ impl Subscription {
         let now = Instant::now();
         let beats = self.active.iter().chain(&self.standby).map(|session| session.next_heartbeat);
         let backoffs = self.topics.values().filter_map(|topic| topic.delivery.ready_at(now));
+        let retries = self.topics.values().filter_map(|topic| topic.damaged?.retry);
         let others = [self.grace, self.retry_save, self.leases.next_deadline()];
         let far = now + Duration::from_secs(3600);
-        beats.chain(backoffs).chain(others.into_iter().flatten()).min().unwrap_or(far)
+        beats
+            .chain(backoffs)
+            .chain(retries)
+            .chain(others.into_iter().flatten())
+            .min()
+            .unwrap_or(far)
     }
 
     pub(super) async fn on_time(&mut self) {
@@ -243,11 +279,9 @@ impl Subscription {
         if self.grace.is_some_and(|grace| grace <= now) {
             let consumer = self.record.consumer.as_ref().map(|consumer| consumer.id.as_str());
             tracing::info!(subscription = %self.record.name, consumer, "grace is over");
-            self.release_place().await;
+            self.release_place();
         }
-        if self.expire_leases(now) {
-            self.promote_if_free().await;
-        }
+        self.expire_leases(now);
     }
 }
 

@@ -1,13 +1,18 @@
 //! Moving messages from the log to the active session, as far as its credit goes.
 
+use std::time::Duration;
+
 use tokio::time::Instant;
 
 use super::error::BrokerError;
 use super::session::{Credit, Deliver, Event, GapReason};
-use super::subscription::Subscription;
+use super::subscription::{Damage, Subscription, Topic};
 use crate::limits;
 use crate::record::{Epoch, StoredMessage};
 use crate::storage::{ReadError, ReadLimit};
+
+/// How long to wait after a read that may succeed later.
+const READ_RETRY: Duration = Duration::from_secs(1);
 
 impl Subscription {
     /// Sends one frame, if there is something to send and room for it. Answers whether there may
@@ -93,6 +98,10 @@ impl Subscription {
             let Some(topic) = self.topics.get_mut(&epoch) else {
                 continue;
             };
+            let retry = topic.damaged.and_then(|damage| damage.retry);
+            if retry.is_some_and(|at| at <= now) {
+                topic.damaged = None;
+            }
             if topic.damaged.is_some() || topic.gone {
                 continue;
             }
@@ -133,12 +142,19 @@ impl Subscription {
         match error {
             ReadError::Trimmed { first } => self.tell_missing(epoch, first, GapReason::Retention),
             // The broker is about to tell.
-            ReadError::NoTopic => topic.damaged = Some(from),
-            ReadError::DataLoss { .. } | ReadError::Storage(_) => {
+            ReadError::NoTopic => topic.damaged = Some(Damage { sequence: from, retry: None }),
+            // The system may have run short of something, such as open files.
+            ReadError::Storage(error) => {
+                tracing::warn!(topic = %topic.name, from, %error, "cannot read for now");
+                let retry = Some(Instant::now() + READ_RETRY);
+                topic.damaged = Some(Damage { sequence: from, retry });
+            }
+            ReadError::DataLoss { .. } => {
                 tracing::error!(topic = %topic.name, from, %error, "cannot read");
-                topic.damaged = Some(from);
+                topic.damaged = Some(Damage { sequence: from, retry: None });
                 let error = BrokerError::read(&topic.name, error);
-                let others = self.topics.values().any(|topic| topic.damaged.is_none());
+                let sound = |topic: &Topic| topic.damaged.is_none() && !topic.gone;
+                let others = self.topics.values().any(sound);
                 // With other topics to go on with the session goes on; the description tells.
                 if let Some(session) = self.active.as_mut().filter(|_| !others) {
                     session.tell(Event::Ended(error));

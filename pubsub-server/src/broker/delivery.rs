@@ -208,7 +208,12 @@ impl Delivery {
     /// of them lie within `window` of the floor.
     pub fn wants(&mut self, window: u64, now: Instant) -> Option<(u64, u64)> {
         self.skip_settled();
-        let last = self.cursor.floor.saturating_add(window.max(1)).min(self.head);
+        let mut last = self.cursor.floor.saturating_add(window.max(1)).min(self.head);
+        // One that is held back ends the run before it.
+        let mut later = self.not_before.range(self.next + 1..);
+        if let Some((held_back, _)) = later.find(|(_, at)| **at > now) {
+            last = last.min(held_back - 1);
+        }
         let ready = self.next <= last && self.ready_at(now).is_none();
         ready.then(|| (self.next, last - self.next + 1))
     }
@@ -252,7 +257,8 @@ impl Delivery {
         }
         let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
         self.put_held(sequence, bytes);
-        Some(self.cursor.failures.get(&sequence).map_or(1, |failed| failed + 1))
+        let failures = self.cursor.failures.get(&sequence).copied().unwrap_or(0);
+        Some(failures.saturating_add(1))
     }
 
     fn put_held(&mut self, sequence: u64, bytes: u32) {
@@ -282,7 +288,7 @@ impl Delivery {
             self.cursor.released.remove(first..=last);
             self.settle(first, last);
         }
-        self.limit_received();
+        self.limit_ranges();
     }
 
     /// Marks messages as dealt with and moves the floor as far as it goes.
@@ -305,36 +311,57 @@ impl Delivery {
         }
     }
 
-    /// Receipts are kept up to a limit; the oldest go first.
-    fn limit_received(&mut self) {
+    /// Receipts are kept up to a limit; the oldest go first. So is what is done beyond the floor:
+    /// the last goes first, and may be shown again.
+    fn limit_ranges(&mut self) {
         while self.cursor.received.len() > limits::MAX_RECEIVED_RANGES {
             let Some(oldest) = self.cursor.received.first().cloned() else {
                 return;
             };
-            self.cursor.receipts_from = *oldest.end();
-            self.cursor.received.remove(oldest);
+            self.forget_receipts(*oldest.end());
+        }
+        while self.cursor.released.len() > limits::MAX_RECEIVED_RANGES {
+            let Some((oldest, _)) = self.cursor.released.first_range_value() else {
+                return;
+            };
+            self.forget_receipts(*oldest.end());
+        }
+        while self.cursor.done.len() > limits::MAX_DONE_RANGES {
+            let Some(last) = self.cursor.done.last().cloned() else {
+                return;
+            };
+            self.cursor.done.remove(last);
         }
     }
 
-    /// A message is handed back: it and everything after it is shown again, in order, skipping
-    /// what is done. `None` if it is done already.
-    pub fn nack(&mut self, nack: &Nack, now: Instant) -> Option<Rewound> {
-        if !self.fail(nack, now) {
-            return None;
-        }
-        self.rewind(nack.sequence)
+    fn forget_receipts(&mut self, up_to: u64) {
+        self.cursor.receipts_from = self.cursor.receipts_from.max(up_to);
+        self.cursor.received.remove(0..=up_to);
+        self.cursor.released.remove(0..=up_to);
+    }
+
+    /// Messages are handed back: the first of them and everything after it is shown again, in
+    /// order, skipping what is done. `None` if all are done already.
+    pub fn nack(&mut self, nacks: &[Nack], now: Instant) -> Option<Rewound> {
+        let failed = nacks.iter().filter(|nack| self.fail(nack, now)).map(|nack| nack.sequence);
+        let first = failed.collect::<Vec<_>>().into_iter().min()?;
+        self.rewind(first)
     }
 
     fn fail(&mut self, nack: &Nack, now: Instant) -> bool {
         let sequence = nack.sequence;
-        if sequence > self.head || self.is_done(sequence) {
+        // Nobody can have more than this in hand, and what fails has to be remembered.
+        let last = self.cursor.floor.saturating_add(limits::MAX_OUTSTANDING_MESSAGES.into());
+        if sequence > self.head.min(last) || self.is_done(sequence) {
             return false;
         }
         if nack.attempt > 0 {
             let failed = self.cursor.failures.entry(sequence).or_default();
-            // The attempt's number, not a count: a nack that arrives twice counts once.
-            self.dirty |= *failed < nack.attempt;
-            *failed = (*failed).max(nack.attempt);
+            // The attempt's number, not a count: a nack that arrives twice counts once. An attempt
+            // that was never made cannot have failed.
+            let attempt = nack.attempt.min(failed.saturating_add(1));
+            self.dirty |= *failed < attempt;
+            *failed = (*failed).max(attempt);
         }
         let failures = self.cursor.failures.get(&sequence).copied().unwrap_or(0);
         let delay = nack.delay.unwrap_or_else(|| backoff(failures));
@@ -365,6 +392,7 @@ impl Delivery {
         if to <= self.head {
             self.cursor.released.remove(to..=self.head);
         }
+        self.limit_ranges();
         self.cursor.start = self.cursor.start.min(to - 1);
         self.cursor.floor = to - 1;
         self.cursor.done.clear();
@@ -402,12 +430,14 @@ impl Delivery {
             if first > last {
                 continue;
             }
-            let pieces: Vec<_> = self.cursor.received.gaps(&(first..=last)).collect();
+            // What is done was acked, or is for others.
+            let pieces: Vec<_> = self.cursor.done.gaps(&(first..=last)).collect();
             for piece in pieces {
                 self.cursor.released.insert(piece, Release::Gap);
             }
             self.settle(first, last);
         }
+        self.limit_ranges();
     }
 
     /// What is known about a message.
@@ -503,7 +533,10 @@ mod tests {
         check(3, |delivery, now| {
             assert_eq!(pump(delivery, 100, now), [(1, 1), (2, 1), (3, 1)]);
             let nack = Nack { sequence: 1, attempt: 1, delay: Some(Duration::ZERO) };
-            assert_eq!(delivery.nack(&nack, now), Some(Rewound { from: 1, generation: 1 }));
+            assert_eq!(
+                delivery.nack(std::slice::from_ref(&nack), now),
+                Some(Rewound { from: 1, generation: 1 })
+            );
             delivery.ack(&set([2]));
             assert_eq!(pump(delivery, 100, now), [(1, 2), (3, 1)]);
         });
@@ -514,7 +547,7 @@ mod tests {
         let delivery = check(1, |delivery, now| {
             pump(delivery, 100, now);
             let nack = Nack { sequence: 1, attempt: 1, delay: Some(Duration::ZERO) };
-            delivery.nack(&nack, now);
+            delivery.nack(std::slice::from_ref(&nack), now);
             let claim = Claim { nacked: vec![nack], ..Claim::default() };
             delivery.attach(&claim, now);
         });
@@ -526,10 +559,34 @@ mod tests {
         check(2, |delivery, now| {
             pump(delivery, 100, now);
             let nack = Nack { sequence: 1, attempt: 1, delay: Some(Duration::from_secs(5)) };
-            delivery.nack(&nack, now);
+            delivery.nack(std::slice::from_ref(&nack), now);
             assert_eq!(pump(delivery, 100, now + Duration::from_secs(4)), []);
             assert_eq!(pump(delivery, 100, now + Duration::from_secs(5)), [(1, 2), (2, 1)]);
         });
+    }
+
+    #[test]
+    fn each_failed_message_has_its_own_delay() {
+        check(4, |delivery, now| {
+            pump(delivery, 100, now);
+            let delays = [(2, Duration::ZERO), (3, Duration::from_secs(5))];
+            let nack = |(sequence, delay)| Nack { sequence, attempt: 1, delay: Some(delay) };
+            let rewound = delivery.nack(&delays.map(nack), now);
+            assert_eq!(rewound, Some(Rewound { from: 2, generation: 1 }), "one for both");
+            assert_eq!(pump(delivery, 100, now), [(2, 2)]);
+            assert_eq!(pump(delivery, 100, now + Duration::from_secs(5)), [(3, 2), (4, 1)]);
+        });
+    }
+
+    #[test]
+    fn what_was_never_shown_cannot_fail() {
+        let delivery = check(limits::MAX_OUTSTANDING_MESSAGES.into(), |delivery, now| {
+            pump(delivery, 1, now);
+            delivery.on_head(1_000_000);
+            let nack = |sequence, attempt| Nack { sequence, attempt, delay: None };
+            delivery.nack(&[nack(1, u32::MAX), nack(500_000, 1)], now);
+        });
+        assert_eq!(delivery.cursor().failures, BTreeMap::from([(1, 1)]));
     }
 
     #[test]
@@ -679,7 +736,7 @@ mod tests {
                     },
                     Step::NackNth(n) => if let Some(sequence) = nth(n) {
                         let nack = Nack { sequence, attempt: 1, delay: Some(Duration::ZERO) };
-                        let rewound = delivery.nack(&nack, now).unwrap();
+                        let rewound = delivery.nack(std::slice::from_ref(&nack), now).unwrap();
                         consumer.rewind(rewound.from);
                     },
                     Step::Reconnect => {

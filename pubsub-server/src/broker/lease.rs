@@ -42,6 +42,11 @@ struct Waiting {
 const MAX_WAITING: usize = 64;
 
 impl Leases {
+    /// `first_pull`: tokens from before a restart are not to be taken for new ones.
+    pub(super) fn new(first_pull: u64) -> Self {
+        Self { next_pull: first_pull, ..Self::default() }
+    }
+
     /// Who holds leases.
     pub(super) fn holder(&self) -> Option<ConsumerId> {
         self.consumer.clone().filter(|_| !self.pulls.is_empty())
@@ -55,6 +60,18 @@ impl Leases {
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let leases = self.pulls.values().map(|pull| pull.until);
         leases.chain(self.waiting.iter().map(|waiting| waiting.until)).min()
+    }
+
+    /// Answers those that wait behind another one and have waited long enough.
+    fn dismiss_overdue(&mut self) {
+        let now = Instant::now();
+        for waiting in std::mem::take(&mut self.waiting) {
+            if waiting.until <= now {
+                let _ = waiting.reply.send(Ok(Pulled::default()));
+            } else {
+                self.waiting.push_back(waiting);
+            }
+        }
     }
 
     /// Forgets leases of messages that are not held any more.
@@ -97,13 +114,26 @@ impl Subscription {
                 continue;
             }
             let leased = self.take(&waiting.pull).await;
-            let missing = self.take_missing();
+            let missing = std::mem::take(&mut self.leases.missing);
             if leased.is_empty() && missing.is_empty() && waiting.until > Instant::now() {
                 self.leases.waiting.push_front(waiting);
+                self.leases.dismiss_overdue();
                 return;
             }
-            let _ = waiting.reply.send(Ok(Pulled { leased, missing }));
+            let ranges = missing.iter().map(Missing::range).collect::<Vec<_>>();
+            match waiting.reply.send(Ok(Pulled { leased, missing })) {
+                Ok(()) => self.miss(ranges),
+                Err(Ok(pulled)) => self.take_back(pulled),
+                Err(Err(_)) => {}
+            }
         }
+    }
+
+    /// Whoever pulled is gone: nothing of it has happened.
+    fn take_back(&mut self, Pulled { leased, missing }: Pulled) {
+        self.leases.missing.extend(missing);
+        let unread = leased.iter().map(|leased| Lease { attempt: 0, ..leased.lease });
+        self.fail_leases(&unread.collect::<Vec<_>>(), Some(Duration::ZERO), Instant::now());
     }
 
     async fn take(&mut self, pull: &Pull) -> Vec<Leased> {
@@ -157,8 +187,8 @@ impl Subscription {
         self.fail_leases(&valid, delay, now);
     }
 
-    /// Ends the leases whose time is over, as failures. Answers whether there were any.
-    pub(super) fn expire_leases(&mut self, now: Instant) -> bool {
+    /// Ends the leases whose time is over, as failures.
+    pub(super) fn expire_leases(&mut self, now: Instant) {
         let expired = |pull: &PullLease| pull.until <= now;
         let leases: Vec<Lease> = (self.leases.pulls.values())
             .filter(|pull| expired(pull))
@@ -166,7 +196,6 @@ impl Subscription {
             .collect();
         self.leases.pulls.retain(|_, pull| !expired(pull));
         self.fail_leases(&leases, None, now);
-        !leases.is_empty()
     }
 
     fn fail_leases(&mut self, leases: &[Lease], delay: Option<Duration>, now: Instant) {
@@ -175,7 +204,7 @@ impl Subscription {
                 continue;
             };
             let Lease { sequence, attempt, .. } = *lease;
-            topic.delivery.nack(&Nack { sequence, attempt, delay }, now);
+            topic.delivery.nack(&[Nack { sequence, attempt, delay }], now);
         }
         self.leases.forget_settled(&self.topics);
     }

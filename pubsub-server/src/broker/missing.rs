@@ -4,6 +4,7 @@
 //! A topic that is deleted stays with its subscriptions that long: its messages are gone, but
 //! that they are is news, and what a consumer holds of them can be acked.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -67,15 +68,13 @@ impl Subscription {
         }
     }
 
-    /// What a pull is to be told. It has no way to say that it knows, so telling is enough.
-    pub(super) fn take_missing(&mut self) -> Vec<Missing> {
-        let missing = std::mem::take(&mut self.leases.missing);
-        for Missing { epoch, first, last, .. } in &missing {
-            if let Some(topic) = self.topics.get_mut(epoch) {
-                topic.delivery.miss(&Sequences::from_iter([*first..=*last]));
+    /// A pull was told. It has no way to say that it knows, so telling is enough.
+    pub(super) fn miss(&mut self, missed: Vec<(Epoch, RangeInclusive<u64>)>) {
+        for (epoch, range) in missed {
+            if let Some(topic) = self.topics.get_mut(&epoch) {
+                topic.delivery.miss(&Sequences::from_iter([range]));
             }
         }
-        missing
     }
 
     /// Ends with deleted topics of which everything is told, acked and saved.

@@ -11,8 +11,8 @@ use tokio_util::task::TaskTracker;
 use crate::env::SharedEnv;
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName};
-use crate::record::{CursorRecord, Epoch, SubscriptionRecord, TopicRecord, Uuid};
-use crate::storage::{CatalogSubscription, Health, Storage, StorageError, TopicStats};
+use crate::record::{CursorRecord, Epoch, SubscriptionRecord, Timestamp, TopicRecord, Uuid};
+use crate::storage::{Catalog, CatalogSubscription, Health, Storage, StorageError, TopicStats};
 
 mod consumers;
 mod delivering;
@@ -96,7 +96,7 @@ impl Broker {
     ///
     /// If the catalog cannot be read.
     pub async fn start(storage: Arc<dyn Storage>, env: SharedEnv) -> Result<Self, StorageError> {
-        let catalog = storage.catalog().await?;
+        let Catalog { topics, subscriptions } = storage.catalog().await?;
         let uncommitted = Arc::new(Semaphore::new(limits::MAX_UNCOMMITTED_BYTES));
         let inner = Inner {
             storage,
@@ -109,12 +109,22 @@ impl Broker {
             next_id: AtomicU64::new(1),
         };
         let broker = Self { inner: Arc::new(inner) };
-        let topics = catalog.topics.into_iter().filter_map(|record| {
+        // A creation whose outcome was not known may have happened twice. Of two topics the one
+        // with messages counts, of two subscriptions the one that was made last.
+        let topics = only(topics, |topic| {
+            let head = broker.inner.storage.stats(topic.epoch).map_or(0, |stats| stats.head);
+            (topic.name.to_string(), (head, topic.created_at))
+        });
+        let subscriptions = only(subscriptions, |subscription| {
+            let record = &subscription.record;
+            (record.name.to_string(), (0, record.created_at))
+        });
+        let topics = topics.into_iter().filter_map(|record| {
             let topic = broker.add_topic(record)?;
             Some((topic.record.epoch, topic))
         });
         let topics: BTreeMap<Epoch, Arc<Topic>> = topics.collect();
-        for CatalogSubscription { record, cursors, departed } in catalog.subscriptions {
+        for CatalogSubscription { record, cursors, departed } in subscriptions {
             let present = cursors.into_iter().filter_map(|(epoch, cursor)| {
                 topics.get(&epoch).map(|topic| topic.start(&record.name, cursor))
             });
@@ -171,6 +181,16 @@ impl Broker {
         self.inner.state.lock().expect("no holder of this lock panics")
     }
 
+    /// Runs a change to its end, whoever stops waiting for it: a caller that hangs up between the
+    /// commit and what follows it must not leave memory and disk different.
+    async fn to_the_end<T: Send + 'static>(
+        &self,
+        change: impl Future<Output = Result<T, BrokerError>> + Send + 'static,
+    ) -> Result<T, BrokerError> {
+        let ended = self.inner.tasks.spawn(change).await;
+        ended.unwrap_or(Err(BrokerError::Unavailable("the change failed half-way")))
+    }
+
     fn next_id(&self) -> u64 {
         self.inner.next_id.fetch_add(1, Ordering::Relaxed)
     }
@@ -210,6 +230,23 @@ impl Broker {
         self.inner.tasks.spawn(task.run(receiver));
         handle
     }
+}
+
+/// The highest of each name.
+fn only<T>(all: Vec<T>, rank: impl Fn(&T) -> (String, (u64, Timestamp))) -> Vec<T> {
+    let mut kept: BTreeMap<String, T> = BTreeMap::new();
+    for one in all {
+        let (name, mine) = rank(&one);
+        let other = kept.get(&name).map(|other| rank(other).1);
+        if let Some(other) = other {
+            tracing::error!(name, "it is stored twice; the lesser one is left alone");
+            if other > mine {
+                continue;
+            }
+        }
+        kept.insert(name, one);
+    }
+    kept.into_values().collect()
 }
 
 impl Topic {

@@ -51,7 +51,7 @@ impl Broker {
             let handle = self.existing(&subscription)?;
             let epoch = topic.record.epoch;
             let ask = |reply| Command::Admin(AdminCommand::Receipt(epoch, sequence, reply));
-            let Some(mut receipt) = handle.ask(ask).await? else {
+            let Some(mut receipt) = handle.ask(ask).await?? else {
                 let text = format!("subscription {subscription} does not listen to topic {name}");
                 return Err(BrokerError::Invalid(text));
             };

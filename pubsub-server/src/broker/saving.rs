@@ -36,7 +36,7 @@ impl Subscription {
         self.retry_save = None;
         let confirms: Vec<_> = (self.active.iter().chain(&self.standby))
             .filter(|session| session.acks_taken > session.acks_confirmed)
-            .map(|session| (session.id, session.acks_taken))
+            .filter_map(|session| Some((session.id, session.acks_taken?)))
             .collect();
         let (changes, floors) = self.collect_changes();
         let waiters = std::mem::take(&mut self.waiters);
@@ -105,7 +105,7 @@ impl Subscription {
     pub(super) fn confirm(&mut self, confirms: &[(SessionId, u64)]) {
         for (id, number) in confirms {
             if let Some(session) = self.session(*id) {
-                session.acks_confirmed = session.acks_confirmed.max(*number);
+                session.acks_confirmed = session.acks_confirmed.max(Some(*number));
                 session.tell(Event::Confirm(*number));
             }
         }

@@ -1,6 +1,7 @@
 //! What passes between a consumer's stream and the task of its subscription.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
@@ -135,6 +136,12 @@ pub struct Missing {
     pub reason: GapReason,
 }
 
+impl Missing {
+    pub(super) fn range(&self) -> (Epoch, RangeInclusive<u64>) {
+        (self.epoch, self.first..=self.last)
+    }
+}
+
 /// A message under a lease.
 #[derive(Debug)]
 pub struct Leased {
@@ -256,9 +263,10 @@ pub(super) struct Session {
     pub(super) next_heartbeat: Instant,
     pub(super) last_nonce: u64,
     pub(super) last_delivery: u64,
-    /// The highest batch of acks that was taken, and the highest that was confirmed.
-    pub(super) acks_taken: u64,
-    pub(super) acks_confirmed: u64,
+    /// The highest batch of acks that was taken, and the highest that was confirmed. The hello is
+    /// batch 0.
+    pub(super) acks_taken: Option<u64>,
+    pub(super) acks_confirmed: Option<u64>,
     events: mpsc::Sender<Event>,
     /// Events that found the channel full, to be sent before anything else.
     backlog: VecDeque<Event>,
@@ -279,8 +287,8 @@ impl Session {
             next_heartbeat: Instant::now() + attach.heartbeat,
             last_nonce: 0,
             last_delivery: 0,
-            acks_taken: 0,
-            acks_confirmed: 0,
+            acks_taken: None,
+            acks_confirmed: None,
             events,
             backlog: VecDeque::new(),
         }

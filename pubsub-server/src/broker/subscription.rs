@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use futures_util::stream::{BoxStream, SelectAll};
 use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::unconstrained;
 use tokio::time::Instant;
 use tokio_stream::wrappers::WatchStream;
 
@@ -19,7 +20,7 @@ use super::session::{Command, Event, Session, SessionTopic, Told};
 use crate::limits;
 use crate::names::{ConsumerId, SubscriptionName, TopicName};
 use crate::record::{CursorRecord, Epoch, Sequences, SubscriptionRecord};
-use crate::storage::Storage;
+use crate::storage::{Change, Storage, Urgency};
 
 /// What administrators, and the broker itself, ask of a subscription.
 #[derive(Debug)]
@@ -33,9 +34,9 @@ pub enum AdminCommand {
     /// Tell how things stand.
     Describe(oneshot::Sender<Description>),
     /// Tell what is known of a message.
-    Receipt(Epoch, u64, oneshot::Sender<Option<Receipt>>),
-    /// End.
-    Delete(oneshot::Sender<()>),
+    Receipt(Epoch, u64, oneshot::Sender<Result<Option<Receipt>, BrokerError>>),
+    /// Delete the subscription, and end.
+    Delete(oneshot::Sender<Result<(), BrokerError>>),
 }
 
 /// A topic with the position to start from.
@@ -94,10 +95,18 @@ pub(super) struct Topic {
     pub(super) floor: Arc<AtomicU64>,
     /// What the session knows.
     pub(super) told: Told,
-    /// The message that cannot be read.
-    pub(super) damaged: Option<u64>,
+    /// What cannot be read.
+    pub(super) damaged: Option<Damage>,
     /// Deleted, and here until the consumer knows what it will miss.
     pub(super) gone: bool,
+}
+
+/// A message that cannot be read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Damage {
+    pub(super) sequence: u64,
+    /// When to try again; `None` if it is no passing failure.
+    pub(super) retry: Option<Instant>,
 }
 
 /// Whether the server keeps the positions, or the client.
@@ -141,6 +150,8 @@ impl Subscription {
         topics: Vec<TopicStart>,
     ) -> Self {
         let gone = topics.iter().filter(|topic| topic.gone).count();
+        let boot = storage.boot_id().0;
+        let first_pull = u64::from(u32::from_le_bytes([boot[0], boot[1], boot[2], boot[3]])) << 32;
         let grace = record.consumer.as_ref().map(|_| Instant::now() + limits::GRACE);
         let mut this = Self {
             record,
@@ -154,7 +165,7 @@ impl Subscription {
             active: None,
             standby: VecDeque::new(),
             grace,
-            leases: Leases::default(),
+            leases: Leases::new(first_pull),
             departed: Arc::new(AtomicUsize::new(gone)),
             record_changed: false,
             save: None,
@@ -187,6 +198,7 @@ impl Subscription {
                 () = tokio::time::sleep_until(deadline) => self.on_time().await,
                 () = room(sender.as_ref()), if more => {}
             }
+            self.promote_if_free().await;
             self.start_save();
             more = self.deliver().await;
         }
@@ -195,7 +207,7 @@ impl Subscription {
 
     async fn on_command(&mut self, command: Command) {
         // Who sent it may have seen a later head than this task has.
-        while let Some(Some((epoch, head))) = self.heads.next().now_or_never() {
+        while let Some(Some((epoch, head))) = unconstrained(self.heads.next()).now_or_never() {
             self.on_head(epoch, head);
         }
         match command {
@@ -213,7 +225,6 @@ impl Subscription {
                 }
                 self.leases.forget_settled(&self.topics);
                 self.waiters.push(reply);
-                self.promote_if_free().await;
             }
             Command::Pull(pull, reply) => self.on_pull(pull, reply),
             Command::Release(leases, delay, reply) => {
@@ -242,23 +253,33 @@ impl Subscription {
                 let _ = reply.send(self.describe());
             }
             AdminCommand::Receipt(epoch, sequence, reply) => {
-                if self.settle_saves().await.is_err() {
-                    return;
-                }
+                let settled = self.settle_saves().await.map_err(BrokerError::from);
                 let topic = self.topics.get(&epoch);
-                let _ = reply.send(topic.map(|topic| topic.delivery.receipt(sequence)));
+                let receipt = topic.map(|topic| topic.delivery.receipt(sequence));
+                let _ = reply.send(settled.map(|()| receipt));
             }
             AdminCommand::Delete(reply) => {
-                let error = BrokerError::SubscriptionDeleted(self.record.name.clone());
-                for session in self.active.iter_mut().chain(&mut self.standby) {
-                    session.tell(Event::Ended(error.clone()));
-                }
-                // From here on nothing is saved: it would come back from the dead.
-                self.keeper = Keeper::Client;
-                self.ended = true;
-                let _ = reply.send(());
+                let _ = reply.send(self.delete().await);
             }
         }
+    }
+
+    /// Deletes the subscription. If that fails everything is as it was.
+    async fn delete(&mut self) -> Result<(), BrokerError> {
+        // The task saves nothing meanwhile, and nothing after: it would come back from the dead.
+        if self.save.is_some() {
+            let result = saved(&mut self.save).await;
+            self.on_saved(result);
+        }
+        let change = Change::DeleteSubscription(self.record.epoch);
+        self.storage.apply(vec![change], Urgency::Now).await?.into_inner();
+        self.keeper = Keeper::Client;
+        self.ended = true;
+        let error = BrokerError::SubscriptionDeleted(self.record.name.clone());
+        for session in self.active.iter_mut().chain(&mut self.standby) {
+            session.tell(Event::Ended(error.clone()));
+        }
+        Ok(())
     }
 
     fn join(&mut self, start: TopicStart) -> Epoch {
@@ -337,7 +358,7 @@ impl Topic {
     fn position(&self, epoch: Epoch, now: Instant) -> Position {
         let waits_for = match (self.damaged, self.delivery.ready_at(now)) {
             _ if self.gone => Some("the topic was deleted, which no consumer knows yet".to_owned()),
-            (Some(sequence), _) => Some(format!("message {sequence} is damaged on disk")),
+            (Some(damage), _) => Some(format!("message {} cannot be read", damage.sequence)),
             (None, Some(at)) => {
                 let seconds = (at - now).as_secs_f32();
                 Some(format!("a failed message is shown again in {seconds:.1} s"))

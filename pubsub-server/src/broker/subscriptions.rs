@@ -89,14 +89,23 @@ impl Broker {
         new: NewSubscription,
         if_not_exists: bool,
     ) -> Result<(Description, bool), BrokerError> {
-        let (handle, created) = self.find_or_create(&new).await?;
+        let name = new.name.clone();
+        let (handle, created) = self.find_or_create(new).await?;
         if !created && !if_not_exists {
-            return Err(BrokerError::SubscriptionExists(new.name));
+            return Err(BrokerError::SubscriptionExists(name));
         }
         Ok((self.ask_description(&handle).await?, created))
     }
 
-    async fn find_or_create(&self, new: &NewSubscription) -> Result<(Handle, bool), BrokerError> {
+    async fn find_or_create(&self, new: NewSubscription) -> Result<(Handle, bool), BrokerError> {
+        let broker = self.clone();
+        self.to_the_end(async move { broker.find_or_create_now(&new).await }).await
+    }
+
+    async fn find_or_create_now(
+        &self,
+        new: &NewSubscription,
+    ) -> Result<(Handle, bool), BrokerError> {
         let _admin = self.inner.admin.lock().await;
         if let Some(handle) = self.find(&new.name) {
             handle.check_same(&new.topics, new.kind)?;
@@ -179,6 +188,9 @@ impl Broker {
     pub async fn consume(&self, consume: Consume) -> Result<Stream, BrokerError> {
         self.check_boot(consume.known_boot)?;
         let id = SessionId(self.next_id());
+        for (topic, epoch, _, last_received) in &consume.positions {
+            self.check_received(topic, *epoch, *last_received)?;
+        }
         let handle = match &consume.subscription {
             Some(name) => self.subscription_for(name, &consume).await?,
             None => self.new_reader(id, &consume).await?,
@@ -190,10 +202,9 @@ impl Broker {
             return Err(BrokerError::SubscriptionDeleted(handle.record.name.clone()));
         }
         let mut attach = consume.attach;
-        for (topic, epoch, claim, last_received) in consume.positions {
-            self.check_received(&topic, epoch, last_received)?;
-            attach.claims.insert(epoch, claim);
-        }
+        attach
+            .claims
+            .extend(consume.positions.into_iter().map(|(_, epoch, claim, _)| (epoch, claim)));
         let (sender, events) = mpsc::channel(EVENT_QUEUE);
         let command = Command::Attach(id, Box::new(attach), sender);
         let gone = |_| BrokerError::SubscriptionDeleted(handle.record.name.clone());
@@ -238,7 +249,7 @@ impl Broker {
                     kind: consume.kind,
                     start: consume.start,
                 };
-                Ok(self.find_or_create(&new).await?.0)
+                Ok(self.find_or_create(new).await?.0)
             }
         }
     }
@@ -262,7 +273,7 @@ impl Broker {
             let known =
                 consume.positions.iter().find(|(_, epoch, ..)| *epoch == topic.record.epoch);
             let first = match known {
-                Some((_, _, _, last_received)) => (last_received + 1).min(*topic.head.borrow() + 1),
+                Some((_, _, _, last_received)) => (*last_received).min(*topic.head.borrow()) + 1,
                 None if consume.known_boot.is_some() => 1,
                 None => self.resolve(&topic, consume.start).await?,
             };
@@ -366,11 +377,23 @@ impl Broker {
     /// # Errors
     ///
     /// If there is none.
-    pub async fn delete_subscription(&self, name: &SubscriptionName) -> Result<(), BrokerError> {
+    pub async fn delete_subscription(&self, name: SubscriptionName) -> Result<(), BrokerError> {
+        let broker = self.clone();
+        self.to_the_end(async move { broker.delete_subscription_now(&name).await }).await
+    }
+
+    async fn delete_subscription_now(&self, name: &SubscriptionName) -> Result<(), BrokerError> {
         let _admin = self.inner.admin.lock().await;
         let handle = self.existing(name)?;
-        // Its task first: whatever that has asked to be saved comes before the deletion.
-        handle.ask(|reply| Command::Admin(AdminCommand::Delete(reply))).await?;
+        // By its own task: so nothing that it saves comes after the deletion.
+        match handle.ask(|reply| Command::Admin(AdminCommand::Delete(reply))).await {
+            Ok(deleted) => deleted?,
+            // The task is gone, and nothing is saved any more.
+            Err(_) => {
+                let change = Change::DeleteSubscription(handle.record.epoch);
+                self.inner.storage.apply(vec![change], Urgency::Now).await?.into_inner();
+            }
+        }
         let topics: Vec<_> = {
             let mut state = self.state();
             state.subscriptions.remove(name);
@@ -379,8 +402,6 @@ impl Broker {
         for topic in topics {
             topic.floors().remove(name);
         }
-        let change = Change::DeleteSubscription(handle.record.epoch);
-        self.inner.storage.apply(vec![change], Urgency::Now).await?.into_inner();
         Ok(())
     }
 

@@ -38,6 +38,17 @@ impl Broker {
         if_not_exists: bool,
     ) -> Result<(TopicInfo, bool), BrokerError> {
         check_config(&config)?;
+        let broker = self.clone();
+        let create = async move { broker.create_topic_now(name, config, if_not_exists).await };
+        self.to_the_end(create).await
+    }
+
+    async fn create_topic_now(
+        &self,
+        name: TopicName,
+        config: TopicConfig,
+        if_not_exists: bool,
+    ) -> Result<(TopicInfo, bool), BrokerError> {
         let _admin = self.inner.admin.lock().await;
         if let Ok(present) = self.topic(&name) {
             let error = BrokerError::TopicExists(name);
@@ -75,7 +86,12 @@ impl Broker {
     /// # Errors
     ///
     /// If there is none.
-    pub async fn delete_topic(&self, name: &TopicName) -> Result<(), BrokerError> {
+    pub async fn delete_topic(&self, name: TopicName) -> Result<(), BrokerError> {
+        let broker = self.clone();
+        self.to_the_end(async move { broker.delete_topic_now(&name).await }).await
+    }
+
+    async fn delete_topic_now(&self, name: &TopicName) -> Result<(), BrokerError> {
         let _admin = self.inner.admin.lock().await;
         let topic = self.topic(name)?;
         let epoch = topic.record.epoch;

@@ -84,7 +84,7 @@ impl AdminService for Service {
         request: Request<DeleteTopicRequest>,
     ) -> Result<Response<DeleteTopicResponse>, Status> {
         let name = convert::parse_topic(&request.into_inner().name)?;
-        self.0.broker.delete_topic(&name).await.map_err(refuse)?;
+        self.0.broker.delete_topic(name).await.map_err(refuse)?;
         Ok(Response::new(DeleteTopicResponse {}))
     }
 
@@ -136,7 +136,7 @@ impl AdminService for Service {
         request: Request<DeleteSubscriptionRequest>,
     ) -> Result<Response<DeleteSubscriptionResponse>, Status> {
         let name = convert::parse_subscription(&request.into_inner().name)?;
-        self.0.broker.delete_subscription(&name).await.map_err(refuse)?;
+        self.0.broker.delete_subscription(name).await.map_err(refuse)?;
         Ok(Response::new(DeleteSubscriptionResponse {}))
     }
 

@@ -46,6 +46,19 @@ fn bad_names_are_refused() {
     });
 }
 
+/// Settings of topics with one bad value each.
+fn bad_configs() -> [(&'static str, TopicConfig); 4] {
+    let good = TopicConfig::default;
+    let seconds = |seconds| Some(ProtoDuration { seconds, nanos: 0 });
+    let eight_days = seconds(8 * 24 * 3600);
+    [
+        ("messages of any size", TopicConfig { max_message_bytes: u64::MAX, ..good() }),
+        ("a negative window", TopicConfig { idempotency_window: seconds(-1), ..good() }),
+        ("a long window", TopicConfig { idempotency_window: eight_days, ..good() }),
+        ("a negative retention", TopicConfig { retention: seconds(-1), ..good() }),
+    ]
+}
+
 #[test]
 fn bad_requests_about_topics_are_refused() {
     scenario(WITHIN, async |lab| {
@@ -65,16 +78,15 @@ fn bad_requests_about_topics_are_refused() {
             ..CreateTopicRequest::default()
         });
         findings.expect("create topic", "TOPIC_EXISTS", raw::refusal(answer.await));
-        let answer = admin.create_topic(CreateTopicRequest {
-            name: "big".into(),
-            config: Some(TopicConfig {
-                max_message_bytes: u64::MAX,
-                idempotency_window: Some(ProtoDuration { seconds: -1, nanos: 0 }),
-                ..TopicConfig::default()
-            }),
-            if_not_exists: false,
-        });
-        findings.expect("bad config", "INVALID_ARGUMENT", raw::refusal(answer.await));
+        for (what, config) in bad_configs() {
+            let request = CreateTopicRequest {
+                name: "bad".into(),
+                config: Some(config),
+                if_not_exists: false,
+            };
+            let answer = admin.create_topic(request).await;
+            findings.expect(what, "INVALID_ARGUMENT", raw::refusal(answer));
+        }
         for sequence in [0, 99] {
             let request = GetReceiptsRequest {
                 topic: TOPIC.into(),
