@@ -6,6 +6,10 @@ use anyhow::ensure;
 use pubsub_client::{ConnectionState, Event as Item, Message, Reason, Start};
 use pubsub_proto::v1::{DeleteTopicRequest, PublishRequest, TopicConfig};
 use pubsub_tests::{admin, lab::scenario, raw, wait};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 use crate::app::{self, SOON};
 
@@ -94,6 +98,21 @@ fn topics_are_not_deleted_faster_than_their_consumers_are_told() {
             admin::delete_topic(&channel, &format!("tmp.{}", MAX_DEPARTED + 1)).await
         })
         .await
+    });
+}
+
+#[test]
+fn a_connection_that_begins_and_goes_no_further_is_ended() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let address = server.url().trim_start_matches("http://").to_owned();
+        for begun in [0, 1, 23] {
+            let mut connection = TcpStream::connect(&address).await?;
+            connection.write_all(&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..begun]).await?;
+            let ended = wait::soon("the end", SOON, connection.read(&mut [0])).await?;
+            ensure!(!matches!(ended, Ok(1..)), "after {begun} bytes: {ended:?}");
+        }
+        Ok(())
     });
 }
 
