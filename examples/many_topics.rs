@@ -53,7 +53,8 @@ async fn main() -> Result<()> {
         client.admin().create_topic(&topic, TopicConfig::new()).await?;
         let publisher = client.publisher(topic).open().await?;
         for value in 1..=MESSAGES {
-            // Does not wait for the answer; dropping the ticket cancels nothing.
+            // Does not wait for the answer. Dropping the ticket cancels nothing, and leaves it to
+            // the flush to tell a failure.
             drop(publisher.enqueue(value.to_string()).await?);
         }
         publisher.flush().await?;

@@ -18,6 +18,7 @@ mod topic;
 mod values;
 mod watch;
 
+use std::io::ErrorKind;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser as _};
@@ -65,8 +66,13 @@ async fn execute(args: Args) -> Result<Exit, Failure> {
         Command::Status => status::run(&client, &mut output).await,
         Command::Completions { .. } => Ok(Exit::Ok),
     };
-    output.flush()?;
-    done
+    let flushed = output.flush();
+    // What was done counts, also when nobody reads about it any more.
+    let exit = done?;
+    match flushed {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(exit),
+        flushed => Ok(flushed.map(|()| exit)?),
+    }
 }
 
 fn completions(shell: clap_complete::Shell) -> Result<Exit, Failure> {

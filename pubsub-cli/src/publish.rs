@@ -10,6 +10,7 @@ use pubsub_client::{
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader, Stdin};
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 use crate::args::Publish;
 use crate::failure::{Exit, Failure};
@@ -39,9 +40,18 @@ pub(crate) async fn run(
     if args.create {
         client.admin().ensure_topic(&args.topic, TopicConfig::new()).await?;
     }
-    let interrupt = Interrupt::new().map_err(|error| Failure::failed(error.to_string()))?;
-    let publisher = client.publisher(&args.topic).open().await?;
-    let _announcer = Announcer::new(publisher.state());
+    let mut interrupt = Interrupt::new().map_err(|error| Failure::failed(error.to_string()))?;
+    let mut announcer = Announcer::default();
+    let limit = args.timeout.unwrap_or(Duration::MAX);
+    let opening = timeout(limit, client.publisher(&args.topic).open());
+    let publisher = tokio::select! {
+        opened = announcer.until(client.state(), opening) => match opened {
+            Ok(opened) => opened?,
+            Err(_) => return Err(not_taken_in(limit)),
+        },
+        () = interrupt.asked() => return Ok(Exit::Interrupted),
+    };
+    let _announcing = announcer.go_on(publisher.state());
     let (fates, queue) = mpsc::channel(IN_FLIGHT);
     let source = Source::new(args.messages.clone());
     let feed = feed(source, Template(&args), publisher, interrupt, fates);
@@ -53,6 +63,11 @@ pub(crate) async fn run(
         (Ok(Exit::Interrupted), Err(failure)) => Err(failure.interrupted()),
         (_, Err(failure)) => Err(failure),
     }
+}
+
+fn not_taken_in(limit: Duration) -> Failure {
+    let text = format!("the server did not take the publisher in within {limit:?}");
+    Failure::new(Exit::Unreachable, text).with_fix("Nothing was sent, so publishing again is safe.")
 }
 
 /// Where messages come from.

@@ -26,9 +26,13 @@ pub(crate) async fn run(
     output: &mut Output,
 ) -> Result<Exit, Failure> {
     say_if_start_is_ignored(&args, client).await?;
-    let interrupt = Interrupt::new().map_err(|error| Failure::failed(error.to_string()))?;
-    let subscriber = builder(&args, client).open().await?;
-    let _announcer = Announcer::new(subscriber.state());
+    let mut interrupt = Interrupt::new().map_err(|error| Failure::failed(error.to_string()))?;
+    let mut announcer = Announcer::default();
+    let subscriber = tokio::select! {
+        opened = announcer.until(client.state(), builder(&args, client).open()) => opened?,
+        () = interrupt.asked() => return Ok(Exit::Interrupted),
+    };
+    let _announcing = announcer.go_on(subscriber.state());
     let stopper = subscriber.stopper();
     let mut printer = Printer {
         output,
@@ -53,9 +57,9 @@ pub(crate) async fn run(
             report.unconfirmed
         );
     }
-    printed?;
+    let exit = printed?;
     settled?;
-    Ok(Exit::Ok)
+    Ok(exit)
 }
 
 fn builder(args: &Subscribe, client: &Client) -> SubscriberBuilder {
@@ -94,9 +98,15 @@ async fn print(
     mut subscriber: Subscriber,
     mut interrupt: Interrupt,
     printer: &mut Printer<'_>,
-) -> Result<(), Failure> {
+) -> Result<Exit, Failure> {
     let state = subscriber.state();
-    while args.count.is_none_or(|count| printer.printed < count) && !interrupt.is_asked() {
+    // Without an end of its own, it is done whenever it is told so.
+    let endless = args.count.is_none() && !args.until_caught_up;
+    let interrupted = if endless { Exit::Ok } else { Exit::Interrupted };
+    while args.count.is_none_or(|count| printer.printed < count) {
+        if interrupt.is_asked() {
+            return Ok(interrupted);
+        }
         let event = match subscriber.next().now_or_never() {
             Some(event) => event,
             None => {
@@ -110,7 +120,7 @@ async fn print(
                 }
                 tokio::select! {
                     event = subscriber.next() => event,
-                    () = interrupt.asked() => break,
+                    () = interrupt.asked() => return Ok(interrupted),
                     () = sleep(LOOK), if args.until_caught_up => continue,
                 }
             }
@@ -123,7 +133,7 @@ async fn print(
             Some(Ok(_)) => {}
         }
     }
-    Ok(())
+    Ok(Exit::Ok)
 }
 
 /// Prints messages, and acks them when they are written.

@@ -55,7 +55,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to the server at `url`, such as `http://localhost:7070`, with all defaults.
+    /// Connects to the server at `url`, such as `http://localhost:7670`, with all defaults.
     ///
     /// # Errors
     ///

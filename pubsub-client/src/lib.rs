@@ -23,6 +23,11 @@
 //! - `json` (default): the [`Json`] codec.
 //! - `prost`: the `Prost` codec.
 
+/// Compiles the program in the README.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
+
 mod admin;
 mod client;
 mod codec;

@@ -8,6 +8,13 @@ use tokio::time::Instant;
 /// How many intervals of silence mean death.
 const DEAD_AFTER: f64 = 2.5;
 
+/// So much later. Applications say "no limit" with [`Duration::MAX`], which no clock can add: what
+/// is further away than anything lives counts as that far.
+pub(crate) fn after(now: Instant, wait: Duration) -> Instant {
+    const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
+    now + wait.min(FAR)
+}
+
 /// The signs of life on one stream.
 #[derive(Debug)]
 pub(crate) struct Liveness {

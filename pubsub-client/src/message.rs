@@ -43,9 +43,10 @@ pub struct Message {
     /// The subscriptions that this message is for. Empty: all of them. An unknown one is
     /// refused.
     pub recipients: Vec<String>,
-    /// How long to wait for the message's fate, counted from its enqueueing; without limit by
-    /// default. When it has passed, the ticket resolves to an error whose
-    /// [`outcome`](crate::PublishError::outcome) says whether the message was ever sent.
+    /// How long to wait for the message's fate, counted from the call that enqueues it: also for
+    /// room in the window. Without limit by default. When it has passed, the ticket resolves to an
+    /// error whose [`outcome`](crate::PublishError::outcome) says whether the message was ever
+    /// sent.
     pub deadline: Option<Duration>,
 }
 

@@ -1,12 +1,39 @@
 //! A server in this process, and the command as a child process.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::process::{Child, Command, Output, Stdio};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Output, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use pubsub_server::{Config, Server};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::runtime::Runtime;
+
+/// No command in these tests takes longer than this.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Kills a command that takes too long: a test should fail, and not wait for ever. Dropping it
+/// spares the command.
+struct Watchdog {
+    _alive: mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    fn of(child: &Child) -> Result<Self> {
+        let pid = Pid::from_raw(i32::try_from(child.id())?).context("pid 0")?;
+        let (alive, ended) = mpsc::channel::<()>();
+        thread::spawn(move || {
+            if ended.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+                // It may have ended by itself just now.
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        });
+        Ok(Self { _alive: alive })
+    }
+}
 
 /// A server, and the command that talks to it.
 pub(crate) struct Lab {
@@ -66,7 +93,7 @@ impl Lab {
     }
 
     pub(crate) fn run_args(&self, args: &[&str]) -> Result<Ran> {
-        Ok(self.command(args).output()?.into())
+        wait(self.command(args).spawn()?)
     }
 
     /// Runs a command with this as its standard input.
@@ -74,20 +101,49 @@ impl Lab {
         let args: Vec<_> = line.split_whitespace().collect();
         let mut child = self.command(&args).stdin(Stdio::piped()).spawn()?;
         let mut stdin = child.stdin.take().context("no stdin")?;
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             // Beside the reading of the output, or both could wait for ever.
             scope.spawn(move || stdin.write_all(input));
-            Ok(child.wait_with_output()?.into())
+            wait(child)
         })
     }
 
     /// Starts a command that goes on until it is told to end.
     pub(crate) fn start(&self, line: &str) -> Result<Running> {
         let args: Vec<_> = line.split_whitespace().collect();
-        let mut child = self.command(&args).spawn()?;
+        let mut child = self.command(&args).stdin(Stdio::piped()).spawn()?;
+        let watchdog = Watchdog::of(&child)?;
+        let stdin = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().context("no stdout")?);
-        Ok(Running { child, stdout })
+        let stderr = BufReader::new(child.stderr.take().context("no stderr")?);
+        Ok(Running { child, stdin, stdout, stderr, _watchdog: watchdog })
     }
+
+    /// The address of a proxy to the server that lets one connection through, and no second one:
+    /// a command can say hello, but open no session.
+    pub(crate) fn behind_one_connection(&self) -> Result<String> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let address = listener.local_addr()?;
+        let server = self.server.as_ref().context("no server")?.address();
+        thread::spawn(move || {
+            let (client, _) = listener.accept()?;
+            let server = TcpStream::connect(server)?;
+            let (mut up, mut down) = (client.try_clone()?, server.try_clone()?);
+            thread::spawn(move || std::io::copy(&mut up, &mut { server }));
+            thread::spawn(move || std::io::copy(&mut down, &mut { client }));
+            for connection in listener.incoming() {
+                drop(connection?);
+            }
+            Ok::<_, std::io::Error>(())
+        });
+        Ok(format!("http://{address}"))
+    }
+}
+
+/// Waits for the end of a command.
+fn wait(child: Child) -> Result<Ran> {
+    let _watchdog = Watchdog::of(&child)?;
+    Ok(child.wait_with_output()?.into())
 }
 
 /// A command that has ended.
@@ -125,14 +181,31 @@ impl Ran {
 /// A command that runs. Dropping it kills it.
 pub(crate) struct Running {
     child: Child,
-    stdout: BufReader<std::process::ChildStdout>,
+    stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+    stderr: BufReader<ChildStderr>,
+    _watchdog: Watchdog,
 }
 
 impl Running {
+    /// Gives it this on standard input.
+    pub(crate) fn input(&mut self, input: &[u8]) -> Result<()> {
+        Ok(self.stdin.as_mut().context("no stdin")?.write_all(input)?)
+    }
+
     /// The next line of standard output.
     pub(crate) fn line(&mut self) -> Result<String> {
         let mut line = String::new();
-        self.stdout.read_line(&mut line)?;
+        let read = self.stdout.read_line(&mut line)?;
+        anyhow::ensure!(read > 0, "it ended, or was killed since nothing came");
+        Ok(line.trim_end().to_owned())
+    }
+
+    /// The next line of standard error.
+    pub(crate) fn error_line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        let read = self.stderr.read_line(&mut line)?;
+        anyhow::ensure!(read > 0, "it ended, or was killed since nothing came");
         Ok(line.trim_end().to_owned())
     }
 
@@ -153,10 +226,11 @@ impl Running {
 
     /// Waits for the end.
     pub(crate) fn end(mut self) -> Result<Ran> {
+        drop(self.stdin.take());
         let status = self.child.wait()?;
         let (mut stdout, mut stderr) = (String::new(), String::new());
         self.stdout.read_to_string(&mut stdout)?;
-        self.child.stderr.take().context("no stderr")?.read_to_string(&mut stderr)?;
+        self.stderr.read_to_string(&mut stderr)?;
         Ok(Ran { code: status.code(), stdout, stderr })
     }
 }

@@ -110,3 +110,38 @@ fn an_unknown_recipient_is_refused() -> Result<()> {
     assert!(error.contains("nobody"), "{error}");
     Ok(())
 }
+
+#[test]
+fn a_failure_counts_also_when_nobody_reads_the_receipts() -> Result<()> {
+    let lab = Lab::new()?;
+    lab.run("topic create orders --max-message-bytes 100")?.succeeds()?;
+    let mut running = lab.start("publish orders")?;
+    running.input(b"a\n")?;
+    assert!(running.line()?.ends_with("/1"));
+    running.stop_reading();
+    running.input(format!("b\n{}\nc\n", "x".repeat(200)).as_bytes())?;
+    running.end()?.fails(7)?;
+    assert_eq!(lab.run(&format!("{READ} --raw"))?.succeeds()?, "a\nb\nc\n");
+    Ok(())
+}
+
+#[test]
+fn a_publisher_that_is_not_taken_in_says_so_and_can_be_left() -> Result<()> {
+    let lab = Lab::with_orders(&[])?;
+    let url = lab.behind_one_connection()?;
+    let mut running = lab.start(&format!("publish orders a --server {url}"))?;
+    assert!(running.error_line()?.contains("connection lost"));
+    assert_eq!(running.interrupt()?.code, Some(130));
+    let url = lab.behind_one_connection()?;
+    let timeout = lab.run(&format!("publish orders a --timeout 1s --server {url}"))?.fails(5)?;
+    assert!(timeout.contains("within 1s"), "{timeout}");
+    assert_eq!(lab.run(READ)?.succeeds()?, "");
+    Ok(())
+}
+
+#[test]
+fn a_timeout_that_no_clock_can_tell_is_none() -> Result<()> {
+    let lab = Lab::with_orders(&[])?;
+    lab.run("publish orders a --timeout 500000000000years")?.succeeds()?;
+    Ok(())
+}

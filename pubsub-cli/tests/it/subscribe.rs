@@ -91,6 +91,27 @@ fn ctrl_c_stops_in_order_and_what_was_printed_is_acked() -> Result<()> {
 }
 
 #[test]
+fn ctrl_c_before_all_was_printed_is_told_by_the_exit_code() -> Result<()> {
+    let lab = Lab::with_orders(&["a", "b"])?;
+    let mut running = lab.start("subscribe orders --from earliest --count 3")?;
+    assert_eq!(running.line()?, "orders 1 a");
+    assert_eq!(running.line()?, "orders 2 b");
+    let ran = running.interrupt()?;
+    assert_eq!(ran.code, Some(130), "{ran:?}");
+    Ok(())
+}
+
+#[test]
+fn a_subscriber_that_is_not_taken_in_says_so_and_can_be_left() -> Result<()> {
+    let lab = Lab::with_orders(&["a"])?;
+    let url = lab.behind_one_connection()?;
+    let mut running = lab.start(&format!("subscribe orders --server {url}"))?;
+    assert!(running.error_line()?.contains("connection lost"));
+    assert_eq!(running.interrupt()?.code, Some(130));
+    Ok(())
+}
+
+#[test]
 fn a_reader_of_the_output_that_leaves_is_no_error() -> Result<()> {
     let lab = Lab::with_orders(&["a"])?;
     let mut running = lab.start("subscribe orders --from earliest")?;

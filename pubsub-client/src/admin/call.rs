@@ -10,6 +10,7 @@ use tonic::{Response, Status};
 
 use super::Admin;
 use crate::error::{AdminError, TransportError, Verdict};
+use crate::liveness::after;
 
 /// Whether a call whose connection failed is made once more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,13 +36,14 @@ impl Admin {
         Q: Clone,
         F: Future<Output = Result<Response<R>, Status>>,
     {
-        let deadline = Instant::now() + self.client.request_timeout;
+        let deadline = after(Instant::now(), self.client.request_timeout);
         let left = || deadline.saturating_duration_since(Instant::now());
         match self.call_once(left(), request.clone(), &call).await {
             Err(AdminError::Unreachable { sent, .. })
                 if (again == Again::Always || !sent) && !left().is_zero() =>
             {
-                self.call_once(left(), request, &call).await
+                let second = self.call_once(left(), request, &call).await;
+                if sent { second.map_err(unknown) } else { second }
             }
             result => result,
         }
@@ -56,7 +58,7 @@ impl Admin {
     where
         F: Future<Output = Result<Response<R>, Status>>,
     {
-        let deadline = Instant::now() + limit;
+        let deadline = after(Instant::now(), limit);
         let late = || TransportError::new(format!("no answer within {limit:?}"));
         let channel = timeout(limit, self.channel()).await;
         let channel = channel
@@ -91,5 +93,34 @@ impl Admin {
         let channel = self.client.dialer.dial().await?;
         *shared = Some(channel.clone());
         Ok(channel)
+    }
+}
+
+/// The failure of a second attempt after a first one that the server may have carried out: unless
+/// it is one that the first would have met, too, it says nothing about that.
+fn unknown(error: AdminError) -> AdminError {
+    let source = match error {
+        AdminError::Unreachable { source, .. } => source,
+        AdminError::Refused(error) if error.is_retryable() => {
+            TransportError::new(error.to_string())
+        }
+        AdminError::Refused(_) | AdminError::Malformed(_) => return error,
+    };
+    AdminError::Unreachable { source, sent: true }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Outcome, Reason, ServerError};
+
+    #[test]
+    fn a_second_attempt_tells_the_outcome_only_by_what_the_first_would_have_met_too() {
+        let refused = |reason| unknown(AdminError::Refused(ServerError::new(reason, "")));
+        assert_eq!(refused(Reason::Unavailable).outcome(), Outcome::Unknown);
+        assert_eq!(refused(Reason::InvalidArgument).outcome(), Outcome::NotPersisted);
+        let source = TransportError::new("refused");
+        let unreachable = unknown(AdminError::Unreachable { source, sent: false });
+        assert_eq!(unreachable.outcome(), Outcome::Unknown);
     }
 }

@@ -74,6 +74,16 @@ pub enum PublishErrorKind {
     /// Something that is no pubsub server has denied each attempt for a minute.
     #[error(transparent)]
     Foreign(ForeignAnswer),
+    /// The publisher's window is full.
+    #[error("the publisher's window is full")]
+    Full,
+    /// The server cannot take messages for now.
+    #[error("the server cannot take messages: {0}")]
+    Blocked(ServerError),
+    /// The publisher's task is gone: the runtime on which it was opened has ended, or the task has
+    /// panicked.
+    #[error("the publisher's task is gone, with its runtime or by a panic")]
+    TaskGone,
     /// The publisher was closed before the message's fate was known.
     #[error("the publisher is closed")]
     Closed,
@@ -107,9 +117,9 @@ impl PublishError {
     /// The server's reason, if it gave one.
     pub fn reason(&self) -> Option<Reason> {
         match &self.kind {
-            PublishErrorKind::Refused(error) | PublishErrorKind::Session(error) => {
-                Some(error.reason())
-            }
+            PublishErrorKind::Refused(error)
+            | PublishErrorKind::Session(error)
+            | PublishErrorKind::Blocked(error) => Some(error.reason()),
             PublishErrorKind::TooLarge { .. }
             | PublishErrorKind::DeadlineElapsed
             | PublishErrorKind::HorizonElapsed
@@ -120,6 +130,8 @@ impl PublishError {
             | PublishErrorKind::Fenced
             | PublishErrorKind::Protocol(_)
             | PublishErrorKind::Foreign(_)
+            | PublishErrorKind::Full
+            | PublishErrorKind::TaskGone
             | PublishErrorKind::Closed => None,
         }
     }
@@ -133,6 +145,9 @@ impl PublishError {
             | PublishErrorKind::ProducerStateLost
             | PublishErrorKind::Diverged
             | PublishErrorKind::TopicRecreated
+            | PublishErrorKind::Full
+            | PublishErrorKind::Blocked(_)
+            | PublishErrorKind::TaskGone
             | PublishErrorKind::Closed => true,
             PublishErrorKind::Refused(error) => error.reason() == Reason::ResultExpired,
             PublishErrorKind::Session(error) => error.is_retryable(),
@@ -187,6 +202,12 @@ pub enum EnqueueError {
         /// The message, handed back.
         message: Box<Message>,
     },
+    /// The message's own deadline passed before there was room in the window.
+    #[error("the message's deadline passed before there was room for it")]
+    DeadlineElapsed {
+        /// The message, handed back.
+        message: Box<Message>,
+    },
     /// The publisher is closed, or has failed for good.
     #[error("the publisher is closed{}", cause.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default())]
     Closed {
@@ -204,15 +225,27 @@ impl EnqueueError {
             Self::Full { message }
             | Self::Blocked { message, .. }
             | Self::TooLarge { message, .. }
-            | Self::ExceedsPermit { message, .. } => Some(*message),
+            | Self::ExceedsPermit { message, .. }
+            | Self::DeadlineElapsed { message } => Some(*message),
             Self::Closed { message, .. } => message.map(|message| *message),
+        }
+    }
+
+    fn idempotency_key(&self) -> Option<&str> {
+        match self {
+            Self::Full { message }
+            | Self::Blocked { message, .. }
+            | Self::TooLarge { message, .. }
+            | Self::ExceedsPermit { message, .. }
+            | Self::DeadlineElapsed { message } => message.idempotency_key.as_deref(),
+            Self::Closed { message, .. } => message.as_ref()?.idempotency_key.as_deref(),
         }
     }
 
     /// Whether the same message can be accepted later.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Full { .. } | Self::Blocked { .. } => true,
+            Self::Full { .. } | Self::Blocked { .. } | Self::DeadlineElapsed { .. } => true,
             Self::TooLarge { .. } | Self::ExceedsPermit { .. } | Self::Closed { .. } => false,
         }
     }
@@ -225,6 +258,7 @@ impl EnqueueError {
 
 impl From<EnqueueError> for PublishError {
     fn from(error: EnqueueError) -> Self {
+        let key = error.idempotency_key().unwrap_or_default().to_owned();
         let kind = match error {
             EnqueueError::TooLarge { size, limit, .. } => {
                 PublishErrorKind::TooLarge { size, limit }
@@ -233,32 +267,34 @@ impl From<EnqueueError> for PublishError {
                 PublishErrorKind::TooLarge { size, limit: reserved }
             }
             EnqueueError::Blocked { reason, detail, .. } => {
-                PublishErrorKind::Refused(ServerError::new(reason, detail))
+                PublishErrorKind::Blocked(ServerError::new(reason, detail))
             }
+            EnqueueError::DeadlineElapsed { .. } => PublishErrorKind::DeadlineElapsed,
+            EnqueueError::Full { .. } => PublishErrorKind::Full,
             EnqueueError::Closed { cause: Some(cause), .. } => *cause,
-            EnqueueError::Full { .. } | EnqueueError::Closed { cause: None, .. } => {
-                PublishErrorKind::Closed
-            }
+            EnqueueError::Closed { cause: None, .. } => PublishErrorKind::Closed,
         };
-        Self::new(kind, Outcome::NotPersisted)
+        Self::new(kind, Outcome::NotPersisted).with_key(&key)
     }
 }
 
-/// Some of the messages that a flush waited for have failed.
+/// Messages have failed that nobody had a ticket of any more, or the publisher had ended before it
+/// was flushed.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("{failed} messages were not published; the first: {first}")]
+#[error("{}", match failed { 0 => first.to_string(), _ => format!("{failed} messages were not published; the first: {first}") })]
 pub struct FlushError {
     pub(crate) failed: usize,
     pub(crate) first: PublishError,
 }
 
 impl FlushError {
-    /// How many messages have failed.
+    /// How many messages have failed; 0 if the publisher had ended, and all of its failures were
+    /// seen.
     pub fn failed(&self) -> usize {
         self.failed
     }
 
-    /// The first failure.
+    /// The first failure, or why the publisher had ended.
     pub fn first(&self) -> &PublishError {
         &self.first
     }
@@ -306,5 +342,27 @@ impl CloseError {
     pub fn outcome(&self) -> Outcome {
         let sent = |left: &Unresolved| left.outcome == Outcome::Unknown;
         if self.unresolved.iter().any(sent) { Outcome::Unknown } else { Outcome::NotPersisted }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_that_finds_no_room_can_be_published_again_under_its_key() {
+        let message = || Box::new(Message::new("x").with_idempotency_key("k"));
+        let (reason, detail) = (Reason::TopicFull, "full".to_owned());
+        let blocked = EnqueueError::Blocked { reason, detail, message: message() };
+        for (error, reason) in [
+            (EnqueueError::Full { message: message() }, None),
+            (blocked, Some(Reason::TopicFull)),
+            (EnqueueError::DeadlineElapsed { message: message() }, None),
+        ] {
+            let error = PublishError::from(error);
+            assert_eq!((error.idempotency_key(), error.reason()), (Some("k"), reason));
+            assert!(error.is_retryable(), "{error}");
+            assert!(!matches!(error.kind(), PublishErrorKind::Closed), "{error}");
+        }
     }
 }

@@ -230,7 +230,7 @@ impl ForeignAnswer {
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Cause {
-    /// Nothing was heard from the server for this long, or it left a ping unanswered.
+    /// Nothing was heard from the server for this long, or it left a ping or a message unanswered.
     #[error("no sign of life from the server for {0:?}")]
     Silence(Duration),
     /// The server did not answer the hello in time.
@@ -255,6 +255,10 @@ pub enum Cause {
     /// A bug in this client. The session starts over; nothing is lost.
     #[error("the session panicked")]
     Panicked,
+    /// The session's task is gone: the runtime on which it was opened has ended, or the task has
+    /// panicked.
+    #[error("the session's task is gone, with its runtime or by a panic")]
+    TaskGone,
 }
 
 impl Cause {
@@ -267,7 +271,8 @@ impl Cause {
             | Self::Foreign(_)
             | Self::Drain(_)
             | Self::Protocol(_)
-            | Self::Panicked => None,
+            | Self::Panicked
+            | Self::TaskGone => None,
         }
     }
 }

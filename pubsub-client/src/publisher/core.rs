@@ -17,6 +17,7 @@ use crate::error::{
     Cause, EnqueueError, FlushError, Outcome, PublishError, PublishErrorKind, Unresolved,
 };
 use crate::limits;
+use crate::liveness::after;
 use crate::message::Message;
 use crate::state::{ConnectionState, StateCell};
 
@@ -40,8 +41,7 @@ pub(crate) struct Core {
 #[derive(Debug)]
 pub(super) struct Queue {
     pub(super) window: Window<Entry>,
-    // One for each caller of `flush` that waits.
-    flushes: Vec<Flush>,
+    failures: Failures,
     entries: u64,
     /// Not later than the earliest deadline in the window.
     deadline: Option<Instant>,
@@ -73,21 +73,22 @@ pub(super) struct Permits {
     _bytes: OwnedSemaphorePermit,
 }
 
-#[derive(Debug)]
-struct Flush {
-    /// Waits for all entries below this number.
-    below: u64,
-    open: usize,
-    failed: usize,
+/// Failures of messages whose tickets were dropped: only a flush can tell these.
+#[derive(Debug, Default)]
+struct Failures {
+    /// All there ever were.
+    count: usize,
+    /// As many of them as any flush has told.
+    told: usize,
+    /// The first one that no flush had told by then.
     first: Option<PublishError>,
-    done: Option<oneshot::Sender<Result<(), FlushError>>>,
 }
 
 impl Core {
     pub(super) fn new(client: Arc<Shared>, settings: Settings) -> Arc<Self> {
         let queue = Queue {
             window: Window::new(settings.on_recreated == OnRecreated::Continue),
-            flushes: Vec::new(),
+            failures: Failures::default(),
             entries: 0,
             deadline: None,
             welcomed: false,
@@ -142,11 +143,12 @@ impl Core {
 
     /// A message in its wire form, and its bytes, if the topic allows it.
     pub(super) fn check(&self, message: Message) -> Result<Checked, EnqueueError> {
-        let deadline = message.deadline;
+        let given = message.deadline;
+        let deadline = given.map(|given| after(Instant::now(), given));
         let message = message.into_wire();
         let size = message.encoded_len();
         let limit = self.max_message.load(Ordering::Relaxed);
-        let checked = Checked { message, size, deadline };
+        let checked = Checked { message, size, given, deadline };
         if size > limit {
             let message = Box::new(checked.into_message());
             return Err(EnqueueError::TooLarge { size, limit, message });
@@ -170,8 +172,7 @@ impl Core {
             return Err(self.closed(Some(checked)));
         }
         let now = Instant::now();
-        let Checked { message, size, deadline: given } = checked;
-        let deadline = given.map(|given| now + given);
+        let Checked { message, size, given, deadline } = checked;
         let (ticket, receiver) = oneshot::channel();
         let number = queue.entries;
         queue.entries += 1;
@@ -197,27 +198,27 @@ impl Core {
     }
 
     pub(super) async fn flush(&self) -> Result<(), FlushError> {
-        let done = {
-            let mut queue = self.lock();
-            let open = queue.window.iter().filter(|entry| entry.ticket.is_some()).count();
-            if open == 0 {
-                return Ok(());
-            }
-            let (done, receiver) = oneshot::channel();
-            let below = queue.entries;
-            let flush = Flush { below, open, failed: 0, first: None, done: Some(done) };
-            // Those who have stopped waiting make room.
-            queue.flushes.retain(|flush| flush.done.as_ref().is_some_and(|done| !done.is_closed()));
-            queue.flushes.push(flush);
-            receiver
+        let (below, told, ended) = {
+            let queue = self.lock();
+            (queue.entries, queue.failures.told, queue.ended)
         };
-        let closed = PublishError::new(PublishErrorKind::Closed, Outcome::Unknown);
-        done.await.unwrap_or(Err(FlushError { failed: 1, first: closed }))
+        self.wait_until(|core| core.lock().first_untold().is_none_or(|first| first >= below)).await;
+        let mut queue = self.lock();
+        // Another flush may have told them meanwhile, to someone else.
+        let failed = queue.failures.count - told;
+        queue.failures.told = queue.failures.count;
+        let first = queue.failures.first.clone().filter(|_| failed > 0);
+        let over = || {
+            let kind = queue.failure.clone().unwrap_or(PublishErrorKind::Closed);
+            PublishError::new(kind, Outcome::NotPersisted)
+        };
+        let first = first.or_else(|| ended.then(over));
+        first.map_or(Ok(()), |first| Err(FlushError { failed, first }))
     }
 
     /// Takes no more messages, and gives up on those that are there when the time is up.
     pub(super) fn start_closing(&self, within: Duration) {
-        let end = Instant::now() + within;
+        let end = after(Instant::now(), within);
         {
             let mut queue = self.lock();
             let end = queue.closing.map_or(end, |earlier| earlier.min(end));
@@ -233,15 +234,16 @@ impl Core {
     /// Closes, waits for it, and hands out what is left.
     pub(crate) async fn close(&self, within: Duration) -> Vec<Unresolved> {
         self.start_closing(within);
-        let deadline = Instant::now() + within;
-        let empty = self.wait_until(|core| {
+        let deadline = after(Instant::now(), within);
+        let told = self.wait_until(|core| {
             let queue = core.lock();
-            queue.ended || queue.window.is_empty()
+            queue.ended || queue.first_untold().is_none()
         });
         // Either way: what is left is looked at below.
-        let _ = timeout_at(deadline, empty).await;
+        let _ = timeout_at(deadline, told).await;
         self.end(PublishErrorKind::Closed, None);
-        std::mem::take(&mut self.lock().unresolved)
+        // Whoever else closes it wants to know, too.
+        self.lock().unresolved.clone()
     }
 
     /// Waits until the server has taken the publisher in, or it has failed.
@@ -278,8 +280,8 @@ impl Core {
             let next = {
                 let mut queue = self.lock();
                 queue.expire(now);
-                let over = queue.closing.is_some_and(|end| now >= end || queue.window.is_empty());
-                if over || queue.ended {
+                let over = queue.closing.is_some_and(|end| now >= end);
+                if over || queue.ended || queue.has_closed() {
                     return;
                 }
                 [queue.deadline, queue.closing].into_iter().flatten().min()
@@ -298,7 +300,7 @@ impl Core {
             let queue = core.lock();
             let next = [queue.deadline, queue.closing].into_iter().flatten().min();
             let sooner = next.is_some_and(|next| known.is_none_or(|known| next < known));
-            sooner || queue.ended || (queue.closing.is_some() && queue.window.is_empty())
+            sooner || queue.ended || queue.has_closed()
         })
         .await;
     }
@@ -317,6 +319,11 @@ impl Core {
     pub(super) fn is_closed(&self) -> bool {
         let queue = self.lock();
         queue.ended || queue.closing.is_some()
+    }
+
+    /// Whether the server has ever taken the publisher in.
+    pub(super) fn is_welcomed(&self) -> bool {
+        self.lock().welcomed
     }
 
     pub(super) fn set_welcomed(&self) {
@@ -361,6 +368,17 @@ impl Queue {
         self.closing.is_some()
     }
 
+    /// The number of the oldest message whose fate is not told.
+    fn first_untold(&self) -> Option<u64> {
+        self.window.iter().find(|entry| entry.ticket.is_some()).map(|entry| entry.number)
+    }
+
+    /// Whether nothing is left to do: messages that were sent and have outlived their deadline
+    /// keep their places, but nobody waits for them.
+    fn has_closed(&self) -> bool {
+        self.closing.is_some() && self.first_untold().is_none()
+    }
+
     /// Tells the fate of a message, unless its deadline has told it before.
     pub(super) fn resolve(
         &mut self,
@@ -368,7 +386,7 @@ impl Queue {
         result: impl FnOnce(&str) -> Result<PublishReceipt, PublishError>,
     ) {
         let result = result(&entry.message.idempotency_key);
-        tell(&mut self.flushes, &mut entry, result);
+        tell(&mut self.failures, &mut entry, result);
     }
 
     /// Tells those whose deadline has passed. A message that was sent keeps its place: its
@@ -384,43 +402,30 @@ impl Queue {
         };
         for mut entry in self.window.give_up_unsent(is_over) {
             let result = error(Outcome::NotPersisted, &entry);
-            tell(&mut self.flushes, &mut entry, result);
+            tell(&mut self.failures, &mut entry, result);
         }
         for entry in self.window.sent_mut().filter(|entry| is_over(entry)) {
             let result = error(Outcome::Unknown, entry);
-            tell(&mut self.flushes, entry, result);
+            tell(&mut self.failures, entry, result);
             entry.deadline = None;
         }
         self.deadline = self.window.iter().filter_map(|entry| entry.deadline).min();
     }
 }
 
-fn tell(flushes: &mut Vec<Flush>, entry: &mut Entry, result: Result<PublishReceipt, PublishError>) {
+fn tell(failures: &mut Failures, entry: &mut Entry, fate: Result<PublishReceipt, PublishError>) {
     let Some(ticket) = entry.ticket.take() else { return };
-    for flush in flushes.iter_mut().filter(|flush| entry.number < flush.below) {
-        flush.settled(result.as_ref().err());
+    if let Err(Err(error)) = ticket.send(fate) {
+        failures.add(error);
     }
-    flushes.retain(|flush| flush.done.is_some());
-    // Whoever holds the ticket may not want to know.
-    let _ = ticket.send(result);
 }
 
-impl Flush {
-    fn settled(&mut self, error: Option<&PublishError>) {
-        self.open = self.open.saturating_sub(1);
-        if let Some(error) = error {
-            self.failed += 1;
-            self.first.get_or_insert_with(|| error.clone());
+impl Failures {
+    fn add(&mut self, error: PublishError) {
+        if self.told == self.count {
+            self.first = Some(error);
         }
-        if self.open == 0
-            && let Some(done) = self.done.take()
-        {
-            let failed = self.failed;
-            let result =
-                self.first.take().map_or(Ok(()), |first| Err(FlushError { failed, first }));
-            // Whoever flushed may have stopped waiting.
-            let _ = done.send(result);
-        }
+        self.count += 1;
     }
 }
 
@@ -429,11 +434,12 @@ impl Flush {
 pub(super) struct Checked {
     message: pb::Message,
     pub(super) size: usize,
-    deadline: Option<Duration>,
+    given: Option<Duration>,
+    pub(super) deadline: Option<Instant>,
 }
 
 impl Checked {
     pub(super) fn into_message(self) -> Message {
-        Message::from_wire(self.message, self.deadline)
+        Message::from_wire(self.message, self.given)
     }
 }

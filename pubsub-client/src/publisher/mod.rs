@@ -11,6 +11,8 @@ mod window_tests;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::timeout_at;
+
 pub(crate) use self::core::Core;
 pub use self::ticket::{Permit, PublishReceipt, PublishTicket};
 pub use self::typed::{TypedPublishError, TypedPublisher};
@@ -90,17 +92,25 @@ impl Publisher {
     ///
     /// # Errors
     ///
-    /// The message is too large, or the publisher has failed or was closed. The message is handed
-    /// back in the error, except when it waited for room in vain.
+    /// The message is too large, its deadline passed before there was room, or the publisher has
+    /// failed or was closed. The message is handed back in the error.
     pub async fn enqueue(
         &self,
         message: impl Into<Message>,
     ) -> Result<PublishTicket, EnqueueError> {
         let core = &self.handle.core;
         let checked = core.check(message.into())?;
-        match core.admit(checked.size).await {
-            Ok(permits) => core.push(checked, permits),
-            Err(_) => Err(core.closed(Some(checked))),
+        let admit = core.admit(checked.size);
+        let admitted = match checked.deadline {
+            Some(deadline) => timeout_at(deadline, admit).await,
+            None => Ok(admit.await),
+        };
+        match admitted {
+            Ok(Ok(permits)) => core.push(checked, permits),
+            Ok(Err(_)) => Err(core.closed(Some(checked))),
+            Err(_) => {
+                Err(EnqueueError::DeadlineElapsed { message: Box::new(checked.into_message()) })
+            }
         }
     }
 
@@ -148,11 +158,13 @@ impl Publisher {
         Ok(Permit::new(core, permits, bytes))
     }
 
-    /// Waits until the fate of all messages enqueued before is known.
+    /// Waits until the fate of all messages enqueued before is known, and reports the failures
+    /// that nobody has seen: of messages whose [tickets](PublishTicket) were dropped, since the
+    /// last flush. Where a ticket is still held when its message fails, it alone tells.
     ///
     /// # Errors
     ///
-    /// Some of these messages have failed.
+    /// Messages have failed, or the publisher had failed or was closed before this call.
     pub async fn flush(&self) -> Result<(), FlushError> {
         self.handle.core.flush().await
     }
@@ -233,8 +245,8 @@ pub enum OnRecreated {
     /// The publisher fails: the new topic may be meant for something else.
     #[default]
     Fail,
-    /// It goes on with the new topic. What was sent and not answered is
-    /// [unknown](crate::Outcome::Unknown).
+    /// It goes on with the new topic, and waits for it while there is none. What was sent and not
+    /// answered is [unknown](crate::Outcome::Unknown).
     Continue,
 }
 
@@ -325,8 +337,8 @@ impl PublisherBuilder {
     ///
     /// # Errors
     ///
-    /// The server refuses it, for example because there is no such topic. Or something that is no
-    /// pubsub server has answered for a minute.
+    /// The server refuses it, for example because there is no such topic, or because it has as many
+    /// publishers as it may. Or something that is no pubsub server has answered for a minute.
     pub async fn open(self) -> Result<Publisher, PublishError> {
         let publisher = self.open_lazy();
         publisher.handle.core.ready().await?;
@@ -335,6 +347,12 @@ impl PublisherBuilder {
 
     /// Opens it without waiting: messages can be enqueued at once. What [`open`](Self::open)
     /// would fail with comes as the fate of the messages.
+    ///
+    /// The publisher lives on the runtime on which this is called, and fails when that ends.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a Tokio runtime.
     pub fn open_lazy(self) -> Publisher {
         let core = Core::new(Arc::clone(&self.client), self.settings);
         self.client.adopt_publisher(&core, session::run(Arc::clone(&core)));

@@ -1,5 +1,6 @@
 //! The task of a publisher: connects, replays, sends; and connects again.
 
+use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -13,12 +14,13 @@ use pubsub_proto::v1::publisher_service_client::PublisherServiceClient;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use super::OnRecreated;
 use super::core::{Core, Entry};
 use super::ticket::PublishReceipt;
 use super::window::{Cut, Then, Verdict, Welcome};
 use crate::error::{Cause, Outcome, PublishError, PublishErrorKind, Reason, ServerError};
 use crate::limits;
-use crate::liveness::Liveness;
+use crate::liveness::{Liveness, after};
 use crate::message::{MessageId, duration, time, wire_duration};
 use crate::reconnect::{Hopeless, Reconnect};
 use crate::state::ConnectionState;
@@ -27,6 +29,9 @@ use crate::transport::Link;
 /// Contradictions in a row, without a result between, before the publisher gives up: one can be
 /// the end of a stream that was cut; two are a bug.
 const MAX_PROTOCOL_ERRORS: u32 = 2;
+/// How long a server may have messages without answering any, however well it answers pings: its
+/// disk hangs. A new connection shows that, since its welcome needs a commit.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How one connection ended.
 #[derive(Debug)]
@@ -52,14 +57,29 @@ fn broken(detail: impl Into<String>) -> End {
 }
 
 /// Runs until the publisher is closed or has failed.
-pub(super) async fn run(core: Arc<Core>) {
-    let failure = tokio::select! {
-        failure = keep_connected(&core) => failure,
-        () = core.keep_time() => return core.end(PublishErrorKind::Closed, None),
-    };
-    tracing::error!(topic = core.topic(), %failure, "the publisher has failed");
-    let cause = cause(&failure);
-    core.end(failure, Some(cause));
+pub(super) fn run(core: Arc<Core>) -> impl Future<Output = ()> {
+    // Not within the future: a runtime that ends can drop that before it has run at all.
+    let task = Task(core);
+    async move {
+        let core = &task.0;
+        let failure = tokio::select! {
+            failure = keep_connected(core) => failure,
+            () = core.keep_time() => return core.end(PublishErrorKind::Closed, None),
+        };
+        tracing::error!(topic = core.topic(), %failure, "the publisher has failed");
+        let cause = cause(&failure);
+        core.end(failure, Some(cause));
+    }
+}
+
+/// The handles can outlive the task. Nobody would tell them anything any more.
+struct Task(Arc<Core>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        // Changes nothing where the task has come to its end.
+        self.0.end(PublishErrorKind::TaskGone, Some(Cause::TaskGone));
+    }
 }
 
 #[expect(clippy::wildcard_enum_match_arm, reason = "the others are told by their text")]
@@ -108,6 +128,17 @@ async fn keep_connected(core: &Core) -> PublishErrorKind {
 fn judge(core: &Core, end: End) -> End {
     let End::Lost(Cause::Server(error)) = end else { return end };
     match error.reason() {
+        // The topic that it is to go on with may be created yet.
+        Reason::TopicNotFound
+            if core.settings.on_recreated == OnRecreated::Continue && core.is_welcomed() =>
+        {
+            End::Lost(Cause::Server(error))
+        }
+        // Whoever opens a publisher must learn that there are too many; one that has its place
+        // gets it again.
+        Reason::LimitReached if !core.is_welcomed() => {
+            End::Failed(PublishErrorKind::Session(error))
+        }
         Reason::InvalidArgument | Reason::UnsupportedProtocol | Reason::TopicNotFound => {
             End::Failed(PublishErrorKind::Session(error))
         }
@@ -118,6 +149,10 @@ fn judge(core: &Core, end: End) -> End {
         }
         Reason::Diverged => {
             let verdict = core.lock().window.diverged();
+            started_over(core, verdict, error)
+        }
+        Reason::ResultExpired => {
+            let verdict = core.lock().window.forgotten();
             started_over(core, verdict, error)
         }
         Reason::OutOfOrder | Reason::ProtocolViolation => broken(error.to_string()),
@@ -152,10 +187,10 @@ async fn connect(core: &Core, reconnect: &mut Reconnect) -> End {
     };
     reconnect.connected();
     match welcomed(core, welcome, hello_at) {
-        Ok((live, cut)) => {
+        Ok((live, cut, patience)) => {
             core.state.set(ConnectionState::Connected);
             core.set_welcomed();
-            Session { core, reconnect, live, cut, blocked: false, drain: None }.run(link).await
+            Session::new(core, reconnect, live, cut, patience).run(link).await
         }
         Err(end) => end,
     }
@@ -187,10 +222,11 @@ fn welcomed(
     core: &Core,
     welcome: pb::PublisherWelcome,
     hello_at: Instant,
-) -> Result<(Liveness, Cut), End> {
+) -> Result<(Liveness, Cut, Duration), End> {
     let now = Instant::now();
     let interval = duration(welcome.heartbeat_interval).filter(|interval| !interval.is_zero());
-    let live = Liveness::new(interval.unwrap_or(core.settings.heartbeat), hello_at, now);
+    let interval = interval.unwrap_or(core.settings.heartbeat);
+    let live = Liveness::new(interval, hello_at, now);
     if welcome.max_message_bytes > 0 {
         core.set_max_message(welcome.max_message_bytes);
     }
@@ -215,7 +251,7 @@ fn welcomed(
     };
     let verdict = core.lock().window.welcome(welcome, now);
     match core.settle(verdict) {
-        Then::Go => Ok((live, cut)),
+        Then::Go => Ok((live, cut, PATIENCE.max(interval.mul_f64(2.5)))),
         Then::Again => Err(End::Again),
         Then::Fail(kind) => Err(End::Failed(kind)),
     }
@@ -228,6 +264,9 @@ struct Session<'a> {
     reconnect: &'a mut Reconnect,
     live: Liveness,
     cut: Cut,
+    patience: Duration,
+    /// Since when messages are on the stream, or the last of their results.
+    unanswered: Option<Instant>,
     blocked: bool,
     drain: Option<Draining>,
 }
@@ -239,7 +278,18 @@ struct Draining {
     after: Duration,
 }
 
-impl Session<'_> {
+impl<'a> Session<'a> {
+    fn new(
+        core: &'a Core,
+        reconnect: &'a mut Reconnect,
+        live: Liveness,
+        cut: Cut,
+        patience: Duration,
+    ) -> Self {
+        let (unanswered, blocked, drain) = (None, false, None);
+        Self { core, reconnect, live, cut, patience, unanswered, blocked, drain }
+    }
+
     async fn run(mut self, link: Link<pb::PublishStreamRequest, pb::PublishStreamResponse>) -> End {
         let Link { requests, mut responses } = link;
         loop {
@@ -278,6 +328,13 @@ impl Session<'_> {
             return Err(End::Lost(Cause::Silence(silence)));
         }
         let mut wake = self.live.wake_at(now);
+        if let Some(since) = self.unanswered.filter(|_| !self.blocked) {
+            let end = after(since, self.patience);
+            if now >= end {
+                return Err(End::Lost(Cause::Silence(self.patience)));
+            }
+            wake = wake.min(end);
+        }
         let queue = self.core.lock();
         if let Some(drain) = &self.drain {
             if !queue.window.is_waiting() || now >= drain.deadline {
@@ -310,6 +367,7 @@ impl Session<'_> {
         let resolved_below = queue.window.first();
         drop(queue);
         if let Some(first_sequence) = first {
+            self.unanswered.get_or_insert(now);
             let batch = pb::PublishBatch { first_sequence, messages, resolved_below };
             permit.send(request(Request::Batch(batch)));
         }
@@ -319,7 +377,7 @@ impl Session<'_> {
         let now = Instant::now();
         self.live.frame(now);
         match response.frame {
-            Some(Frame::Results(results)) => self.results(results),
+            Some(Frame::Results(results)) => self.results(results, now),
             Some(Frame::Heartbeat(heartbeat)) => {
                 self.live.answer(heartbeat.echoed_nonce);
                 Ok(())
@@ -329,7 +387,7 @@ impl Session<'_> {
                 Ok(())
             }
             Some(Frame::Blocked(blocked)) => {
-                self.blocked(blocked);
+                self.blocked(blocked, now);
                 Ok(())
             }
             Some(Frame::Welcome(_)) => Err(broken("a second welcome came")),
@@ -337,7 +395,7 @@ impl Session<'_> {
         }
     }
 
-    fn results(&mut self, results: pb::PublishResults) -> Result<(), End> {
+    fn results(&mut self, results: pb::PublishResults, now: Instant) -> Result<(), End> {
         let mut queue = self.core.lock();
         for run in results.runs {
             let outcome = run.outcome.ok_or_else(|| broken("a result without an outcome came"))?;
@@ -347,17 +405,19 @@ impl Session<'_> {
                 queue.resolve(entry, |key| fate(self.core, &outcome, offset, key));
             }
         }
+        self.unanswered = queue.window.is_waiting().then_some(now);
         drop(queue);
         self.reconnect.progress();
         self.core.notify();
         Ok(())
     }
 
-    fn blocked(&mut self, blocked: pb::PublisherBlocked) {
+    fn blocked(&mut self, blocked: pb::PublisherBlocked, now: Instant) {
         let reason = pb::ErrorReason::try_from(blocked.reason).unwrap_or_default();
         self.blocked = reason != pb::ErrorReason::Unspecified;
         // A server that is blocked reads nothing from us, pings neither; it is still heard.
-        self.live.expect_answers(!self.blocked, Instant::now());
+        self.live.expect_answers(!self.blocked, now);
+        self.unanswered = self.unanswered.map(|_| now);
         self.core.state.set(if self.blocked {
             let reason = Reason::from_wire(blocked.reason);
             tracing::warn!(topic = self.core.topic(), %reason, detail = blocked.detail, "blocked");
@@ -374,7 +434,7 @@ impl Session<'_> {
         self.core.state.set(ConnectionState::Draining);
         self.cut.allow_new = false;
         self.drain = Some(Draining {
-            deadline: now + duration(drain.deadline).unwrap_or_default(),
+            deadline: after(now, duration(drain.deadline).unwrap_or_default()),
             reason: drain.reason,
             after: duration(drain.reconnect_after).unwrap_or_default(),
         });
@@ -408,3 +468,7 @@ fn fate(
         }
     }
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;

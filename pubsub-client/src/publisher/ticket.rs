@@ -14,8 +14,9 @@ use crate::message::{Message, MessageId};
 
 /// A message that is on its way. A future of its fate.
 ///
-/// Dropping it cancels nothing: the message is published all the same. Disconnects and server
-/// restarts only make it take longer.
+/// Dropping it cancels nothing: the message is published all the same, and should it fail, the
+/// next [`flush`](crate::Publisher::flush) tells. Disconnects and server restarts only make it
+/// take longer.
 #[derive(Debug)]
 #[must_use = "without awaiting the ticket, nobody learns whether the message was published"]
 pub struct PublishTicket {
@@ -33,7 +34,7 @@ impl Future for PublishTicket {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         Pin::new(&mut self.receiver).poll(context).map(|result| {
-            // The task that would have told is gone, with its runtime.
+            // Should not happen: a publisher tells all fates at its end, whatever ends it.
             let gone = |_| Err(PublishError::new(PublishErrorKind::Closed, Outcome::Unknown));
             result.unwrap_or_else(gone)
         })

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::error::PublishErrorKind;
+use crate::liveness::after;
 
 /// A message in the window. `T` is whatever goes with it.
 #[derive(Debug)]
@@ -125,6 +126,7 @@ impl<T> Window<T> {
         self.next - self.sent.len() as u64
     }
 
+    #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         self.sent.is_empty() && self.unsent.is_empty()
     }
@@ -217,6 +219,11 @@ impl<T> Window<T> {
         self.start_over(PublishErrorKind::Diverged)
     }
 
+    /// The server does not know any more what became of messages that were sent.
+    pub(super) fn forgotten(&mut self) -> Verdict<T> {
+        self.start_over(PublishErrorKind::HorizonElapsed)
+    }
+
     fn start_over(&mut self, why: PublishErrorKind) -> Verdict<T> {
         self.epoch = self.epoch.saturating_add(1);
         self.next = 1;
@@ -286,7 +293,7 @@ impl<T> Window<T> {
         if cut.linger.is_zero() || self.on_stream < self.sent.len() || !cut.allow_new {
             return None;
         }
-        let until = self.unsent.front()?.queued + cut.linger;
+        let until = after(self.unsent.front()?.queued, cut.linger);
         let sizes = self.unsent.iter().take(cut.messages).map(|slot| slot.bytes);
         let full = self.unsent.len() >= cut.messages || sizes.sum::<usize>() >= cut.bytes;
         (!full && now < until).then_some(until)

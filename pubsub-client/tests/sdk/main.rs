@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 #![expect(clippy::disallowed_methods, reason = "these are tests")]
 
+mod administering;
 mod harness;
 mod publishing;
 mod scripted;

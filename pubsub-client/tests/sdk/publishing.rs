@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use pubsub_client::{
-    ConnectionState, EnqueueError, Message, Outcome, PublishErrorKind, Reason, Start, TopicConfig,
+    Cause, Client, ConnectionState, EnqueueError, Message, Outcome, PublishErrorKind, Reason,
+    Start, TopicConfig,
 };
 
 use crate::harness::{World, next, number, receive, silence, soon};
@@ -250,4 +251,143 @@ async fn after_another_history_what_was_sent_is_unknown_and_the_rest_goes_on() {
     assert!(matches!(error.kind(), PublishErrorKind::Diverged), "{error}");
     assert_eq!((error.outcome(), error.idempotency_key()), (Outcome::Unknown, Some("two")));
     assert_eq!(soon(unsent).await.unwrap().id.sequence, 1);
+}
+
+#[tokio::test]
+async fn flush_tells_the_failures_that_nobody_has_seen_once() {
+    let world = World::new().await;
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    let refused = || Message::new("x").with_recipient("nobody");
+    drop(publisher.enqueue(refused()).await.unwrap());
+    // When its answer has come, so has that of the one before it.
+    soon(publisher.publish("1")).await.unwrap();
+    drop(publisher.enqueue(refused()).await.unwrap());
+    let error = soon(publisher.flush()).await.unwrap_err();
+    assert_eq!((error.failed(), error.outcome()), (2, Outcome::NotPersisted));
+    assert_eq!(error.first().reason(), Some(Reason::UnknownRecipient));
+    let held = publisher.enqueue(refused()).await.unwrap();
+    soon(publisher.flush()).await.unwrap();
+    assert_eq!(held.await.unwrap_err().reason(), Some(Reason::UnknownRecipient));
+}
+
+#[tokio::test]
+async fn a_cancelled_flush_leaves_its_failures_to_the_next() {
+    let mut world = World::new().await;
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    world.stop_server().await;
+    drop(publisher.enqueue(Message::new("x").with_deadline(SECOND / 10)).await.unwrap());
+    drop(publisher.enqueue("1").await.unwrap());
+    assert!(tokio::time::timeout(SECOND / 2, publisher.flush()).await.is_err());
+    world.start_server().await;
+    let (first, second) = tokio::join!(soon(publisher.flush()), soon(publisher.flush()));
+    for error in [first.unwrap_err(), second.unwrap_err()] {
+        assert_eq!(error.failed(), 1);
+        assert!(matches!(error.first().kind(), PublishErrorKind::DeadlineElapsed), "{error}");
+    }
+    soon(publisher.flush()).await.unwrap();
+}
+
+#[tokio::test]
+async fn flushing_a_publisher_that_has_ended_is_an_error() {
+    let world = World::new().await;
+    let publisher = world.client.publisher("missing").open_lazy();
+    for _ in 0..3 {
+        drop(publisher.enqueue("x").await.unwrap());
+    }
+    soon(publisher.state().wait_for(ConnectionState::is_closed)).await.unwrap();
+    let error = soon(publisher.flush()).await.unwrap_err();
+    assert_eq!((error.failed(), error.first().reason()), (3, Some(Reason::TopicNotFound)));
+    let error = soon(publisher.flush()).await.unwrap_err();
+    assert_eq!((error.failed(), error.first().reason()), (0, Some(Reason::TopicNotFound)));
+}
+
+#[tokio::test]
+async fn a_deadline_limits_the_wait_for_room() {
+    let world = World::new().await;
+    let publisher = world.client.publisher("t").window_messages(1).open().await.unwrap();
+    world.proxy.freeze(true);
+    let sent = publisher.enqueue("1").await.unwrap();
+    let hasty = Message::new("2").with_deadline(SECOND / 10).with_idempotency_key("k");
+    let error = soon(publisher.enqueue(hasty.clone())).await.unwrap_err();
+    assert!(matches!(error, EnqueueError::DeadlineElapsed { .. }), "{error}");
+    assert_eq!(error.into_message(), Some(hasty.clone()));
+    let error = soon(publisher.publish(hasty)).await.unwrap_err();
+    assert!(matches!(error.kind(), PublishErrorKind::DeadlineElapsed), "{error}");
+    assert_eq!((error.outcome(), error.idempotency_key()), (Outcome::NotPersisted, Some("k")));
+    world.proxy.freeze(false);
+    soon(sent).await.unwrap();
+}
+
+#[test]
+fn a_publisher_ends_with_its_runtime() {
+    let runtime = || tokio::runtime::Runtime::new().unwrap();
+    let client = Client::builder("http://127.0.0.1:9").connect_lazy().unwrap();
+    let first = runtime();
+    let publisher = first.block_on(async { client.publisher("t").open_lazy() });
+    let ticket = first.block_on(publisher.enqueue("1")).unwrap();
+    drop(first);
+    runtime().block_on(async {
+        let error = soon(ticket).await.unwrap_err();
+        assert!(matches!(error.kind(), PublishErrorKind::TaskGone), "{error}");
+        assert!(publisher.state().get().is_closed());
+        let error = soon(publisher.publish("2")).await.unwrap_err();
+        assert!(matches!(error.kind(), PublishErrorKind::TaskGone), "{error}");
+    });
+}
+
+#[tokio::test]
+async fn durations_without_end_are_no_limits() {
+    let world = World::new().await;
+    let publisher = world.client.publisher("t").linger(Duration::MAX).open().await.unwrap();
+    let message = Message::new("1").with_deadline(Duration::MAX);
+    let ticket = publisher.enqueue(message).await.unwrap();
+    soon(publisher.close(Duration::MAX)).await.unwrap();
+    assert_eq!(soon(ticket).await.unwrap().id.sequence, 1);
+}
+
+#[tokio::test]
+async fn a_publisher_that_may_go_on_waits_for_its_topic_to_come_back() {
+    let world = World::new().await;
+    let admin = world.client.admin();
+    let publisher = world.client.publisher("t");
+    let publisher =
+        publisher.on_recreated(pubsub_client::OnRecreated::Continue).open().await.unwrap();
+    soon(publisher.publish("1")).await.unwrap();
+    admin.delete_topic("t").await.unwrap();
+    let late = publisher.enqueue("2").await.unwrap();
+    let missing = |state: &ConnectionState| {
+        let ConnectionState::Reconnecting { cause, .. } = state else { return false };
+        matches!(&**cause, Cause::Server(error) if error.reason() == Reason::TopicNotFound)
+    };
+    soon(publisher.state().wait_for(missing)).await.unwrap();
+    admin.create_topic("t", TopicConfig::new()).await.unwrap();
+    // It was on its way to the topic that is gone.
+    let error = soon(late).await.unwrap_err();
+    assert!(matches!(error.kind(), PublishErrorKind::TopicRecreated), "{error}");
+    assert_eq!(soon(publisher.publish("3")).await.unwrap().id.sequence, 1);
+}
+
+#[tokio::test]
+async fn closing_does_not_wait_for_messages_whose_fate_is_told() {
+    let world = World::new().await;
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    world.proxy.freeze(true);
+    let message = Message::new("1").with_deadline(SECOND / 10);
+    let error = soon(publisher.publish(message)).await.unwrap_err();
+    assert_eq!(error.outcome(), Outcome::Unknown);
+    soon(publisher.close(60 * SECOND)).await.unwrap();
+}
+
+#[tokio::test]
+async fn everyone_who_closes_learns_what_is_left() {
+    let mut world = World::new().await;
+    let publisher = world.client.publisher("t").open().await.unwrap();
+    world.stop_server().await;
+    drop(publisher.enqueue("left").await.unwrap());
+    let (closed, report) = tokio::join!(
+        publisher.clone().close(SECOND / 5),
+        world.client.clone().shutdown(SECOND / 5),
+    );
+    assert_eq!(closed.unwrap_err().unresolved().len(), 1);
+    assert_eq!(report.unpublished.len(), 1);
 }
