@@ -28,6 +28,10 @@ pub(crate) const ACK_BATCH: usize = 256;
 /// After how long a message comes again that was dropped without ack or nack: long enough that a
 /// handler that always fails early is no hot loop.
 pub(crate) const RELEASE_DELAY: Duration = Duration::from_secs(1);
+/// The longest reason of a nack, in bytes: each hello carries all that are unconfirmed.
+pub(crate) const NACK_REASON_BYTES: usize = 1024;
+/// The longest delay of a nack that is sent: beyond what any server waits, and in the wire's range.
+pub(crate) const NACK_DELAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long a message may be in the application's hands: far longer than honest work takes, since
 /// giving one up too early shows it twice.
 pub(crate) const MAX_PROCESSING: Duration = Duration::from_secs(60 * 60);
@@ -43,5 +47,9 @@ pub(crate) const HEARTBEAT: Duration = Duration::from_secs(10);
 /// The heartbeat intervals that a server takes.
 pub(crate) const MIN_HEARTBEAT: Duration = Duration::from_secs(1);
 pub(crate) const MAX_HEARTBEAT: Duration = Duration::from_secs(60);
+/// The longest that a server can keep the place of a lost session.
+pub(crate) const MAX_GRACE: Duration = Duration::from_secs(10 * 60);
+/// The longest that a server can make us wait for a reconnect, or for the end of a stream.
+pub(crate) const MAX_ADVICE: Duration = Duration::from_secs(5 * 60);
 /// The heartbeat interval of the fast profile.
 pub(crate) const FAST_HEARTBEAT: Duration = Duration::from_secs(1);

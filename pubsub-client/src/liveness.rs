@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::limits;
+
 /// How many intervals of silence mean death.
 const DEAD_AFTER: f64 = 2.5;
 
@@ -19,9 +21,12 @@ pub(crate) fn after(now: Instant, wait: Duration) -> Instant {
 #[derive(Debug)]
 pub(crate) struct Liveness {
     interval: Duration,
+    opened: Instant,
     /// How often a ping is sent; not less often than the interval.
     ping_every: Duration,
     last_frame: Instant,
+    /// Until then we were busy, and neither heard nor said anything.
+    deaf_until: Instant,
     next_ping: Instant,
     nonce: u64,
     // At most as many as fit into the time until the server counts as dead.
@@ -36,8 +41,10 @@ impl Liveness {
     pub(crate) fn new(interval: Duration, hello: Instant, now: Instant) -> Self {
         Self {
             interval,
+            opened: now,
             ping_every: interval,
             last_frame: now,
+            deaf_until: now,
             next_ping: now + interval,
             nonce: 0,
             unanswered: VecDeque::new(),
@@ -50,7 +57,7 @@ impl Liveness {
     /// that it does not hear: a place that has to be proven well within that time.
     pub(crate) fn set_interval(&mut self, interval: Duration, grace: Duration, now: Instant) {
         if !interval.is_zero() {
-            self.interval = interval;
+            self.interval = interval.clamp(limits::MIN_HEARTBEAT, limits::MAX_HEARTBEAT);
         }
         let proof = if grace.is_zero() { self.interval } else { grace / 3 };
         self.ping_every = self.interval.min(proof);
@@ -62,14 +69,26 @@ impl Liveness {
         self.last_frame = now;
     }
 
-    /// The server has seen all pings up to this one.
-    pub(crate) fn answer(&mut self, nonce: u64) {
+    /// A frame that came at `since` has been handled. If that took long, what the server has said
+    /// meanwhile still waits, and so do our pings: it is not the server that was silent.
+    pub(crate) fn handled(&mut self, since: Instant, now: Instant) {
+        if now >= since + self.interval / 2 {
+            self.deaf_until = now;
+        }
+    }
+
+    /// The server has seen all pings up to this one. Says whether the stream has proven itself by
+    /// that: the ping was sent when it was at least an interval old.
+    pub(crate) fn answer(&mut self, nonce: u64) -> bool {
+        let mut proven = false;
         while let Some((number, sent)) = self.unanswered.front().copied()
             && number <= nonce
         {
             self.answered = sent;
+            proven |= sent >= self.opened + self.interval;
             self.unanswered.pop_front();
         }
+        proven
     }
 
     /// When the last ping that was answered had been sent: until then, at least, the server
@@ -103,7 +122,7 @@ impl Liveness {
         let waiting = self.unanswered.front().map_or(self.next_ping, |(_, sent)| *sent);
         let oldest =
             if self.expects_answers { self.last_frame.min(waiting) } else { self.last_frame };
-        oldest + self.limit()
+        oldest.max(self.deaf_until) + self.limit()
     }
 
     fn limit(&self) -> Duration {
@@ -120,6 +139,36 @@ impl Liveness {
         // A ping that is due but cannot be sent waits for the stream, not for the clock.
         let pings = self.expects_answers && !self.ping_is_due(now);
         if pings { self.dead_at().min(self.next_ping) } else { self.dead_at() }
+    }
+}
+
+/// For how long a batch may be unconfirmed on a stream that is alive: longer than any commit.
+const UNCONFIRMED: Duration = Duration::from_secs(30);
+
+/// The batches that were sent on one stream and are not confirmed. A server whose disk hangs still
+/// answers pings.
+#[derive(Debug, Default)]
+pub(crate) struct Unconfirmed {
+    // Bounded by what is sent until the oldest is too old.
+    batches: VecDeque<(u64, Instant)>,
+}
+
+impl Unconfirmed {
+    pub(crate) fn sent(&mut self, number: u64, now: Instant) {
+        self.batches.push_back((number, now));
+    }
+
+    /// All batches up to this one are confirmed.
+    pub(crate) fn confirmed(&mut self, number: u64) {
+        while self.batches.front().is_some_and(|(first, _)| *first <= number) {
+            self.batches.pop_front();
+        }
+    }
+
+    /// When the server counts as dead because of the oldest, and for how long it was silent then.
+    pub(crate) fn dead_at(&self, live: &Liveness) -> Option<(Instant, Duration)> {
+        let limit = live.limit().max(UNCONFIRMED);
+        self.batches.front().map(|(_, sent)| ((*sent).max(live.deaf_until) + limit, limit))
     }
 }
 
@@ -182,6 +231,63 @@ mod tests {
         live.answer(1);
         live.frame(start + 20 * SECOND);
         assert_eq!(live.dead(start + 169 * SECOND), None);
+    }
+
+    #[test]
+    fn for_ever_is_a_time_too() {
+        let now = Instant::now();
+        assert_eq!(after(now, SECOND), now + SECOND);
+        assert!(after(now, Duration::MAX) > now + 1_000_000 * SECOND);
+    }
+
+    #[test]
+    fn a_frame_that_takes_long_to_handle_is_no_silence() {
+        let (mut live, start) = start();
+        live.ping(start + 10 * SECOND);
+        live.frame(start + 11 * SECOND);
+        live.handled(start + 11 * SECOND, start + 60 * SECOND);
+        assert_eq!(live.dead(start + 84 * SECOND), None);
+        assert!(live.dead(start + 85 * SECOND).is_some());
+        live.handled(start + 84 * SECOND, start + 84 * SECOND);
+        assert!(live.dead(start + 85 * SECOND).is_some(), "each frame takes some time");
+    }
+
+    #[test]
+    fn a_ping_proves_the_stream_once_that_is_an_interval_old() {
+        let (mut live, start) = start();
+        live.ping(start + 9 * SECOND);
+        assert!(!live.answer(1));
+        live.ping(start + 10 * SECOND);
+        assert!(live.answer(2));
+        assert!(!live.answer(2), "once");
+    }
+
+    #[test]
+    fn an_odd_interval_is_brought_into_its_range() {
+        let (mut live, start) = start();
+        live.set_interval(Duration::MAX, Duration::MAX, start);
+        assert!(live.dead(start + 150 * SECOND).is_some());
+        live.set_interval(SECOND / 1000, SECOND, start);
+        assert_eq!(live.dead(start + 2 * SECOND), None);
+    }
+
+    #[test]
+    fn a_batch_may_be_unconfirmed_for_half_a_minute() {
+        let (mut live, start) = start();
+        let mut unconfirmed = Unconfirmed::default();
+        assert_eq!(unconfirmed.dead_at(&live), None);
+        unconfirmed.sent(1, start);
+        unconfirmed.sent(2, start + SECOND);
+        unconfirmed.sent(3, start + 2 * SECOND);
+        let limit = 30 * SECOND;
+        assert_eq!(unconfirmed.dead_at(&live), Some((start + limit, limit)));
+        unconfirmed.confirmed(2);
+        assert_eq!(unconfirmed.dead_at(&live), Some((start + 2 * SECOND + limit, limit)));
+        live.set_interval(60 * SECOND, SECOND, start);
+        let limit = 150 * SECOND;
+        assert_eq!(unconfirmed.dead_at(&live), Some((start + 2 * SECOND + limit, limit)));
+        unconfirmed.confirmed(3);
+        assert_eq!(unconfirmed.dead_at(&live), None);
     }
 
     #[test]

@@ -242,6 +242,15 @@ pub(crate) fn duration(duration: Option<prost_types::Duration>) -> Option<Durati
     duration.and_then(|duration| duration.try_into().ok())
 }
 
+/// Shortens a text to at most so many bytes, at the boundary of a character.
+pub(crate) fn shorten(text: &mut String, max_bytes: usize) {
+    let mut end = text.len().min(max_bytes);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+}
+
 /// A duration for the wire; absent if it is out of the wire's range.
 pub(crate) fn wire_duration(duration: Duration) -> Option<prost_types::Duration> {
     duration.try_into().ok()

@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use crate::env::SharedEnv;
 use crate::error::{Cause, ForeignAnswer};
+use crate::limits;
 use crate::retry::{Backoff, RetryPolicy};
 use crate::state::{ConnectionState, StateCell};
 
@@ -80,7 +81,7 @@ impl Reconnect {
         let now = Instant::now();
         self.advised = Some(now);
         self.foreign_since = None;
-        let delay = after + ADVICE_JITTER.mul_f64(self.env.fraction());
+        let delay = after.min(limits::MAX_ADVICE) + ADVICE_JITTER.mul_f64(self.env.fraction());
         self.show(Cause::Drain(reason.to_owned()), delay, state, now);
         delay
     }
@@ -187,6 +188,12 @@ mod tests {
             advance(SECOND).await;
             assert!(reconnect.lost(denied(), &state).is_err());
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn advice_is_followed_within_reason() {
+        let (mut reconnect, state) = start();
+        assert!(reconnect.advised("a restart", Duration::MAX, &state) <= 301 * SECOND);
     }
 
     #[tokio::test(start_paused = true)]

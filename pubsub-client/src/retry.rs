@@ -6,6 +6,7 @@ use backoff::backoff::Backoff as _;
 use backoff::{ExponentialBackoff, ExponentialBackoffBuilder};
 
 use crate::env::SharedEnv;
+use crate::limits;
 
 /// How long to wait between attempts to reconnect.
 ///
@@ -13,7 +14,8 @@ use crate::env::SharedEnv;
 /// is a random part of it ("full jitter"), so that ten thousand clients of a restarted server do
 /// not return in the same millisecond. There is no limit to the number of attempts, except against
 /// something that is no pubsub server ([`ForeignAnswer`](crate::ForeignAnswer)). The count starts
-/// over on progress (a publish result, an ack confirmation, a new message), not merely because a
+/// over on progress (a publish result, an ack confirmation, a new message, an answer on a
+/// stream that has lasted), not merely because a
 /// connection was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
@@ -23,8 +25,10 @@ pub struct RetryPolicy {
 
 impl RetryPolicy {
     /// A policy with delays from `initial` up to `max`. A `max` below `initial` counts as
-    /// `initial`.
+    /// `initial`, and an `initial` below 1 ms as 1 ms.
     pub fn new(initial: Duration, max: Duration) -> Self {
+        // Zero would double to zero: a hot loop.
+        let initial = initial.max(Duration::from_millis(1));
         Self { initial, max: max.max(initial) }
     }
 }
@@ -58,12 +62,12 @@ impl Backoff {
         Self { ceiling, env, attempt: 0 }
     }
 
-    /// The next delay, at least what the server asked for.
+    /// The next delay, at least what the server asked for within reason.
     pub(crate) fn next_delay(&mut self, asked: Option<Duration>) -> Duration {
         self.attempt = self.attempt.saturating_add(1);
         let ceiling = self.ceiling.next_backoff().unwrap_or(self.ceiling.max_interval);
         let delay = ceiling.min(self.ceiling.max_interval).mul_f64(self.env.fraction());
-        delay.max(asked.unwrap_or_default())
+        delay.max(asked.unwrap_or_default().min(limits::MAX_ADVICE))
     }
 
     /// The attempts since the last progress.
@@ -130,5 +134,14 @@ mod tests {
         assert!(backoff.next_delay(None) < Duration::from_millis(101));
         let asked = Duration::from_secs(7);
         assert_eq!(backoff.next_delay(Some(asked)), asked);
+        assert_eq!(backoff.next_delay(Some(Duration::MAX)), limits::MAX_ADVICE);
+    }
+
+    #[test]
+    fn a_policy_from_zero_is_no_hot_loop() {
+        let policy = RetryPolicy::new(Duration::ZERO, Duration::from_secs(5));
+        let mut backoff = Backoff::new(policy, Arc::new(Always(0xff)));
+        let delays: Vec<_> = (0..20).map(|_| backoff.next_delay(None)).collect();
+        assert!(delays[19] > Duration::from_secs(4), "{delays:?}");
     }
 }

@@ -84,6 +84,8 @@ impl ConnectionState {
 /// A state that can be looked at and waited for. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct StateWatch {
+    /// That of a session ends with it; that of a client goes on.
+    of_session: bool,
     receiver: watch::Receiver<ConnectionState>,
 }
 
@@ -96,6 +98,10 @@ impl StateWatch {
     /// Waits until the state differs from the one last seen by this watch, and returns it;
     /// nothing once there will be no more changes. States that pass quickly may be skipped.
     pub async fn changed(&mut self) -> Option<ConnectionState> {
+        // The sender lives on with the handle, and says nothing any more.
+        if self.of_session && self.last_seen_is_closed() {
+            return None;
+        }
         self.receiver.changed().await.ok()?;
         Some(self.receiver.borrow_and_update().clone())
     }
@@ -106,15 +112,25 @@ impl StateWatch {
         &mut self,
         mut condition: impl FnMut(&ConnectionState) -> bool,
     ) -> Option<ConnectionState> {
-        let state = self.receiver.wait_for(|state| condition(state)).await.ok()?;
-        Some(state.clone())
+        let (of_session, mut holds) = (self.of_session, false);
+        let seen = |state: &ConnectionState| {
+            holds = condition(state);
+            holds || (of_session && state.is_closed())
+        };
+        let state = self.receiver.wait_for(seen).await.ok()?.clone();
+        holds.then_some(state)
+    }
+
+    fn last_seen_is_closed(&self) -> bool {
+        let state = self.receiver.borrow();
+        !state.has_changed() && state.is_closed()
     }
 }
 
 /// The states of all sessions of a client, and the worst of them.
 #[derive(Debug)]
 pub(crate) struct StateBoard {
-    // Bounded by the number of live sessions: each removes its own entry.
+    // Bounded by the number of sessions that someone holds: each removes its own entry.
     sessions: Mutex<BTreeMap<u64, ConnectionState>>,
     idle: Mutex<ConnectionState>,
     worst: watch::Sender<ConnectionState>,
@@ -130,7 +146,7 @@ impl StateBoard {
     }
 
     pub(crate) fn watch(&self) -> StateWatch {
-        StateWatch { receiver: self.worst.subscribe() }
+        StateWatch { of_session: false, receiver: self.worst.subscribe() }
     }
 
     /// What the client is without any session.
@@ -166,17 +182,28 @@ impl StateCell {
     }
 
     pub(crate) fn watch(&self) -> StateWatch {
-        StateWatch { receiver: self.own.subscribe() }
+        StateWatch { of_session: true, receiver: self.own.subscribe() }
     }
 
     pub(crate) fn get(&self) -> ConnectionState {
         self.own.borrow().clone()
     }
 
+    /// Nothing comes after the end.
     pub(crate) fn set(&self, state: ConnectionState) {
-        self.own.send_replace(state.clone());
+        let news = self.own.send_if_modified(|own| {
+            let news = !own.is_closed();
+            if news {
+                own.clone_from(&state);
+            }
+            news
+        });
+        if !news {
+            return;
+        }
         self.board.update(|sessions| {
-            if state.is_closed() {
+            // One that has failed is trouble until its handle is dropped.
+            if matches!(state, ConnectionState::Closed { cause: None }) {
                 sessions.remove(&self.session);
             } else {
                 sessions.insert(self.session, state);
@@ -214,5 +241,37 @@ mod tests {
         assert!(matches!(watch.get(), ConnectionState::Draining));
         drop(first);
         assert!(watch.get().is_connected());
+    }
+
+    #[test]
+    fn a_session_that_failed_is_shown_by_its_client_until_it_is_dropped() {
+        let board = StateBoard::new();
+        board.set_idle(ConnectionState::Connected);
+        let failed = StateCell::new(1, Arc::clone(&board));
+        failed.set(ConnectionState::Closed { cause: Some(Arc::new(Cause::Panicked)) });
+        failed.set(ConnectionState::Connected);
+        assert!(failed.get().is_closed(), "nothing comes after the end");
+        assert!(board.watch().get().is_closed());
+        drop(failed);
+        assert!(board.watch().get().is_connected());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_ends_with_its_session_and_that_of_a_client_does_not() {
+        let board = StateBoard::new();
+        let cell = StateCell::new(1, Arc::clone(&board));
+        let (mut first, mut second, mut client) = (cell.watch(), cell.watch(), board.watch());
+        cell.set(ConnectionState::Closed { cause: Some(Arc::new(Cause::Panicked)) });
+        let wait = async { second.wait_for(ConnectionState::is_connected).await.is_none() };
+        assert!(tokio::time::timeout(Duration::from_secs(1), wait).await.unwrap());
+        assert!(second.wait_for(ConnectionState::is_closed).await.is_some());
+        let changes = async {
+            let closed = first.changed().await.is_some_and(|state| state.is_closed());
+            closed && first.changed().await.is_none()
+        };
+        assert!(tokio::time::timeout(Duration::from_secs(1), changes).await.unwrap());
+        assert!(client.changed().await.is_some_and(|state| state.is_closed()));
+        let more = async { client.changed().await.is_some() };
+        assert!(tokio::time::timeout(Duration::from_secs(1), more).await.is_err());
     }
 }

@@ -23,6 +23,9 @@ pub enum SubscribeError {
     /// Something that is no pubsub server has denied each attempt for a minute.
     #[error(transparent)]
     Foreign(ForeignAnswer),
+    /// The subscriber's task is gone, with its runtime or by a panic.
+    #[error("the subscriber's task is gone: its runtime has ended, or it panicked")]
+    TaskGone,
     /// A payload could not be decoded. The stream goes on, and the delivery can still be acked
     /// or nacked; it is released when dropped.
     #[error("the payload of {} cannot be decoded: {source}", delivery.id)]
@@ -39,7 +42,7 @@ impl SubscribeError {
     pub fn reason(&self) -> Option<Reason> {
         match self {
             Self::Refused(error) => Some(error.reason()),
-            Self::Protocol(_) | Self::Foreign(_) | Self::Decode { .. } => None,
+            Self::Protocol(_) | Self::Foreign(_) | Self::TaskGone | Self::Decode { .. } => None,
         }
     }
 
@@ -47,7 +50,7 @@ impl SubscribeError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Refused(error) => error.is_retryable(),
-            Self::Protocol(_) => true,
+            Self::Protocol(_) | Self::TaskGone => true,
             // The address is wrong, or credentials are missing: waiting changes neither.
             Self::Foreign(_) | Self::Decode { .. } => false,
         }

@@ -9,6 +9,7 @@ use super::session;
 use crate::client::Shared;
 use crate::error::SubscribeError;
 use crate::limits;
+use crate::message::shorten;
 
 /// How a subscription spreads its messages over consumers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -177,7 +178,8 @@ impl SubscriberBuilder {
     /// # Errors
     ///
     /// The server refuses: there is no such topic, or a subscription of this name exists with
-    /// other settings. Or something that is no pubsub server has answered for a minute.
+    /// other settings; it starts beyond the last message; there are too many of its kind. Or
+    /// something that is no pubsub server has answered for a minute.
     pub async fn open(self) -> Result<Subscriber, SubscribeError> {
         let subscriber = self.open_lazy();
         match subscriber.core.opened().await {
@@ -199,11 +201,7 @@ impl SubscriberBuilder {
 fn default_consumer(subscription: &str) -> String {
     const MAX_BYTES: usize = 128;
     let mut name = format!("{}/{subscription}", host());
-    let mut end = name.len().min(MAX_BYTES);
-    while !name.is_char_boundary(end) {
-        end -= 1;
-    }
-    name.truncate(end);
+    shorten(&mut name, MAX_BYTES);
     name
 }
 

@@ -12,6 +12,7 @@ use super::core::Core;
 use super::resume::TopicBatch;
 use super::topic::{Joined, Missing, Nacked, Position};
 use super::{Gap, GapReason};
+use crate::limits;
 use crate::message::wire_duration;
 
 pub(super) fn request(frame: Frame) -> pb::SubscribeRequest {
@@ -89,7 +90,7 @@ fn nack((sequence, nacked): (u64, Nacked)) -> pb::NackItem {
     pb::NackItem {
         sequence,
         attempt: nacked.attempt,
-        delay: nacked.delay.and_then(wire_duration),
+        delay: nacked.delay.and_then(|delay| wire_duration(delay.min(limits::NACK_DELAY))),
         reason: nacked.reason,
     }
 }
@@ -113,10 +114,15 @@ pub(super) fn joined(topic: pb::SessionTopic) -> Joined {
         name: topic.topic.into(),
         epoch: topic.epoch,
         cursor_generation: topic.cursor_generation,
-        floor: topic.floor,
-        head: topic.head,
+        floor: sequence(topic.floor),
+        head: sequence(topic.head),
         dropped: topic.dropped.into_iter().map(|range| range.first..=range.last).collect(),
     }
+}
+
+/// A position that there can be a message after.
+pub(super) fn sequence(sequence: u64) -> u64 {
+    sequence.min(u64::MAX - 1)
 }
 
 /// A delivered message: its sequence, attempt and bytes, and itself.

@@ -50,7 +50,7 @@ pub(super) struct Inner {
     pub(super) stop: Option<Stopping>,
     /// Someone waits for a confirmation or nacked: acks are not to wait for company.
     pub(super) urgent: bool,
-    welcomed: bool,
+    pub(super) welcomed: bool,
     /// Whether the last thing heard is that this is the active consumer.
     active: bool,
     ended: bool,
@@ -126,7 +126,7 @@ impl Core {
     pub(super) fn poll(
         self: &Arc<Self>,
         context: &mut Context<'_>,
-        allowed: impl Fn(TopicKey) -> bool,
+        allowed: impl Fn(&str) -> bool,
     ) -> Poll<Option<Result<Event, SubscribeError>>> {
         let mut inner = self.lock();
         if inner.ended {
@@ -341,6 +341,7 @@ impl Core {
             SubscribeError::Refused(error) => Cause::Server(error.clone()),
             SubscribeError::Foreign(answer) => Cause::Foreign(answer.clone()),
             SubscribeError::Protocol(detail) => Cause::Protocol(detail.clone()),
+            SubscribeError::TaskGone => Cause::TaskGone,
             SubscribeError::Decode { .. } => Cause::Protocol(error.to_string()),
         });
         {

@@ -8,7 +8,8 @@ use std::time::Duration;
 use super::core::Core;
 use super::resume::Handle;
 use crate::error::AckError;
-use crate::message::ReceivedMessage;
+use crate::limits;
+use crate::message::{ReceivedMessage, shorten};
 
 /// A message that was delivered and waits for its ack.
 ///
@@ -67,10 +68,6 @@ impl Delivery {
     /// Takes the message out, to ack it later and elsewhere.
     pub fn split(self) -> (ReceivedMessage, Acker) {
         (self.message, self.acker)
-    }
-
-    pub(super) fn handle(&self) -> Handle {
-        self.acker.handle
     }
 }
 
@@ -170,15 +167,27 @@ impl Nack {
         Self::after(Duration::ZERO)
     }
 
-    /// The message comes again after this delay.
+    /// The message comes again after this delay; a server waits for 60 s at most.
     pub fn after(delay: Duration) -> Self {
         Self { delay: Some(delay), reason: String::new() }
     }
 
-    /// Says why, for the people who look at the message later.
+    /// Says why, in 1 KiB at most: the rest is cut off.
     #[must_use]
     pub fn because(mut self, reason: impl Into<String>) -> Self {
         self.reason = reason.into();
+        shorten(&mut self.reason, limits::NACK_REASON_BYTES);
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_reason_is_cut_between_characters() {
+        let nack = Nack::now().because(format!("a{}", "ü".repeat(1_000_000)));
+        assert_eq!(nack.reason, format!("a{}", "ü".repeat(511)));
     }
 }

@@ -77,6 +77,10 @@ pub(super) struct Resume<M> {
     reader: bool,
     topics: BTreeMap<TopicKey, Topic<M>>,
     by_number: BTreeMap<u32, TopicKey>,
+    /// By name and epoch, those that are not deleted.
+    present: BTreeMap<(Arc<str>, u64), TopicKey>,
+    /// The last one of each name.
+    latest: BTreeMap<Arc<str>, TopicKey>,
     ready: BTreeSet<TopicKey>,
     /// The topic that was served last, so that the others come next.
     served: TopicKey,
@@ -95,6 +99,8 @@ impl<M> Resume<M> {
             reader,
             topics: BTreeMap::new(),
             by_number: BTreeMap::new(),
+            present: BTreeMap::new(),
+            latest: BTreeMap::new(),
             ready: BTreeSet::new(),
             served: TopicKey(0),
             keys: 0,
@@ -146,11 +152,8 @@ impl<M> Resume<M> {
     }
 
     fn join(&mut self, joined: Joined, settled: &mut Settled) -> TopicKey {
-        let same = |topic: &Topic<M>| {
-            topic.name == joined.name && topic.epoch == joined.epoch && !topic.left
-        };
-        let known = self.topics.iter().find(|(_, topic)| same(topic)).map(|(key, _)| *key);
-        if let Some(key) = known
+        let identity = (Arc::clone(&joined.name), joined.epoch);
+        if let Some(key) = self.present.get(&identity).copied()
             && let Some(topic) = self.topics.get_mut(&key)
         {
             if topic.cursor_generation == joined.cursor_generation {
@@ -164,36 +167,58 @@ impl<M> Resume<M> {
         self.keys += 1;
         let key = TopicKey(self.keys);
         self.by_number.insert(joined.number, key);
-        let same_name = self.topics.iter().filter(|(_, topic)| topic.name == joined.name);
-        let predecessor = same_name.map(|(key, _)| *key).next_back();
         let mut topic = Topic::new(&joined);
-        topic.predecessor = predecessor;
+        topic.predecessor = self.latest.insert(Arc::clone(&joined.name), key);
+        self.present.insert(identity, key);
         self.topics.insert(key, topic);
         key
     }
 
     fn remove(&mut self, key: TopicKey, settled: &mut Settled) {
-        self.topics.remove(&key);
+        self.forget_number(key);
+        self.forget_topic(key);
         self.ready.remove(&key);
-        self.by_number.retain(|_, other| *other != key);
         settled.stale.push(key);
+    }
+
+    fn forget_number(&mut self, key: TopicKey) {
+        if let Some(number) = self.topics.get(&key).and_then(|topic| topic.number) {
+            self.by_number.remove(&number);
+        }
+    }
+
+    fn forget_topic(&mut self, key: TopicKey) {
+        let Some(topic) = self.topics.remove(&key) else { return };
+        let identity = (Arc::clone(&topic.name), topic.epoch);
+        if self.present.get(&identity) == Some(&key) {
+            self.present.remove(&identity);
+        }
+        if self.latest.get(&topic.name) == Some(&key) {
+            match topic.predecessor.filter(|earlier| self.topics.contains_key(earlier)) {
+                Some(earlier) => self.latest.insert(topic.name, earlier),
+                None => self.latest.remove(&topic.name),
+            };
+        }
     }
 
     /// A topic was deleted while its reader was away: what is known to have been in it and has
     /// not arrived never will. Subscriptions are told by the server.
     fn miss(&mut self, key: TopicKey) {
         let Some(topic) = self.topics.get_mut(&key).filter(|topic| !topic.left) else { return };
-        let first = topic.last_received + 1;
-        if first <= topic.head {
+        let first = topic.last_received.saturating_add(1);
+        if topic.last_received < topic.head {
             let range = first..=topic.head;
             topic.receive_gap(&Missing { range, reason: TOPIC_DELETED });
         }
     }
 
     fn leave(&mut self, key: TopicKey, settled: &mut Settled) {
+        self.forget_number(key);
         let Some(topic) = self.topics.get_mut(&key) else { return };
+        if !topic.left {
+            self.present.remove(&(Arc::clone(&topic.name), topic.epoch));
+        }
         topic.leave();
-        self.by_number.retain(|_, other| *other != key);
         settled.stale.push(key);
         self.refresh(key);
     }
@@ -203,6 +228,8 @@ impl<M> Resume<M> {
         let stale = self.topics.keys().copied().collect();
         self.topics.clear();
         self.by_number.clear();
+        self.present.clear();
+        self.latest.clear();
         self.ready.clear();
         self.sent.clear();
         self.queued = 0;
@@ -262,6 +289,10 @@ impl<M> Resume<M> {
         let mut shown = 0;
         let mut again = 0;
         for (sequence, item) in messages {
+            // A sequence that nothing can come before, or after.
+            if matches!(sequence, 0 | u64::MAX) {
+                return Err(Broken(format!("there is no message {sequence}")));
+            }
             let done = topic.done.contains(sequence);
             again += usize::from(done);
             shown += usize::from(topic.receive(sequence, item));
@@ -283,6 +314,10 @@ impl<M> Resume<M> {
     }
 
     pub(super) fn gap(&mut self, number: u32, missing: &Missing) -> Result<bool, Broken> {
+        let (first, last) = (*missing.range.start(), *missing.range.end());
+        if first == 0 || first > last || last == u64::MAX {
+            return Err(Broken(format!("there are no messages {first} to {last}")));
+        }
         let key = self.key(number)?;
         let news = self.topic(key)?.receive_gap(missing);
         self.refresh(key);
@@ -328,15 +363,16 @@ impl<M> Resume<M> {
     }
 
     /// Takes the next thing to show: the oldest of a topic, the topics by turns. `allowed` says
-    /// which topics may be served.
+    /// the topics of which names may be served.
     pub(super) fn take(
         &mut self,
         now: Instant,
-        allowed: impl Fn(TopicKey) -> bool,
+        allowed: impl Fn(&str) -> bool,
     ) -> Option<Shown<M>> {
         let after = self.ready.range((Excluded(self.served), Unbounded));
         let mut turns = after.chain(self.ready.range(..=self.served));
-        let key = *turns.find(|key| allowed(**key) && !self.is_preceded(**key))?;
+        let allowed = |key| self.topics.get(key).is_some_and(|topic| allowed(&topic.name));
+        let key = *turns.find(|key| allowed(key) && !self.is_preceded(**key))?;
         let topic = self.topics.get_mut(&key)?;
         self.showings += 1;
         let showing = self.showings;
@@ -442,9 +478,11 @@ impl<M> Resume<M> {
         self.topics.values().map(Topic::outstanding).sum()
     }
 
-    /// How many messages are held, here or in the application's hands.
-    pub(super) fn held(&self) -> usize {
-        self.topics.values().map(Topic::held).sum()
+    /// How many messages are held, here or in the application's hands, in how many topics. Those
+    /// of deleted topics take no credit.
+    pub(super) fn held(&self) -> (usize, usize) {
+        let held = self.topics.values().filter(|topic| !topic.left).map(Topic::held).sum();
+        (held, self.present.len())
     }
 
     pub(super) fn is_unconfirmed(&self) -> bool {
@@ -466,7 +504,7 @@ impl<M> Resume<M> {
 
     fn refresh(&mut self, key: TopicKey) {
         if self.topics.get(&key).is_some_and(Topic::is_over) {
-            self.topics.remove(&key);
+            self.forget_topic(key);
         }
         if self.topics.get(&key).is_some_and(Topic::is_ready) {
             self.ready.insert(key);

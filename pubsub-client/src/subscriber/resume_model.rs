@@ -366,6 +366,22 @@ impl World {
         }
     }
 
+    /// A topic that is caught up has nothing more to show of what it knows of.
+    fn check_caught_up(&self) {
+        for topic in self.client.topics().filter(|topic| topic.caught_up()) {
+            let number = usize::from(&*topic.name == "t1");
+            let elsewhere = &self.server.topics[number].elsewhere;
+            let in_hands = topic.outstanding_up_to(topic.head);
+            let seen = self.seen.iter().rfind(|(_, (of, _))| *of == number);
+            let missing = (topic.done.floor() + 1..=topic.head).find(|sequence| {
+                let seen = seen.is_some_and(|(_, (_, seen))| seen.shown.contains(sequence));
+                let done = topic.done.contains(*sequence) || elsewhere.contains(sequence);
+                !(seen || done || in_hands.contains(sequence))
+            });
+            assert_eq!(missing, None, "was not shown by {}, which is caught up", topic.name);
+        }
+    }
+
     /// Lets everything run until nothing moves any more.
     fn finish(&mut self) -> Result<(), Broken> {
         for _ in 0..500 {
@@ -393,13 +409,14 @@ proptest! {
         let mut world = World::new();
         for step in &steps {
             world.step(step).unwrap();
+            world.check_caught_up();
         }
         world.finish().unwrap();
         for topic in &world.server.topics {
             let missing = (1..=topic.head).find(|sequence| !topic.done.contains(sequence));
             prop_assert_eq!(missing, None, "never shown, or never acked");
         }
-        prop_assert_eq!(world.client.held(), 0);
+        prop_assert_eq!(world.client.held().0, 0);
         prop_assert!(!world.client.is_unconfirmed());
     }
 }
@@ -656,4 +673,96 @@ fn topics_take_turns() {
     })
     .collect();
     assert_eq!(order, [1, 101, 2, 102, 3]);
+}
+
+#[test]
+fn nothing_is_caught_up_between_a_nack_and_its_showing() {
+    let mut resume = attached(false);
+    deliver(&mut resume, 1, 1..=9);
+    let caught_up = |resume: &Resume<u64>| resume.topics().all(|topic| topic.caught_up());
+    let handle = take(&mut resume).unwrap();
+    let showing = handle.showing;
+    let nacked = Nacked { attempt: 1, delay: None, reason: String::new(), showing };
+    assert!(resume.nack(handle, nacked));
+    resume.batch().unwrap();
+    resume.rewind(1, 1, 1).unwrap();
+    assert!(!caught_up(&resume));
+    resume.confirm(1);
+    assert!(!caught_up(&resume));
+    let items: Vec<_> = (1..=9).map(|sequence| (sequence, (2, 10, sequence))).collect();
+    resume.deliver(1, 10, 1, items.into_iter()).unwrap();
+    assert!(!caught_up(&resume));
+    while take(&mut resume).is_some() {}
+    assert!(caught_up(&resume));
+}
+
+#[test]
+fn a_gap_that_is_done_with_is_forgotten() {
+    let mut resume = attached(false);
+    for (number, first) in (1..=100).zip((1..).step_by(3)) {
+        resume.gap(1, &Missing { range: first..=first + 1, reason: 1 }).unwrap();
+        deliver(&mut resume, number, first + 2..=first + 2);
+        assert!(matches!(resume.take(start(), |_| true), Some(Shown::Gap { .. })));
+        let handle = take(&mut resume).unwrap();
+        resume.ack(handle);
+        resume.batch().unwrap();
+        resume.confirm(number);
+        assert_eq!(resume.topics().map(|topic| topic.announced()).sum::<usize>(), 0);
+    }
+    assert_eq!(resume.gap(1, &Missing { range: 1..=2, reason: 1 }), Ok(false));
+}
+
+#[test]
+fn ranges_and_sequences_that_cannot_be_are_an_error() {
+    let mut resume = attached(false);
+    let ends = [(0, 0), (0, 5), (5, 4), (5, u64::MAX)];
+    for (first, last) in ends {
+        let missing = Missing { range: RangeInclusive::new(first, last), reason: 1 };
+        assert!(resume.gap(1, &missing).is_err(), "{first} to {last}");
+    }
+    for sequence in [0, u64::MAX] {
+        let mut resume = attached(false);
+        assert!(resume.deliver(1, 1, 0, [(sequence, (1, 1, 1))].into_iter()).is_err());
+    }
+}
+
+#[test]
+fn a_message_of_a_deleted_topic_takes_no_credit() {
+    let mut resume = attached(false);
+    deliver(&mut resume, 1, 1..=3);
+    assert_eq!(resume.held(), (3, 1));
+    resume.left(1).unwrap();
+    assert_eq!(resume.held(), (0, 0));
+}
+
+#[test]
+fn the_end_of_a_deleted_topic_comes_before_its_successor_whatever_was_sought() {
+    let mut resume = attached(false);
+    deliver(&mut resume, 1, 1..=2);
+    resume.left(1).unwrap();
+    let successor = Joined { number: 2, epoch: 8, ..joined(0, 9) };
+    resume.joined(successor.clone());
+    resume.repositioned(Joined { cursor_generation: 1, ..successor });
+    resume.deliver(2, 3, 0, [(1, (1, 1, 101))].into_iter()).unwrap();
+    let order: Vec<u64> = std::iter::from_fn(|| match resume.take(start(), |_| true)? {
+        Shown::Message { message, .. } => Some(message),
+        Shown::Gap { .. } => None,
+    })
+    .collect();
+    assert_eq!(order, [1, 2, 101]);
+}
+
+#[test]
+fn a_welcome_with_many_topics_is_quick() {
+    let topics: Vec<_> = (1..=20_000)
+        .map(|number| Joined { number, name: format!("t{number}").into(), ..joined(0, 9) })
+        .collect();
+    let started = start();
+    let mut resume = Resume::<u64>::new(false);
+    for _ in 0..2 {
+        resume.hello();
+        resume.welcome(topics.clone());
+    }
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(10), "{took:?}");
 }

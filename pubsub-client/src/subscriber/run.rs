@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::future::Future;
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use futures_util::FutureExt as _;
 use tokio::task::JoinSet;
 
-use super::topic::TopicKey;
 use super::{Acker, Event, Nack, Subscriber};
 use crate::error::SubscribeError;
 use crate::message::ReceivedMessage;
@@ -76,7 +76,8 @@ impl Subscriber {
             // A handler that finishes frees its topic, so that there may be a next message.
             let event = tokio::select! {
                 event = self.next_of(&busy), if handlers.len() < concurrency.max(1) => event,
-                Some(Ok(topic)) = handlers.join_next() => {
+                Some(handled) = handlers.join_next() => {
+                    let topic: Arc<str> = handled.expect("settling catches panics");
                     busy.remove(&topic);
                     continue;
                 }
@@ -86,12 +87,16 @@ impl Subscriber {
                 Some(Err(error)) => break Err(error),
                 Some(Ok(Event::Gap(gap))) => tracing::warn!(?gap, "messages will never come"),
                 Some(Ok(Event::Message(delivery))) => {
-                    let topic = delivery.handle().topic;
+                    let topic = Arc::clone(&delivery.id.topic);
                     let (message, acker) = delivery.split();
-                    let handler = settle(handler(message), acker);
-                    busy.insert(topic);
+                    // It may panic before it has made its future.
+                    let Ok(handler) = catch_unwind(AssertUnwindSafe(|| handler(message))) else {
+                        acker.nack(panicked());
+                        continue;
+                    };
+                    busy.insert(Arc::clone(&topic));
                     handlers.spawn(async move {
-                        handler.await;
+                        settle(handler, acker).await;
                         topic
                     });
                 }
@@ -103,10 +108,9 @@ impl Subscriber {
 
     async fn next_of(
         &mut self,
-        busy: &BTreeSet<TopicKey>,
+        busy: &BTreeSet<Arc<str>>,
     ) -> Option<Result<Event, SubscribeError>> {
-        std::future::poll_fn(|context| self.core.poll(context, |topic| !busy.contains(&topic)))
-            .await
+        std::future::poll_fn(|context| self.core.poll(context, |topic| !busy.contains(topic))).await
     }
 }
 
@@ -116,9 +120,15 @@ where
     F: Future<Output = Result<(), E>>,
     E: fmt::Display,
 {
-    match AssertUnwindSafe(handler).catch_unwind().await {
+    // Its error is the handler's, too, and may panic when it is made into text.
+    let handled = async { handler.await.map_err(|error| error.to_string()) };
+    match AssertUnwindSafe(handled).catch_unwind().await {
         Ok(Ok(())) => acker.ack(),
-        Ok(Err(error)) => acker.nack(Nack::backoff().because(error.to_string())),
-        Err(_) => acker.nack(Nack::backoff().because("the handler panicked")),
+        Ok(Err(reason)) => acker.nack(Nack::backoff().because(reason)),
+        Err(_) => acker.nack(panicked()),
     }
+}
+
+fn panicked() -> Nack {
+    Nack::backoff().because("the handler panicked")
 }

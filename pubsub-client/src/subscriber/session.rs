@@ -18,7 +18,7 @@ use super::resume::{Broken, Settled};
 use super::topic::Missing;
 use crate::error::{Cause, Reason, SubscribeError};
 use crate::limits;
-use crate::liveness::Liveness;
+use crate::liveness::{Liveness, Unconfirmed, after};
 use crate::message::duration;
 use crate::reconnect::{Hopeless, Reconnect};
 use crate::state::ConnectionState;
@@ -65,12 +65,29 @@ impl From<Hopeless> for SubscribeError {
 }
 
 /// Runs until the subscriber is stopped or refused, or gives up.
-pub(super) async fn run(core: Arc<Core>) {
-    let error = tokio::select! {
-        error = keep_attached(&core) => error,
-        () = core.stop_overdue() => None,
-    };
-    core.end(error);
+pub(super) fn run(core: Arc<Core>) -> impl Future<Output = ()> + Send {
+    // There before the first poll, which may never come.
+    let guard = Guard(core);
+    async move {
+        let core = &guard.0;
+        let error = tokio::select! {
+            error = keep_attached(core) => error,
+            () = core.stop_overdue() => None,
+        };
+        core.end(error);
+    }
+}
+
+/// Handles can outlive the session's task: its runtime ends, or the task panics. Then they must
+/// not wait for it.
+struct Guard(Arc<Core>);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if !self.0.has_ended() {
+            self.0.end(Some(SubscribeError::TaskGone));
+        }
+    }
 }
 
 async fn keep_attached(core: &Core) -> Option<SubscribeError> {
@@ -119,7 +136,12 @@ fn terminal(core: &Core, cause: &Cause) -> Option<SubscribeError> {
         | Reason::SubscriptionNotFound
         | Reason::SubscriptionMismatch
         | Reason::SubscriptionDeleted
+        | Reason::BeyondHead
         | Reason::Superseded => Some(SubscribeError::Refused(error.clone())),
+        // Later it is waited for: who was taken in once will be again.
+        Reason::LimitReached if !core.lock().welcomed => {
+            Some(SubscribeError::Refused(error.clone()))
+        }
         // The position is the application's, and means nothing in another history.
         Reason::Diverged if core.settings.is_reader() => {
             Some(SubscribeError::Refused(error.clone()))
@@ -157,7 +179,9 @@ async fn attach(core: &Core, reconnect: &mut Reconnect) -> End {
         Err(cause) => return End::Lost(cause),
     };
     let live = Liveness::new(core.settings.heartbeat, hello_at, Instant::now());
-    let mut session = Session { core, reconnect, live, grace: None, ack_due: None, drain: None };
+    let unconfirmed = Unconfirmed::default();
+    let mut session =
+        Session { core, reconnect, live, unconfirmed, grace: None, ack_due: None, drain: None };
     match session.first(first) {
         Ok(()) => session.run(link).await,
         Err(end) => end,
@@ -170,6 +194,7 @@ struct Session<'a> {
     core: &'a Core,
     reconnect: &'a mut Reconnect,
     live: Liveness,
+    unconfirmed: Unconfirmed,
     /// How long the server keeps messages for a lost session; known when active.
     grace: Option<Duration>,
     ack_due: Option<Instant>,
@@ -188,7 +213,7 @@ impl Session<'_> {
         match response.frame {
             Some(Frame::Welcome(_) | Frame::Standby(_)) => self.frame(response),
             Some(Frame::Drain(drain)) => {
-                let after = duration(drain.reconnect_after).unwrap_or_default();
+                let after = advice(drain.reconnect_after);
                 Err(End::Advised { reason: drain.reason, after })
             }
             _ => Err(Broken("the first frame is neither welcome nor standby".to_owned()).into()),
@@ -237,6 +262,12 @@ impl Session<'_> {
             return Err(End::Lost(Cause::Silence(silence)));
         }
         let mut wake = self.live.wake_at(now);
+        if let Some((dead_at, silence)) = self.unconfirmed.dead_at(&self.live) {
+            if now >= dead_at {
+                return Err(End::Lost(Cause::Silence(silence)));
+            }
+            wake = wake.min(dead_at);
+        }
         let inner = self.core.lock();
         let queued = if self.grace.is_some() { inner.resume.queued() } else { 0 };
         if let Some(drain) = &self.drain {
@@ -273,6 +304,10 @@ impl Session<'_> {
         let mut inner = self.core.lock();
         inner.urgent = false;
         if let Some((number, topics)) = inner.resume.batch() {
+            // A reader's are not confirmed.
+            if !self.core.settings.is_reader() {
+                self.unconfirmed.sent(number, now);
+            }
             permit.send(convert::acks(number, topics));
         }
     }
@@ -303,7 +338,14 @@ impl Session<'_> {
     }
 
     fn frame(&mut self, response: pb::SubscribeResponse) -> Result<(), End> {
-        self.live.frame(Instant::now());
+        let now = Instant::now();
+        self.live.frame(now);
+        let result = self.handle(response);
+        self.live.handled(now, Instant::now());
+        result
+    }
+
+    fn handle(&mut self, response: pb::SubscribeResponse) -> Result<(), End> {
         let Some(frame) = response.frame else {
             return Err(Broken("a frame of an unknown kind came".to_owned()).into());
         };
@@ -312,6 +354,7 @@ impl Session<'_> {
             Frame::Standby(standby) => self.standby(standby),
             Frame::Deliver(deliver) => self.deliver(deliver)?,
             Frame::Confirm(confirm) => {
+                self.unconfirmed.confirmed(confirm.number);
                 let settled = self.core.lock().resume.confirm(confirm.number);
                 self.reconnect.progress();
                 self.settle(settled);
@@ -354,11 +397,13 @@ impl Session<'_> {
     }
 
     fn welcome(&mut self, welcome: pb::SubscribeWelcome) {
-        let grace = duration(welcome.grace).unwrap_or_default();
+        let grace = duration(welcome.grace).unwrap_or_default().min(limits::MAX_GRACE);
         let interval = duration(welcome.heartbeat_interval).unwrap_or_default();
         self.live.set_interval(interval, grace, Instant::now());
         self.grace = Some(grace);
         self.reconnect.connected();
+        // Before anybody who waits for the welcome is woken, and looks.
+        self.core.state.set(ConnectionState::Connected);
         {
             let mut inner = self.core.lock();
             inner.boot = welcome.boot_id;
@@ -369,17 +414,16 @@ impl Session<'_> {
             self.core.arrived(&mut inner, settled);
             self.core.welcomed(&mut inner, true);
         }
-        self.core.state.set(ConnectionState::Connected);
     }
 
     fn standby(&mut self, standby: pb::Standby) {
         self.reconnect.connected();
-        {
-            let mut inner = self.core.lock();
-            inner.gate = Gate::Closed;
-            self.core.welcomed(&mut inner, false);
-        }
+        // What is acked while it stands by waits for its turn, or for the next hello.
+        self.unconfirmed = Unconfirmed::default();
         self.core.state.set(ConnectionState::Standby { active: standby.active_consumer });
+        let mut inner = self.core.lock();
+        inner.gate = Gate::Closed;
+        self.core.welcomed(&mut inner, false);
     }
 
     /// Until when nobody else can have what is buffered here.
@@ -392,28 +436,31 @@ impl Session<'_> {
     }
 
     fn deliver(&mut self, deliver: pb::Deliver) -> Result<(), End> {
-        let limit = self.core.settings.max_messages as usize + limits::CREDIT_SLACK;
         let pb::Deliver { topic, first_delivery, generation, messages } = deliver;
         let mut inner = self.core.lock();
         let messages = messages.into_iter().map(convert::item);
-        if inner.resume.deliver(topic, first_delivery, generation, messages)? > 0 {
+        let shown = inner.resume.deliver(topic, first_delivery, generation, messages)?;
+        // A topic with nothing out gets a message beyond the credit.
+        let (held, topics) = inner.resume.held();
+        if held > self.core.settings.max_messages as usize + topics + limits::CREDIT_SLACK {
+            return Err(Broken(format!("{held} messages were sent without credit")).into());
+        }
+        if shown > 0 {
             self.reconnect.progress();
             self.core.arrived(&mut inner, Settled::default());
-        }
-        let held = inner.resume.held();
-        if held > limit {
-            return Err(Broken(format!("{held} messages were sent without credit")).into());
         }
         Ok(())
     }
 
     fn heartbeat(&mut self, heartbeat: pb::SubscriberHeartbeat) -> Result<(), End> {
-        self.live.answer(heartbeat.echoed_nonce);
+        if self.live.answer(heartbeat.echoed_nonce) {
+            self.reconnect.progress();
+        }
         let mut inner = self.core.lock();
         inner.resume.check_deliveries(heartbeat.last_delivery)?;
         let moved = !heartbeat.heads.is_empty();
         for head in heartbeat.heads {
-            inner.resume.head(head.topic, head.head, head.passed);
+            inner.resume.head(head.topic, convert::sequence(head.head), head.passed);
         }
         let gate = self.gate();
         let reopened = gate != inner.gate;
@@ -431,9 +478,14 @@ impl Session<'_> {
         }
         self.core.state.set(ConnectionState::Draining);
         self.drain = Some(Draining {
-            deadline: now + duration(drain.deadline).unwrap_or_default(),
+            deadline: after(now, advice(drain.deadline)),
             reason: drain.reason,
-            after: duration(drain.reconnect_after).unwrap_or_default(),
+            after: advice(drain.reconnect_after),
         });
     }
+}
+
+/// How long a server asks us to wait, within reason.
+fn advice(asked: Option<prost_types::Duration>) -> Duration {
+    duration(asked).unwrap_or_default().min(limits::MAX_ADVICE)
 }

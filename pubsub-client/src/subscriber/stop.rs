@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 
 use super::core::Core;
+use crate::liveness::after;
 
 /// What happens to deliveries that the application still holds when a subscriber stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +36,7 @@ impl Stopper {
     /// disconnect if need be; then the server is told, so that another consumer takes over at
     /// once. The report says what was left when the time was up.
     pub async fn stop(&self, drain: Drain, within: Duration) -> StopReport {
-        let deadline = Instant::now() + within;
+        let deadline = after(Instant::now(), within);
         self.core.request_stop(drain, within);
         // The session ends by itself in time; the timeout guards against one that cannot.
         let ended = self.core.wait_until(Core::has_ended);
@@ -79,7 +80,7 @@ pub(super) struct Stopping {
 
 impl Stopping {
     pub(super) fn new(drain: Drain, within: Duration) -> Self {
-        let end = Instant::now() + within;
+        let end = after(Instant::now(), within);
         let spare = (within / 10).min(Duration::from_millis(500));
         Self { drain, last_call: end - spare, end }
     }

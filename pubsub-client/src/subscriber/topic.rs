@@ -131,6 +131,8 @@ pub(super) struct Topic<M> {
     /// The server has sent all up to here on this stream, or has found it not to be for us.
     pub(super) passed: u64,
     pub(super) last_received: u64,
+    /// All up to here was received, as far as it is to be; a nack or a rewind takes it back.
+    read: u64,
     /// The last message that was handed out; 0 if none was.
     pub(super) last_shown: u64,
     /// All up to here is before the start.
@@ -169,6 +171,7 @@ impl<M> Topic<M> {
             // "Latest" is resolved once: a reader that is cut off before its first message goes
             // on from here.
             last_received: joined.floor,
+            read: joined.floor,
             last_shown: 0,
             start: joined.floor,
             left: false,
@@ -194,6 +197,7 @@ impl<M> Topic<M> {
         self.head = self.head.max(joined.head);
         self.passed = joined.floor;
         self.done.raise_floor(joined.floor);
+        self.prune();
         for range in &joined.dropped {
             self.buffered.retain(|sequence, _| !range.contains(sequence));
             self.outstanding.retain(|sequence, _| !range.contains(sequence));
@@ -209,6 +213,7 @@ impl<M> Topic<M> {
         self.missed.clear();
         self.acked.clear();
         self.last_received = self.last_shown.max(self.start);
+        self.read = self.last_received;
         self.done = Dedup::new(self.last_received);
         self.position()
     }
@@ -256,6 +261,8 @@ impl<M> Topic<M> {
     fn take_back(&mut self, from: u64) {
         self.buffered.split_off(&from);
         self.outstanding.split_off(&from);
+        self.read = self.read.min(from.saturating_sub(1));
+        self.passed = self.passed.min(from.saturating_sub(1));
     }
 
     /// Takes a delivered message in. Says whether it is one to be shown.
@@ -264,6 +271,7 @@ impl<M> Topic<M> {
         // A deliberate bug, for tests of tests.
         let skip = cfg!(pubsub_break = "resume_by_last_received") && sequence <= self.last_received;
         self.last_received = self.last_received.max(sequence);
+        self.read = self.read.max(sequence);
         self.head = self.head.max(sequence);
         if skip {
             return false;
@@ -297,6 +305,7 @@ impl<M> Topic<M> {
         }
         self.announced.insert(missing.range.clone());
         self.last_received = self.last_received.max(*missing.range.end());
+        self.read = self.read.max(*missing.range.end());
         self.head = self.head.max(*missing.range.end());
         !news.is_empty()
     }
@@ -304,7 +313,6 @@ impl<M> Topic<M> {
     /// The server is going to deliver again from here on.
     pub(super) fn rewind(&mut self, from: u64, generation: u32) {
         self.generation = generation;
-        self.passed = self.passed.min(from.saturating_sub(1));
         self.take_back(from);
     }
 
@@ -428,6 +436,17 @@ impl<M> Topic<M> {
                 self.unsettled_nacks.remove(sequence);
             }
         }
+        self.prune();
+    }
+
+    /// What is done with needs no second set that says so.
+    fn prune(&mut self) {
+        self.announced.remove(0..=self.done.floor());
+    }
+
+    #[cfg(test)]
+    pub(super) fn announced(&self) -> usize {
+        self.announced.len()
     }
 
     /// How many messages are in the application's hands.
@@ -452,8 +471,9 @@ impl<M> Topic<M> {
 
     /// Whether everything up to the head was shown.
     pub(super) fn caught_up(&self) -> bool {
-        let read = self.last_received.max(self.done.floor()).max(self.passed);
-        read >= self.head && self.buffered.is_empty() && self.gaps.is_empty()
+        let read = self.read.max(self.done.floor()).max(self.passed);
+        let nothing_here = self.buffered.is_empty() && self.gaps.is_empty();
+        read >= self.head && nothing_here && self.unsettled_nacks.is_empty()
     }
 
     /// The topic was deleted.

@@ -1,12 +1,13 @@
 //! The client against a server that follows a script: what no correct server does, and what
 //! stands between.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pubsub_client::{
-    Cause, Client, ConnectionState, EnqueueError, Event, Outcome, PublishErrorKind, RetryPolicy,
-    StateWatch, SubscribeError,
+    Cause, Client, ConnectionState, EnqueueError, Event, Outcome, PublishErrorKind, Reason,
+    RetryPolicy, StateWatch, SubscribeError,
 };
 use pubsub_proto::v1::publish_stream_request::Frame as PublishFrame;
 use pubsub_proto::v1::publish_stream_response::Frame as PublishAnswer;
@@ -20,7 +21,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::harness::soon;
 
@@ -41,7 +43,7 @@ fn play<A, R: Send + 'static>(
     frames: Vec<Result<A, Status>>,
     wrap: fn(A) -> R,
 ) -> (Response<Frames<R>>, mpsc::Sender<Result<R, Status>>) {
-    let (sender, receiver) = mpsc::channel(64);
+    let (sender, receiver) = mpsc::channel(frames.len() + 64);
     for frame in frames {
         sender.try_send(frame.map(wrap)).unwrap();
     }
@@ -144,6 +146,15 @@ struct World {
 }
 
 async fn world(subscribe: Script<SubscribeAnswer>, publish: Script<PublishAnswer>) -> World {
+    world_with(subscribe, publish, Duration::from_secs(10)).await
+}
+
+/// `patience`: how long the client waits for the answer to a hello.
+async fn world_with(
+    subscribe: Script<SubscribeAnswer>,
+    publish: Script<PublishAnswer>,
+    patience: Duration,
+) -> World {
     let server = Arc::new(Scripted {
         subscribe,
         publish,
@@ -164,7 +175,7 @@ async fn world(subscribe: Script<SubscribeAnswer>, publish: Script<PublishAnswer
     });
     let client = Client::builder(format!("http://{address}"))
         .retry(RetryPolicy::new(Duration::from_millis(20), Duration::from_millis(20)))
-        .handshake_timeout(Duration::from_millis(300))
+        .handshake_timeout(patience)
         .fast()
         .connect_lazy()
         .unwrap();
@@ -244,6 +255,64 @@ async fn a_lost_delivery_makes_the_subscriber_attach_again_with_what_it_holds() 
     let position = &hellos[1].positions[0];
     assert_eq!(position.held, [pb::SequenceRange { first: 1, last: 1 }]);
     assert_eq!((position.epoch, position.last_received), (7, 1));
+}
+
+/// A refusal by a server.
+fn refusal(reason: &str) -> Status {
+    let details = ErrorDetails::with_error_info(reason, pubsub_proto::ERROR_DOMAIN, HashMap::new());
+    Status::with_error_details(Code::ResourceExhausted, "no", details)
+}
+
+#[tokio::test]
+async fn a_limit_ends_a_subscriber_that_was_never_taken_in_and_no_other() {
+    let world = world(|_| Some(vec![Err(refusal("LIMIT_REACHED"))]), nothing).await;
+    let error = soon(world.client.subscriber("s").topic("t").open()).await.unwrap_err();
+    assert_eq!(error.reason(), Some(Reason::LimitReached), "{error}");
+
+    let script: Script<SubscribeAnswer> = |stream| {
+        Some(match stream {
+            0 => vec![Ok(welcome()), Err(Status::unknown("cut"))],
+            1..4 => vec![Err(refusal("LIMIT_REACHED"))],
+            _ => vec![Ok(welcome()), Ok(deliver(1, 1))],
+        })
+    };
+    let world = self::world(script, nothing).await;
+    let mut subscriber = soon(world.client.subscriber("s").topic("t").open()).await.unwrap();
+    assert!(matches!(soon(subscriber.next()).await, Some(Ok(Event::Message(_)))));
+}
+
+#[tokio::test]
+async fn a_message_of_each_of_many_topics_is_not_too_much() {
+    const TOPICS: u32 = 3_000;
+    let script: Script<SubscribeAnswer> = |_| {
+        let topic = |number: u32| pb::SessionTopic {
+            number,
+            topic: format!("t{number}"),
+            epoch: 7,
+            ..pb::SessionTopic::default()
+        };
+        let SubscribeAnswer::Welcome(mut welcome) = welcome() else { panic!() };
+        welcome.topics = (1..=TOPICS).map(topic).collect();
+        let message = |number: u32| {
+            let SubscribeAnswer::Deliver(deliver) = deliver(number.into(), 1) else { panic!() };
+            Ok(SubscribeAnswer::Deliver(pb::Deliver { topic: number, ..deliver }))
+        };
+        let welcome = Ok(SubscribeAnswer::Welcome(welcome));
+        Some(std::iter::once(welcome).chain((1..=TOPICS).map(message)).collect())
+    };
+    let world = world(script, nothing).await;
+    let builder = world.client.subscriber("s").topic("t*").max_outstanding_messages(1);
+    let mut subscriber = soon(builder.open()).await.unwrap();
+    soon(async {
+        while subscriber.position().topics.iter().any(|topic| topic.head == 0) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    for _ in 0..TOPICS {
+        assert!(matches!(soon(subscriber.next()).await, Some(Ok(Event::Message(_)))));
+    }
+    assert_eq!(world.server.hellos.lock().unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -326,7 +395,7 @@ async fn connecting_to_something_else_fails_at_once_and_says_so() {
 
 #[tokio::test]
 async fn a_server_that_does_not_answer_is_left() {
-    let world = world(nothing, nothing).await;
+    let world = world_with(nothing, nothing, Duration::from_millis(300)).await;
     let publisher = world.client.publisher("t").open_lazy();
     let state = soon(publisher.state().wait_for(ConnectionState::is_reconnecting)).await;
     let Some(ConnectionState::Reconnecting { cause, .. }) = state else { panic!("{state:?}") };
