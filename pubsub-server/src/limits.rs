@@ -49,6 +49,9 @@ pub const MAX_COMMIT_BYTES: usize = 4 * 1024 * 1024;
 pub const MAX_PUBLISHERS: u64 = 200_000;
 /// How long a publisher session is remembered after its last use.
 pub const SESSION_HORIZON: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How often an open stream of a publisher counts as used if nothing else uses it: a small part of
+/// the horizon, since each is a commit.
+pub const SESSION_TOUCH: Duration = Duration::from_secs(24 * 3600);
 /// Idempotency keys remembered: about 100 bytes each. When it is reached publishes with a key
 /// are refused; none is forgotten early.
 pub const MAX_IDEMPOTENCY_KEYS: u64 = 4_000_000;

@@ -15,8 +15,8 @@ use crate::limits;
 use crate::names::TopicName;
 use crate::record::{Epoch, NewMessage, Uuid};
 use crate::storage::{
-    Append, AppendOutcome, Health, Item, OpenPublisher, PublisherRef, Refusal, RefusalReason, Run,
-    Ticket,
+    self, Append, AppendOutcome, Health, Item, OpenPublisher, PublisherRef, Refusal, RefusalReason,
+    Run, Ticket,
 };
 
 /// A publisher wants to open a stream.
@@ -62,8 +62,7 @@ pub struct Batch {
 #[derive(Debug)]
 pub struct Pending {
     ticket: Ticket<AppendOutcome>,
-    /// Given back when the answer is taken.
-    room: Room,
+    bytes: u64,
 }
 
 /// What messages take up on their way to the disk.
@@ -169,11 +168,14 @@ impl Broker {
                 *item = Item::Refuse(refusal);
             }
         }
-        let room = Room::new(Arc::clone(topic), batch.bytes() as u64, permit);
+        let bytes = batch.bytes() as u64;
+        // It goes with the messages: neither a caller that hangs up gives it back too early, nor a
+        // peer that does not take its answers too late.
+        let room = Some(Arc::new(Room::new(Arc::clone(topic), bytes, permit)) as storage::Room);
         let Batch { first_sequence, resolved_below, items } = batch;
         let topic = topic.record.epoch;
-        let append = Append { topic, publisher, first_sequence, resolved_below, items };
-        Pending { ticket: self.inner.storage.append(append), room }
+        let append = Append { topic, publisher, first_sequence, resolved_below, items, room };
+        Pending { ticket: self.inner.storage.append(append), bytes }
     }
 
     fn check(&self, topic: &Topic, message: &NewMessage) -> Result<(), Refusal> {
@@ -233,6 +235,16 @@ impl Publisher {
         self.broker.check_room(&self.topic, batch)
     }
 
+    /// Says that the stream is in use, to be called every [`limits::SESSION_TOUCH`] at least:
+    /// publishers that were not used for long are forgotten.
+    pub fn touch(&self) {
+        let (topic, publisher) = (self.topic.record.epoch, Some(self.publisher));
+        let (first_sequence, resolved_below, items, room) = (0, 0, Vec::new(), None);
+        let append = Append { topic, publisher, first_sequence, resolved_below, items, room };
+        // If it is refused, so is the next batch, which says why.
+        drop(self.broker.inner.storage.append(append));
+    }
+
     /// Hands a batch to the log. Batches take effect in the order of the calls.
     ///
     /// # Errors
@@ -266,7 +278,7 @@ impl Batch {
 impl Pending {
     /// Bytes of the messages.
     pub fn bytes(&self) -> u64 {
-        self.room.bytes
+        self.bytes
     }
 }
 
@@ -275,5 +287,70 @@ impl Future for Pending {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         Pin::new(&mut self.ticket).poll(cx).map(|result| Ok(result?.into_inner()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::env::System;
+    use crate::record::TopicConfig;
+    use crate::storage::memory::Memory;
+
+    fn open(producer: u8, attach: u64) -> Open {
+        Open {
+            topic: TopicName::parse("t").unwrap(),
+            known_epoch: None,
+            known_boot: None,
+            producer: Uuid([producer; 16]),
+            producer_epoch: 1,
+            attach,
+            resolved_below: 0,
+        }
+    }
+
+    async fn publisher() -> Publisher {
+        let env = Arc::new(System);
+        let broker = Broker::start(Arc::new(Memory::new(Arc::clone(&env) as _)), env).await;
+        let broker = broker.unwrap();
+        let config = TopicConfig {
+            retention: limits::RETENTION,
+            max_bytes: limits::DEFAULT_TOPIC_BYTES,
+            max_message_bytes: limits::DEFAULT_MESSAGE_BYTES,
+            idempotency_window: limits::IDEMPOTENCY_WINDOW,
+        };
+        broker.create_topic(open(1, 1).topic, config, false).await.unwrap();
+        broker.open_publisher(open(1, 1)).await.unwrap()
+    }
+
+    fn batch(first_sequence: u64) -> Batch {
+        let body = Bytes::from(vec![1; 1000]);
+        let message = NewMessage { body, recipients: Vec::new(), key: None };
+        Batch { first_sequence, resolved_below: first_sequence, items: vec![Item::Store(message)] }
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_takes_no_answers_keeps_no_room_from_others() {
+        let publisher = publisher().await;
+        let committed = publisher.try_publish(batch(1)).unwrap();
+        let semaphore = &publisher.broker.inner.uncommitted;
+        assert_eq!(semaphore.available_permits(), limits::MAX_UNCOMMITTED_BYTES);
+        assert_eq!(publisher.topic.uncommitted.load(Ordering::Relaxed), 0);
+        assert_eq!(committed.bytes(), 1000);
+        committed.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_open_stream_is_not_forgotten_however_long_it_publishes_nothing() {
+        let publisher = publisher().await;
+        publisher.try_publish(batch(1)).unwrap().await.unwrap();
+        for attach in 1..10 {
+            tokio::time::advance(limits::SESSION_TOUCH).await;
+            publisher.touch();
+            publisher.broker.open_publisher(open(2, attach)).await.unwrap();
+        }
+        publisher.try_publish(batch(2)).unwrap().await.unwrap();
     }
 }

@@ -157,6 +157,10 @@ fn admit_publisher(
         #[cfg(not(pubsub_break = "fenced_frame_consumes_sequence"))]
         return refuse(AppendRefusal::Fenced);
     }
+    if append.items.is_empty() {
+        // There are no sequences to be checked.
+        return Ok(Some(publisher));
+    }
     let expected = publisher.decided + 1;
     if append.first_sequence > expected {
         return refuse(AppendRefusal::OutOfOrder { expected });
@@ -205,6 +209,9 @@ impl Publisher {
 
     /// The fates of the decided sequences in `from..end`, where `from` is not forgotten.
     fn known(&self, from: u64, end: u64) -> Vec<Run> {
+        if from >= end {
+            return Vec::new();
+        }
         let start = self.runs.partition_point(|run| run.end() <= from);
         let overlapping = self.runs.range(start..).take_while(|run| run.first < end);
         overlapping.map(|run| run.part(from, end).answer()).collect()

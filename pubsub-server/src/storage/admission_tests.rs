@@ -51,6 +51,10 @@ impl Naive {
             if self.stream != Some(publisher.stream) || self.epoch != publisher.epoch {
                 return Err(AppendRefusal::Fenced);
             }
+            if append.items.is_empty() {
+                self.resolve(usize::try_from(append.resolved_below).unwrap());
+                return Ok(Vec::new());
+            }
             if first > self.fates.len() + 1 {
                 return Err(AppendRefusal::OutOfOrder { expected: self.fates.len() as u64 + 1 });
             }

@@ -322,8 +322,9 @@ impl Storage for Memory {
         ready(Ok(Catalog { topics, subscriptions })).boxed()
     }
 
-    fn append(&self, append: Append) -> Ticket<AppendOutcome> {
+    fn append(&self, mut append: Append) -> Ticket<AppendOutcome> {
         let (promise, ticket) = ticket();
+        let promise = promise.holding(append.room.take());
         self.write(promise, |store, now| store.append(append, now, self.ordinal));
         ticket
     }

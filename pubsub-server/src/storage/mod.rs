@@ -42,6 +42,7 @@ use std::fmt;
 use std::future::Future;
 use std::ops::Deref;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures_util::future::BoxFuture;
@@ -125,9 +126,15 @@ pub struct Append {
     pub first_sequence: u64,
     /// Results below this sequence are not needed any more.
     pub resolved_below: u64,
-    /// The messages, with dense sequences.
+    /// The messages, with dense sequences. None at all say that the stream is still in use, so that
+    /// its publisher is not forgotten.
     pub items: Vec<Item>,
+    /// Dropped when the messages are committed or refused, whoever waits for the ticket.
+    pub room: Option<Room>,
 }
+
+/// What messages take up between their arrival and their commit.
+pub type Room = Arc<dyn fmt::Debug + Send + Sync>;
 
 /// One message of an append.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -244,7 +251,7 @@ pub enum AppendRefusal {
     /// [`crate::limits::MAX_IDEMPOTENCY_KEYS`] is reached.
     #[error("the server remembers as many idempotency keys as it may")]
     TooManyKeys,
-    /// The disk is full, or fuller than allowed.
+    /// The disk is full, or fuller than allowed, and not all of the messages are stored already.
     #[error("the disk is full")]
     DiskFull,
     /// What is stored of this topic or publisher failed its checksum: whether the messages are new
@@ -340,7 +347,7 @@ pub struct TopicStats {
 pub enum Health {
     /// Yes.
     Ok,
-    /// Not publishes, for now: the disk is full, or fuller than allowed. Reads and positions go
+    /// No new messages, for now: the disk is full, or fuller than allowed. Reads and positions go
     /// on.
     DiskFull,
     /// Never again: a commit failed, and what is on disk is only known after a restart. The
@@ -401,23 +408,37 @@ pub struct Ticket<T>(oneshot::Receiver<Result<T, CommitError>>);
 
 /// The engine's end of a ticket.
 #[derive(Debug)]
-struct Promise<T>(oneshot::Sender<Result<T, CommitError>>);
+struct Promise<T> {
+    sender: oneshot::Sender<Result<T, CommitError>>,
+    room: Option<Room>,
+}
 
 /// A ticket with its engine's end.
 fn ticket<T>() -> (Promise<T>, Ticket<T>) {
     let (sender, receiver) = oneshot::channel();
-    (Promise(sender), Ticket(receiver))
+    (Promise { sender, room: None }, Ticket(receiver))
 }
 
 impl<T> Promise<T> {
+    /// Keeps the room until the promise is kept, fails or is dropped.
+    fn holding(self, room: Option<Room>) -> Self {
+        Self { room, ..self }
+    }
+
     /// To be called after the commit, and by engines only.
     fn keep(self, outcome: T) {
-        // Whoever dropped the ticket does not need to know.
-        let _ = self.0.send(Ok(outcome));
+        self.settle(Ok(outcome));
     }
 
     fn fail(self, error: CommitError) {
-        let _ = self.0.send(Err(error));
+        self.settle(Err(error));
+    }
+
+    fn settle(self, result: Result<T, CommitError>) {
+        // Before the answer: whoever gets it may need the room.
+        drop(self.room);
+        // Whoever dropped the ticket does not need to know.
+        let _ = self.sender.send(result);
     }
 }
 

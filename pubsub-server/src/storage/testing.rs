@@ -7,8 +7,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Append, AppendOutcome, Change, Item, OpenOutcome, OpenPublisher, PublisherRef};
-use super::{ReadLimit, Storage, Urgency};
+use super::{
+    Append, AppendOutcome, Change, Fate, Item, OpenOutcome, OpenPublisher, PublisherRef, ReadLimit,
+    Run, Storage, Urgency,
+};
 use crate::env::Env;
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName, TopicPattern};
@@ -127,6 +129,7 @@ pub(super) fn anonymous(topic: u64, messages: Vec<NewMessage>) -> Append {
         first_sequence: 1,
         resolved_below: 0,
         items: messages.into_iter().map(Item::Store).collect(),
+        room: None,
     }
 }
 
@@ -145,6 +148,18 @@ pub(super) fn bodies(messages: &[StoredMessage]) -> Vec<&[u8]> {
 
 pub(super) fn sequences(messages: &[StoredMessage]) -> Vec<u64> {
     messages.iter().map(|message| message.sequence).collect()
+}
+
+/// Where the messages of an answer are, and whether they were there before.
+pub(super) fn places(runs: &[Run]) -> Vec<(u64, u64, bool)> {
+    let place = |run: &Run| match &run.fate {
+        Fate::Stored { sequence, duplicate, .. } => {
+            (0..u64::from(run.count)).map(|i| (run.first_sequence + i, sequence + i, *duplicate))
+        }
+        .collect::<Vec<_>>(),
+        Fate::Refused(_) => Vec::new(),
+    };
+    runs.iter().flat_map(place).collect()
 }
 
 /// Writes that must be committed.

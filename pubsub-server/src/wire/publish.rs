@@ -148,8 +148,7 @@ struct Stream {
     drained: bool,
 }
 
-/// Batches of one stream on their way to the disk: their room is given back when they are answered,
-/// and a peer that does not read its answers must not take it from others.
+/// Batches of one stream that are not answered: answers are kept for a peer that does not read.
 const MAX_PENDING: usize = 512;
 
 /// How often a batch that finds no room is tried again.
@@ -166,6 +165,8 @@ impl Stream {
         let dead_after = dead_after(self.heartbeat);
         let mut dead_at = Instant::now() + dead_after;
         let mut beat = tokio::time::interval_at(Instant::now() + self.heartbeat, self.heartbeat);
+        let touch_every = limits::SESSION_TOUCH;
+        let mut touch = tokio::time::interval_at(Instant::now() + touch_every, touch_every);
         let mut open = true;
         loop {
             let reading = open && self.takes_more();
@@ -195,6 +196,10 @@ impl Stream {
                     Err(error) => return unreadable(&error),
                 },
                 _ = beat.tick() => self.beat(frames).await,
+                _ = touch.tick() => {
+                    self.publisher.touch();
+                    Ok(())
+                }
                 () = tokio::time::sleep_until(dead_at) => return End::Gone,
                 () = turned(&mut draining), if !self.drained => {
                     self.drain(frames).await

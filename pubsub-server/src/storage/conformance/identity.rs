@@ -28,6 +28,29 @@ pub(super) async fn a_replay_is_answered_as_the_first_time(lab: &mut Lab) {
     assert_eq!(bodies(&lab.read(1).await.unwrap()), [b"a", b"b", b"c", b"d"]);
 }
 
+/// With an engine that does all its work where it is called, so that days pass at once.
+pub(super) async fn only_a_publisher_that_is_in_use_is_remembered(lab: &mut Lab) {
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+    let (used, left) = (publisher(1, 1, 1), publisher(2, 1, 1));
+    for each in [used, left] {
+        assert_eq!(lab.storage.opened(T, each).await, Ok(None));
+        let append = from(each, T, 1, batch(&["a", "b"]));
+        lab.storage.decided(Append { resolved_below: 3, ..append }).await.unwrap();
+    }
+    for day in 1..10 {
+        tokio::time::advance(DAY).await;
+        assert_eq!(lab.storage.decided(from(used, T, 0, vec![])).await, Ok(vec![]));
+        // Each opens a stream and leaves: an engine that forgets only then does.
+        assert_eq!(lab.storage.opened(T, publisher(3, 1, day)).await, Ok(None));
+    }
+    lab.storage.decided(from(used, T, 3, batch(&["c"]))).await.unwrap();
+    assert_eq!(
+        lab.storage.decided(from(left, T, 3, batch(&["c"]))).await,
+        Err(AppendRefusal::Fenced)
+    );
+    assert_eq!(lab.storage.opened(T, publisher(2, 1, 2)).await, Ok(None));
+}
+
 pub(super) async fn of_two_publishes_in_one_commit_the_second_is_a_duplicate(lab: &mut Lab) {
     let me = publisher(1, 1, 1);
     lab.storage.opened(T, me).await.unwrap();

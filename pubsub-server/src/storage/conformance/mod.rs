@@ -6,12 +6,10 @@ use std::time::Duration;
 use super::memory::Memory;
 use super::redb::{Options, Redb, simulation};
 use super::testing::{
-    ALL, TestEnv, anonymous, bodies, from, keyed, message, publisher, sequences, subscription,
-    topic,
+    ALL, TestEnv, anonymous, bodies, from, keyed, message, places, publisher, sequences,
+    subscription, topic,
 };
-use super::{
-    AppendRefusal, Change, CommitError, Fate, ReadError, ReadLimit, Run, Storage, Urgency,
-};
+use super::{AppendRefusal, Change, CommitError, ReadError, ReadLimit, Run, Storage, Urgency};
 use crate::names::SubscriptionName;
 use crate::record::{CursorRecord, Departed, Epoch, NewMessage, Timestamp};
 
@@ -82,18 +80,6 @@ impl Lab {
     fn head(&self) -> u64 {
         *self.storage.head(Epoch(T)).unwrap().borrow()
     }
-}
-
-/// Where the messages of an answer are, and whether they were there before.
-fn places(runs: &[Run]) -> Vec<(u64, u64, bool)> {
-    let place = |run: &Run| match &run.fate {
-        Fate::Stored { sequence, duplicate, .. } => {
-            (0..u64::from(run.count)).map(|i| (run.first_sequence + i, sequence + i, *duplicate))
-        }
-        .collect::<Vec<_>>(),
-        Fate::Refused(_) => Vec::new(),
-    };
-    runs.iter().flat_map(place).collect()
 }
 
 fn batch(bodies: &[&str]) -> Vec<NewMessage> {
@@ -356,6 +342,13 @@ async fn close_commits_what_was_accepted_and_refuses_the_rest(lab: &mut Lab) {
     assert_eq!(late.unwrap_err(), CommitError::Refused);
     lab.reopen().await;
     assert_eq!(lab.head(), 20);
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_a_publisher_that_is_in_use_is_remembered() {
+    for mut lab in [Lab::memory().await, Lab::simulated().await] {
+        identity::only_a_publisher_that_is_in_use_is_remembered(&mut lab).await;
+    }
 }
 
 macro_rules! suite {

@@ -32,12 +32,19 @@ pub(super) struct Chores {
     /// Whether something deleted has rows left.
     garbage: bool,
     /// Where the scan for cursors of a deleted subscription goes on.
-    cursor_scan: Option<(u64, u64)>,
+    cursor_scan: Option<Scan>,
     /// Where the sweep of publishers goes on.
     sweep: Option<(u64, u128)>,
     next_sweep: Age,
     /// No key expires earlier.
     next_expiry: Age,
+}
+
+/// A place in the table of cursors.
+#[derive(Clone, Copy, Debug)]
+struct Scan {
+    subscription: u64,
+    from: (u64, u64),
 }
 
 impl Chores {
@@ -221,21 +228,24 @@ fn trim_rows(
 fn garbage_piece(
     tables: &mut Tables<'_>,
     state: &mut State,
-    scan: Option<(u64, u64)>,
-) -> Result<Option<Option<(u64, u64)>>, Trouble> {
+    scan: Option<Scan>,
+) -> Result<Option<Option<Scan>>, Trouble> {
     let Some((kind, epoch)) = tables.garbage.first()?.map(|(key, _)| key.value()) else {
         return Ok(None);
     };
     if kind == GARBAGE_SUBSCRIPTION {
-        let from = scan.unwrap_or_default();
-        let (seen, cursors) = cursors_of(tables, from, epoch)?;
+        // Another one may have been deleted since, and be the first now.
+        let own = scan.filter(|scan| scan.subscription == epoch);
+        let from = own.map_or((0, 0), |scan| scan.from);
+        let (next, cursors) = cursors_of(tables, from, epoch)?;
         for key in cursors {
             tables.cursors.remove(key)?;
         }
         let departed = (epoch, 0)..=(epoch, u64::MAX);
         let removed = remove_some(&mut tables.departed, departed, PIECE_ROWS)?;
-        if seen.is_some() || removed > 0 {
-            return Ok(Some(seen));
+        let next = next.map(|from| Scan { subscription: epoch, from });
+        if next.is_some() || removed > 0 {
+            return Ok(Some(next));
         }
     } else {
         let rows = |low, high| (epoch, low)..=(epoch, high);

@@ -2,6 +2,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
+use std::ops::Bound;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,11 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use ::redb::backends::FileBackend;
-use ::redb::{Builder, Database, DatabaseError, ReadOnlyDatabase};
+use ::redb::{BackendError, Builder, Database, DatabaseError, ReadOnlyDatabase, StorageBackend};
 use rustix::fs::{Advice, fadvise, statvfs};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::disk::{Digest, Disk, Space};
+use super::disk::{Digest, Disk, Space, failed_sync};
 use crate::record::Timestamp;
 use crate::storage::StorageError;
 
@@ -41,7 +42,7 @@ impl Directory {
             path: path.display().to_string(),
             detail: error.to_string(),
         };
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io)?;
+        make(path).map_err(io)?;
         let mut lock = private().create(true).truncate(false).open(path.join(LOCK)).map_err(io)?;
         match lock.try_lock() {
             Ok(()) => {}
@@ -69,6 +70,73 @@ impl Directory {
 
     fn sync_directory(&self) -> io::Result<()> {
         File::open(&self.path)?.sync_all()
+    }
+}
+
+/// Makes a directory and those above it, so that a power cut leaves their names.
+fn make(path: &Path) -> io::Result<()> {
+    let path = std::path::absolute(path)?;
+    let missing: Vec<_> = path.ancestors().take_while(|path| !path.exists()).collect();
+    DirBuilder::new().recursive(true).mode(0o700).create(&path)?;
+    let mut parents = missing.into_iter().filter_map(Path::parent);
+    parents.try_for_each(|parent| File::open(parent)?.sync_all())
+}
+
+/// The backend of redb, but that a failed sync is never taken for a full disk.
+#[derive(Debug)]
+struct HotFile(FileBackend);
+
+impl StorageBackend for HotFile {
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.0.read(offset, out)
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.0.set_len(length)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.sync_data().map_err(failed_sync)
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write(offset, data)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.0.close()
+    }
+
+    fn try_lock_range(&self, from: Bound<u64>, to: Bound<u64>) -> Result<bool, BackendError> {
+        self.0.try_lock_range(from, to)
+    }
+
+    fn try_lock_shared_range(
+        &self,
+        from: Bound<u64>,
+        to: Bound<u64>,
+    ) -> Result<bool, BackendError> {
+        self.0.try_lock_shared_range(from, to)
+    }
+
+    fn lock_range(&self, from: Bound<u64>, to: Bound<u64>) -> Result<(), BackendError> {
+        self.0.lock_range(from, to)
+    }
+
+    fn lock_shared_range(&self, from: Bound<u64>, to: Bound<u64>) -> Result<(), BackendError> {
+        self.0.lock_shared_range(from, to)
+    }
+
+    fn unlock_range(&self, from: Bound<u64>, to: Bound<u64>) -> Result<(), BackendError> {
+        self.0.unlock_range(from, to)
+    }
+
+    fn query_lock_range(&self, from: Bound<u64>, to: Bound<u64>) -> Result<bool, BackendError> {
+        self.0.query_lock_range(from, to)
     }
 }
 
@@ -107,7 +175,7 @@ impl Disk for Directory {
                 offset += read as u64;
             }
         });
-        let database = builder.create_with_backend(FileBackend::new(file)?);
+        let database = builder.create_with_backend(HotFile(FileBackend::new(file)?));
         opened.store(true, Ordering::Relaxed);
         if let Ok(reading) = reading {
             let _ = reading.join();
@@ -189,12 +257,15 @@ impl Disk for Directory {
             return Ok(());
         }
         // Written, not only reserved: a sparse file would give nothing back.
-        file.set_len(0)?;
         let zeros = vec![0; CHUNK_BYTES];
-        for _ in 0..BALLAST_BYTES / CHUNK_BYTES as u64 {
-            file.write_all(&zeros)?;
+        let chunks = BALLAST_BYTES / CHUNK_BYTES as u64;
+        let written =
+            file.set_len(0).and_then(|()| (0..chunks).try_for_each(|_| file.write_all(&zeros)));
+        if written.is_err() {
+            // A part of it would only take the room that is left.
+            let _ = self.remove(BALLAST);
         }
-        Ok(())
+        written
     }
 
     fn is_clean(&self) -> bool {

@@ -64,6 +64,12 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
     fn unlock(&self);
 }
 
+/// A failed sync as it has to reach redb. Whatever the reason, also a disk without room: pages that
+/// were not written may look as if they were, so that the file must not be opened again in place.
+pub(super) fn failed_sync(error: io::Error) -> io::Error {
+    io::Error::other(format!("the sync failed: {error}"))
+}
+
 /// What a file holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Digest {

@@ -28,7 +28,7 @@ pub(super) struct Group<'t, 's> {
     tables: Tables<'t>,
     state: &'s mut State,
     now: Now,
-    /// Publishes are refused.
+    /// Messages are refused, if they are not stored already.
     full: bool,
     messages: BTreeMap<Epoch, Vec<NewMessage>>,
     publishers: BTreeMap<(Epoch, Uuid), Publisher>,
@@ -86,9 +86,6 @@ impl<'t, 's> Group<'t, 's> {
     }
 
     pub(super) fn append(&mut self, append: Append) -> Result<AppendOutcome, ::redb::Error> {
-        if self.full {
-            return Ok(Err(AppendRefusal::DiskFull));
-        }
         refuse_damaged(self.try_append(append))
     }
 
@@ -105,6 +102,9 @@ impl<'t, 's> Group<'t, 's> {
         let keys = &self.tables.keys;
         let admission =
             admit(append, known, &context, |key| get(keys, (topic.0, wide(*key)), KeyRow::decode))?;
+        if self.full && !admission.messages.is_empty() {
+            return Ok(Err(AppendRefusal::DiskFull));
+        }
         if let (Some(id), Some(publisher)) = (id, &admission.publisher) {
             self.remember(topic, id, publisher.clone());
         }

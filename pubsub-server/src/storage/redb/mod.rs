@@ -218,8 +218,9 @@ impl Storage for Redb {
         self.blocking(read).map(Result::flatten).boxed()
     }
 
-    fn append(&self, append: Append) -> Ticket<AppendOutcome> {
+    fn append(&self, mut append: Append) -> Ticket<AppendOutcome> {
         let (promise, ticket) = ticket();
+        let promise = promise.holding(append.room.take());
         self.committer.push(Request::Append(append, promise));
         ticket
     }

@@ -126,7 +126,7 @@ impl Cabinet {
         let (digest, verdict) = *state.files.get(&file).ok_or_else(damaged)?;
         drop(state);
         if verdict == Verdict::Open {
-            let verdict = self.judge(file, digest);
+            let verdict = self.judge(file, digest)?;
             if let Some(entry) = self.lock().files.get_mut(&file) {
                 entry.1 = verdict;
             }
@@ -138,22 +138,29 @@ impl Cabinet {
         builder.set_cache_size(CACHE_BYTES);
         let opened = Arc::new(self.disk.open_sealed(&name(file), &builder)?);
         let mut state = self.lock();
-        state.open.push_front((file, Arc::clone(&opened)));
-        state.open.truncate(OPEN_FILES);
+        // One that was forgotten meanwhile would keep its space.
+        if state.files.contains_key(&file) {
+            state.open.push_front((file, Arc::clone(&opened)));
+            state.open.truncate(OPEN_FILES);
+        }
         Ok(opened)
     }
 
-    fn judge(&self, file: u64, expected: Digest) -> Verdict {
+    fn judge(&self, file: u64, expected: Digest) -> Result<Verdict, Trouble> {
         match self.disk.digest(&name(file)) {
-            Ok(found) if found == expected => Verdict::Good,
+            Ok(found) if found == expected => Ok(Verdict::Good),
             Ok(_) => {
                 tracing::error!(file = name(file), "a sealed file is damaged");
-                Verdict::Bad
+                Ok(Verdict::Bad)
             }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                tracing::error!(file = name(file), "a sealed file is missing");
+                Ok(Verdict::Bad)
+            }
+            // It may pass, as too many open files do: the messages are not lost.
             Err(error) => {
                 tracing::error!(file = name(file), %error, "a sealed file cannot be read");
-                // A passing failure of the system is no damage.
-                if error.kind() == io::ErrorKind::NotFound { Verdict::Bad } else { Verdict::Open }
+                Err(::redb::Error::Io(error).into())
             }
         }
     }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use ::redb::{Builder, Database, ReadableDatabase};
 
-use super::disk::{Digest, Disk, TEMPORARY};
+use super::disk::{Digest, Disk, Space, TEMPORARY};
 use super::rows::{decode_header, encode};
 use super::sealed::{self, Segment, SegmentRow};
 use super::shared::Shared;
@@ -55,6 +55,9 @@ pub(super) struct Sealing {
     copying: HashSet<Epoch>,
     /// Bytes of messages in the hot file, or more.
     pub(super) hot_bytes: u64,
+    /// The number of the next file. None is used twice in a run: a reader may still have the file
+    /// open that had it before.
+    next_file: u64,
     not_before: Age,
 }
 
@@ -100,7 +103,7 @@ struct Sealed {
 impl Sealing {
     pub(super) fn after_open(state: &State) -> Self {
         let hot_bytes = state.topics.values().map(Topic::hot_bytes).sum();
-        Self { hot_bytes, ..Self::default() }
+        Self { hot_bytes, next_file: state.next_file(), ..Self::default() }
     }
 
     pub(super) fn is_copying(&self, topic: Epoch) -> bool {
@@ -146,6 +149,10 @@ impl Writer {
         if self.sealing.not_before > age || self.sealing.hot_bytes <= self.opening.hot_bytes {
             return false;
         }
+        if !self.has_room_to_seal() {
+            self.sealing.not_before = age.after(RETRY_AFTER);
+            return false;
+        }
         let Some(plan) = self.plan() else {
             return false;
         };
@@ -160,6 +167,15 @@ impl Writer {
             Done::Copied(copied)
         });
         true
+    }
+
+    /// Whether a copy leaves what is kept free: that is for positions and for trims. redb's file may
+    /// have twice the bytes of its messages.
+    fn has_room_to_seal(&self) -> bool {
+        let needed = |space: Space| {
+            self.watermark(space).saturating_add(self.opening.file_bytes.saturating_mul(2))
+        };
+        !self.is_full() && self.disk.space().is_ok_and(|space| space.free >= needed(space))
     }
 
     fn start(&mut self, work: impl FnOnce() -> Done + Send + 'static) {
@@ -245,7 +261,9 @@ impl Writer {
             ranges.push(Range { bytes, ..range });
             room = if own_file { 0 } else { room - bytes };
         }
-        Some(Plan { file: self.state.next_file(), ranges })
+        let file = self.sealing.next_file;
+        self.sealing.next_file += 1;
+        Some(Plan { file, ranges })
     }
 
     /// Makes a complete file part of the store.
@@ -253,8 +271,11 @@ impl Writer {
         self.sealing.stuck.extend(&sealed.stuck);
         let registered = self.transact(|tables, state| register(tables, state, sealed));
         let Some(topics) = registered else {
-            // Nothing in it is of interest any more, or the writer has failed.
-            self.sealing.doomed.push(sealed.file);
+            // Nothing in it is of interest any more, or the commit has failed: then only the store
+            // that was opened again knows, or the next start.
+            if !self.failed && self.state.files().all(|(file, _)| file != sealed.file) {
+                self.sealing.doomed.push(sealed.file);
+            }
             return;
         };
         self.shared.cabinet.register(sealed.file, sealed.digest);

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use ::redb::{BackendError, Builder, Database, DatabaseError, ReadOnlyDatabase, StorageBackend};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::disk::{Digest, Disk, Space};
+use super::disk::{Digest, Disk, Space, failed_sync};
 use super::open::Opening;
 use super::{CACHE_BYTES, Redb};
 use crate::env::SharedEnv;
@@ -34,8 +34,12 @@ struct State {
     operations: u64,
     /// The power goes at this operation.
     cut_at: u64,
-    /// Whether the next sync fails; what it should have kept is gone then, as on Linux.
-    fail_sync: bool,
+    /// How the next sync fails; what it should have kept is gone then, as on Linux.
+    fail_sync: Option<io::ErrorKind>,
+    /// How many syncs succeed before there is no room for what a commit does after one.
+    full_after_syncs: Option<u64>,
+    /// How sealed files fail to be opened.
+    fail_sealed: Option<io::ErrorKind>,
     /// Pages that can still be written for the first time.
     free_pages: u64,
     clean: bool,
@@ -76,7 +80,9 @@ impl SimDisk {
             files: Vec::new(),
             operations: 0,
             cut_at: u64::MAX,
-            fail_sync: false,
+            fail_sync: None,
+            full_after_syncs: None,
+            fail_sealed: None,
             free_pages: 1 << 20,
             clean: false,
             ballast: false,
@@ -98,8 +104,22 @@ impl SimDisk {
         state.operations >= state.cut_at
     }
 
-    pub(super) fn fail_next_sync(&self) {
-        self.state().fail_sync = true;
+    pub(super) fn fail_next_sync(&self, kind: io::ErrorKind) {
+        self.state().fail_sync = Some(kind);
+    }
+
+    /// The commit after this many syncs is durable, and fails for lack of room.
+    pub(super) fn fill_after_syncs(&self, syncs: u64) {
+        self.state().full_after_syncs = Some(syncs);
+    }
+
+    /// Whether that has come.
+    pub(super) fn was_filled(&self) -> bool {
+        self.state().full_after_syncs.is_none()
+    }
+
+    pub(super) fn fail_sealed(&self, kind: Option<io::ErrorKind>) {
+        self.state().fail_sealed = kind;
     }
 
     pub(super) fn set_free_pages(&self, pages: u64) {
@@ -264,7 +284,14 @@ impl StorageBackend for SimFile {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.disk.sync_file(self.id)
+        self.disk.sync_file(self.id).map_err(failed_sync)?;
+        let mut state = self.disk.state();
+        let left = state.full_after_syncs.take();
+        if left == Some(0) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        state.full_after_syncs = left.map(|left| left - 1);
+        Ok(())
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -316,11 +343,11 @@ impl SimDisk {
     fn sync_file(&self, id: FileId) -> io::Result<()> {
         let mut state = self.state();
         state.tick()?;
-        let fails = std::mem::take(&mut state.fail_sync);
+        let fails = state.fail_sync.take();
         let file = &mut state.files[id];
         let pending = std::mem::take(&mut file.pending);
-        if fails {
-            return Err(io::Error::other("the sync failed"));
+        if let Some(kind) = fails {
+            return Err(kind.into());
         }
         for change in pending {
             match change {
@@ -329,6 +356,11 @@ impl SimDisk {
             }
         }
         Ok(())
+    }
+
+    fn sealed(&self, name: &str) -> io::Result<FileId> {
+        let state = self.state();
+        state.fail_sealed.map_or_else(|| state.file(name), |kind| Err(kind.into()))
     }
 
     fn backend(&self, id: FileId) -> SimFile {
@@ -363,13 +395,14 @@ impl Disk for SimDisk {
         name: &str,
         builder: &Builder,
     ) -> Result<ReadOnlyDatabase, DatabaseError> {
-        let id = self.state().file(name)?;
+        let id = self.sealed(name)?;
         builder.open_read_only_with_backend(self.backend(id))
     }
 
     fn digest(&self, name: &str) -> io::Result<Digest> {
+        let id = self.sealed(name)?;
         let state = self.state();
-        let bytes = &state.files[state.file(name)?].live;
+        let bytes = &state.files[id].live;
         Ok(Digest { length: bytes.len() as u64, hash: xxh3_64(bytes) })
     }
 
@@ -445,16 +478,18 @@ impl Disk for SimDisk {
     fn unlock(&self) {}
 }
 
+/// It seals early.
+pub(super) const OPENING: Opening = Opening {
+    cache_bytes: CACHE_BYTES,
+    watermark: Some(0),
+    hot_bytes: 6_000,
+    file_bytes: 3_000,
+    inline: true,
+};
+
 /// Opens a store that seals early.
 pub(super) fn open(disk: &SimDisk, env: SharedEnv) -> Result<Redb, StorageError> {
-    let opening = Opening {
-        cache_bytes: CACHE_BYTES,
-        watermark: Some(0),
-        hot_bytes: 6_000,
-        file_bytes: 3_000,
-        inline: true,
-    };
-    Redb::open_on(Arc::new(disk.clone()), env, opening)
+    Redb::open_on(Arc::new(disk.clone()), env, OPENING)
 }
 
 /// Opens such a store for the conformance suite.

@@ -118,7 +118,7 @@ impl State {
         self.files.iter().map(|(file, (digest, _))| (*file, *digest))
     }
 
-    /// The number of a new sealed file.
+    /// A number above those of all sealed files.
     pub(super) fn next_file(&self) -> u64 {
         self.files.last_key_value().map_or(1, |(last, _)| last + 1)
     }

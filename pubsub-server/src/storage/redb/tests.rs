@@ -1,12 +1,12 @@
 //! What the engine does when something is wrong: with the disk, the files, or another server.
 
-use std::collections::BTreeMap;
-use std::os::unix::fs::PermissionsExt;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use std::{fs, thread};
+use std::{fs, io, thread};
 
 use ::redb::{Database, ReadableDatabase, ReadableTable};
 use futures_util::FutureExt;
@@ -21,11 +21,12 @@ use crate::env::SharedEnv;
 use crate::limits;
 use crate::record::{CursorRecord, Epoch, NewMessage, StoredMessage};
 use crate::storage::testing::{
-    ALL, Random, TestEnv, anonymous, from, message, publisher, sequences, subscription, topic,
+    ALL, Random, TestEnv, anonymous, from, keyed, message, places, publisher, sequences,
+    subscription, topic,
 };
 use crate::storage::{
-    AppendOutcome, AppendRefusal, Change, CommitError, Health, ReadError, Storage, StorageError,
-    Urgency,
+    Append, AppendOutcome, AppendRefusal, Change, CommitError, Health, ReadError, Storage,
+    StorageError, Urgency,
 };
 
 const T: u64 = 7;
@@ -74,10 +75,17 @@ fn close(engine: &Redb) {
 
 #[test]
 fn a_failed_sync_stops_the_engine_and_shows_nothing() {
+    // A system may find only in a sync that there is no room.
+    for kind in [io::ErrorKind::Other, io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded] {
+        failed_sync(kind);
+    }
+}
+
+fn failed_sync(kind: io::ErrorKind) {
     let disk = SimDisk::new();
     let engine = simulated(&disk);
     publish(&engine, T, vec![1]).unwrap().unwrap();
-    disk.fail_next_sync();
+    disk.fail_next_sync(kind);
     assert_eq!(publish(&engine, T, vec![2]).unwrap_err(), CommitError::Unknown);
     assert!(matches!(&*engine.health().borrow(), Health::Failed(_)));
     assert_eq!(head(&engine, T), 1, "a head is raised after the commit");
@@ -90,6 +98,36 @@ fn a_failed_sync_stops_the_engine_and_shows_nothing() {
     publish(&engine, T, vec![4]).unwrap().unwrap();
     let engine = simulation::open(&disk.after_cut(&mut Random(1)), env()).unwrap();
     assert_eq!(sequences(&read(&engine, T, 1).unwrap()), [1, 2]);
+}
+
+#[test]
+fn what_is_durable_is_kept_also_if_its_commit_says_that_the_disk_is_full() {
+    for syncs in 0.. {
+        let disk = SimDisk::new();
+        let engine = simulated(&disk);
+        disk.fill_after_syncs(syncs);
+        let mut stored = 0;
+        for i in 0..40 {
+            stored += u64::from(matches!(publish(&engine, T, vec![i; 300]), Ok(Ok(_))));
+        }
+        let filled = disk.was_filled();
+        let read_all = |engine: &Redb| {
+            let found = sequences(&read(engine, T, 1).unwrap());
+            assert!(found.len() as u64 >= stored, "{found:?} of {stored} after {syncs} syncs");
+        };
+        read_all(&engine);
+        // Housekeeping goes on with what is found on the disk.
+        for i in 0..40 {
+            let _ = apply(&engine, floor(i));
+        }
+        read_all(&engine);
+        close(&engine);
+        read_all(&simulation::open(&disk, env()).unwrap());
+        if !filled {
+            assert!(syncs > 40, "{syncs} syncs");
+            break;
+        }
+    }
 }
 
 #[test]
@@ -144,6 +182,132 @@ fn publishes_are_refused_before_the_disk_is_full() {
     disk.set_free_pages(1000);
     thread::sleep(Duration::from_millis(1100));
     publish(&engine, T, vec![1]).unwrap().unwrap();
+}
+
+#[test]
+fn what_is_left_of_a_ballast_that_finds_no_room_is_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = Directory::lock(directory.path(), env().now()).unwrap();
+    let ballast = directory.path().join("ballast");
+    symlink("/dev/full", &ballast).unwrap();
+    disk.set_ballast(true).unwrap_err();
+    assert!(ballast.symlink_metadata().is_err());
+    disk.set_ballast(true).unwrap();
+    assert!(ballast.exists());
+}
+
+#[test]
+fn a_full_disk_answers_what_is_stored() {
+    let disk = SimDisk::new();
+    let opening = Opening { watermark: Some(1 << 20), ..simulation::OPENING };
+    let engine = Redb::open_on(Arc::new(disk.clone()), env(), opening).unwrap();
+    apply(&engine, Change::CreateTopic(topic("t", T))).unwrap();
+    let storage: &dyn Storage = &engine;
+    let me = publisher(1, 1, 1);
+    storage.opened(T, me).now_or_never().unwrap().unwrap();
+    let decide = |append| storage.decided(append).now_or_never().unwrap();
+    let both = || from(me, T, 1, vec![keyed(1, "a"), message("b")]);
+    decide(both()).unwrap();
+    disk.set_free_pages(255);
+    assert_eq!(places(&decide(both()).unwrap()), [(1, 1, true), (2, 2, true)]);
+    let same_key = anonymous(T, vec![keyed(1, "a")]);
+    assert_eq!(places(&decide(same_key).unwrap()), [(1, 1, true)]);
+    let one_more = from(me, T, 2, vec![message("b"), message("c")]);
+    assert_eq!(decide(one_more.clone()), Err(AppendRefusal::DiskFull));
+    disk.set_free_pages(1000);
+    thread::sleep(Duration::from_millis(1100));
+    assert_eq!(places(&decide(one_more).unwrap()), [(2, 2, true), (3, 3, false)]);
+}
+
+#[test]
+fn room_is_given_back_by_the_commit_and_not_by_whoever_waits_for_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let engine = Redb::open(Options::new(directory.path(), env())).unwrap();
+    let room = Arc::new(());
+    let append = Append { room: Some(Arc::clone(&room) as _), ..anonymous(T, vec![message("a")]) };
+    let database = engine.shared.database.write().unwrap();
+    drop(engine.append(append));
+    assert_eq!(Arc::strong_count(&room), 2, "it waits for the committer");
+    drop(database);
+    drop(engine);
+    assert_eq!(Arc::strong_count(&room), 1);
+}
+
+/// The numbers of the sealed files.
+fn sealed_files(disk: &SimDisk) -> BTreeSet<u64> {
+    disk.names().iter().filter_map(|name| sealed::number(name)).collect()
+}
+
+#[test]
+fn nothing_is_sealed_without_room_for_a_file_above_what_is_kept_free() {
+    let disk = SimDisk::new();
+    let opening = Opening { watermark: Some(1 << 20), file_bytes: 1 << 20, ..simulation::OPENING };
+    let open = || Redb::open_on(Arc::new(disk.clone()), env(), opening).unwrap();
+    let engine = open();
+    apply(&engine, Change::CreateTopic(topic("t", T))).unwrap();
+    apply(&engine, Change::PutSubscription(subscription("s", 3))).unwrap();
+    disk.set_free_pages(700);
+    for i in 0..20 {
+        publish(&engine, T, vec![i; 1_000]).unwrap().unwrap();
+    }
+    disk.set_free_pages(200);
+    for i in 0..20 {
+        apply(&engine, floor(i)).unwrap();
+    }
+    assert_eq!(sealed_files(&disk), BTreeSet::new());
+    close(&engine);
+    disk.set_free_pages(1_000);
+    publish(&open(), T, vec![1]).unwrap().unwrap();
+    assert_eq!(sealed_files(&disk).len(), 1);
+}
+
+#[test]
+fn the_number_of_a_sealed_file_is_not_used_again() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    let mut used = BTreeSet::new();
+    for epoch in T..T + 3 {
+        for i in 0..40 {
+            publish(&engine, epoch, vec![i; 300]).unwrap().unwrap();
+        }
+        let new = sealed_files(&disk);
+        assert!(!new.is_empty() && new.is_disjoint(&used), "{new:?} after {used:?}");
+        used.extend(new);
+        // Whoever reads from a file that goes may have it open still.
+        apply(&engine, Change::DeleteTopic(Epoch(epoch))).unwrap();
+        apply(&engine, Change::CreateTopic(topic("t", epoch + 1))).unwrap();
+        for i in 0..40 {
+            apply(&engine, floor(i)).unwrap();
+        }
+        assert_eq!(sealed_files(&disk), BTreeSet::new());
+    }
+}
+
+#[test]
+fn the_cursors_of_each_deleted_subscription_go() {
+    const LAST: u64 = 1_300;
+    let engine = simulated(&SimDisk::new());
+    let cursor = CursorRecord { floor: 1, ..CursorRecord::default() };
+    let changes = (100..=LAST).flat_map(|epoch| {
+        let subscription = subscription(&format!("s{epoch}"), epoch);
+        let (topic, cursor) = (Epoch(T), cursor.clone());
+        let put = Change::PutCursor { subscription: Epoch(epoch), topic, cursor };
+        [Change::PutSubscription(subscription), put]
+    });
+    let changes = engine.apply(changes.collect(), Urgency::Now);
+    changes.now_or_never().unwrap().unwrap().into_inner();
+    // The first scan is half way when the second one begins, which is done before it.
+    apply(&engine, Change::DeleteSubscription(Epoch(LAST))).unwrap();
+    apply(&engine, Change::DeleteSubscription(Epoch(150))).unwrap();
+    for i in 0..20 {
+        apply(&engine, floor(i)).unwrap();
+    }
+    for epoch in [150, LAST] {
+        apply(&engine, Change::PutSubscription(subscription("again", epoch))).unwrap();
+    }
+    let catalog = engine.catalog().now_or_never().unwrap().unwrap();
+    let again = catalog.subscriptions.iter().filter(|each| each.record.name.as_str() == "again");
+    assert_eq!(again.map(|each| each.cursors.len()).collect::<Vec<_>>(), [0, 0]);
 }
 
 /// A store with sealed files that was closed, and what it holds.
@@ -229,6 +393,22 @@ fn a_damaged_sealed_file_costs_its_messages_only() {
     publish(&engine, T, vec![1]).unwrap().unwrap();
     let last = held[&T].len() as u64 + 1;
     assert_eq!(sequences(&read(&engine, T, last).unwrap()), [last]);
+}
+
+#[test]
+fn a_sealed_file_that_cannot_be_read_for_now_is_not_lost() {
+    let (disk, held) = filled();
+    let engine = simulation::open(&disk, env()).unwrap();
+    for kind in [io::ErrorKind::Other, io::ErrorKind::OutOfMemory] {
+        disk.fail_sealed(Some(kind));
+        let error = read(&engine, T, 1).unwrap_err();
+        assert!(matches!(error, ReadError::Storage(StorageError::Io { .. })), "{error:?}");
+    }
+    disk.fail_sealed(None);
+    assert!(agrees(&engine, &held));
+    disk.fail_sealed(Some(io::ErrorKind::NotFound));
+    let engine = simulation::open(&disk, env()).unwrap();
+    assert_eq!(read(&engine, T, 1), Err(ReadError::DataLoss { sequence: 1 }));
 }
 
 #[test]

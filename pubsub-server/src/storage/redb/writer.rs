@@ -8,7 +8,7 @@ use ::redb::{Database, WriteTransaction};
 use tokio::time::Instant;
 
 use super::chores::Chores;
-use super::disk::{Disk, HOT};
+use super::disk::{Disk, HOT, Space};
 use super::group::{Effects, Group};
 use super::open::{Opening, open_hot};
 use super::queue::{Queue, Request, Taken};
@@ -45,7 +45,7 @@ pub(super) struct Writer {
     pub(super) sealing: Sealing,
     /// Since when the disk is too full for publishes.
     full: Option<Instant>,
-    failed: bool,
+    pub(super) failed: bool,
 }
 
 /// An answer that waits for the commit.
@@ -263,14 +263,25 @@ impl Writer {
         self.chores = Chores::after_open(&self.state);
         *database = Some(opened);
         drop(database);
+        // The commit that failed may have registered one.
+        self.state.files().for_each(|(file, digest)| self.shared.cabinet.register(file, digest));
         self.show_all();
         Ok(())
+    }
+
+    /// How much is kept free for what is no publish.
+    pub(super) fn watermark(&self, space: Space) -> u64 {
+        self.opening.watermark.unwrap_or((space.total / 100).min(64 << 20))
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.full.is_some()
     }
 
     /// Refuses publishes before the disk is full, and takes them again when there is room.
     fn watch_space(&mut self) {
         let Ok(space) = self.disk.space() else { return };
-        let watermark = self.opening.watermark.unwrap_or((space.total / 100).min(64 << 20));
+        let watermark = self.watermark(space);
         match self.full {
             None if space.free < watermark => {
                 tracing::warn!(free = space.free, watermark, "the disk is too full for publishes");
