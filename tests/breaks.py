@@ -43,7 +43,13 @@ FAILED = re.compile(r"^test (\S+) \.\.\. FAILED", re.M)
 
 
 def cargo(name, arguments):
-    environment = dict(os.environ, PUBSUB_BREAK=name, CARGO_TARGET_DIR=str(ROOT / "target/breaks"))
+    environment = dict(
+        os.environ,
+        PUBSUB_BREAK=name,
+        CARGO_TARGET_DIR=str(ROOT / "target/breaks"),
+        # What a broken build fails on is no regression to remember.
+        PROPTEST_DISABLE_FAILURE_PERSISTENCE="1",
+    )
     command = ["cargo", "test", "--quiet", *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True,
