@@ -49,9 +49,8 @@ async fn main() -> Result<()> {
                 );
                 delivery.ack();
             }
-            Event::Gap(gap) => {
-                println!("messages {:?} will never come: {:?}", gap.range, gap.reason)
-            }
+            Event::Gap(gap) => println!("will never come: {:?}, {:?}", gap.range, gap.reason),
+            Event::DataLoss(loss) => println!("damaged on the server: {}", loss.id),
             _ => {}
         }
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use pubsub_client::{
-    Gap, GapReason, PublishReceipt, Receipt, ReceiptState, ReceivedMessage, ServerInfo,
+    DataLoss, Gap, GapReason, PublishReceipt, Receipt, ReceiptState, ReceivedMessage, ServerInfo,
     SubscriptionInfo, SubscriptionKind, SubscriptionPosition, TopicInfo,
 };
 use serde_json::{Value, json};
@@ -150,6 +150,15 @@ pub(crate) fn gap(gap: &Gap) -> Value {
         "first": gap.range.start(),
         "last": gap.range.end(),
         "reason": gap_reason(gap.reason),
+    })
+}
+
+pub(crate) fn data_loss(loss: &DataLoss) -> Value {
+    json!({
+        "type": "data_loss",
+        "topic": &*loss.id.topic,
+        "epoch": epoch(loss.id.epoch),
+        "sequence": loss.id.sequence,
     })
 }
 

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
-use pubsub_client::{Client, Delivery, Drain, Event, Gap, Reason, Subscriber, SubscriberBuilder};
+use pubsub_client::{
+    Client, DataLoss, Delivery, Drain, Event, Gap, Reason, Subscriber, SubscriberBuilder,
+};
 use tokio::time::sleep;
 
 use crate::args::Subscribe;
@@ -128,8 +130,22 @@ async fn print(
         match event {
             None => break,
             Some(Err(error)) => return Err(error.into()),
-            Some(Ok(Event::Message(delivery))) => printer.message(delivery)?,
+            Some(Ok(Event::Message(delivery))) => {
+                printer.message(delivery)?;
+                if args.until_caught_up && printer.holds_all_it_may() {
+                    let cause = format!("{OUTSTANDING} messages are held unacked; there are more");
+                    let fix = "read on with acks, or look at all of them with a reader: pubsub \
+                               subscribe TOPIC --from earliest";
+                    return Err(Failure::new(Exit::Limit, cause).with_fix(fix));
+                }
+            }
             Some(Ok(Event::Gap(gap))) => printer.gap(&gap)?,
+            Some(Ok(Event::DataLoss(loss))) => {
+                printer.data_loss(&loss)?;
+                if args.until_caught_up {
+                    return Err(Failure::failed(format!("{} cannot be read whole", loss.id.topic)));
+                }
+            }
             Some(Ok(_)) => {}
         }
     }
@@ -176,9 +192,13 @@ impl Printer<'_> {
         Ok(())
     }
 
+    fn holds_all_it_may(&self) -> bool {
+        self.held.len() >= OUTSTANDING as usize
+    }
+
     fn hold(&mut self, delivery: Delivery) {
         self.held.push(delivery);
-        if self.held.len() == OUTSTANDING as usize {
+        if self.holds_all_it_may() {
             eprintln!("pubsub: {OUTSTANDING} messages are held unacked; no more will come");
         }
     }
@@ -193,6 +213,20 @@ impl Printer<'_> {
             gap.range.start(),
             gap.range.end(),
             format::gap_reason(gap.reason)
+        );
+        Ok(())
+    }
+
+    fn data_loss(&mut self, loss: &DataLoss) -> Result<(), Failure> {
+        if self.output.is_json() {
+            return Ok(self.output.json(&format::data_loss(loss))?);
+        }
+        let DataLoss { id, .. } = loss;
+        let (topic, sequence) = (&id.topic, id.sequence);
+        eprintln!(
+            "pubsub: {topic}: message {sequence} is damaged on the server, and nothing comes from \
+             there on; to go on after it: pubsub subscription seek NAME --topic {topic} --to {}",
+            sequence + 1
         );
         Ok(())
     }

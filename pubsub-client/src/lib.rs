@@ -67,7 +67,7 @@ pub use publisher::{
 pub use retry::RetryPolicy;
 pub use state::{ConnectionState, StateWatch};
 pub use subscriber::{
-    Acker, Delivery, Drain, Event, Gap, GapReason, Nack, Position, Start, StopReport, Stopper,
-    Subscriber, SubscriberBuilder, SubscriptionKind, TopicPosition, TypedDelivery, TypedEvent,
-    TypedSubscriber,
+    Acker, DataLoss, Delivery, Drain, Event, Gap, GapReason, Nack, Position, Start, StopReport,
+    Stopper, Subscriber, SubscriberBuilder, SubscriptionKind, TopicPosition, TypedDelivery,
+    TypedEvent, TypedSubscriber,
 };

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use rangemap::{RangeInclusiveMap, RangeInclusiveSet};
 use serde::{Deserialize, Serialize};
 
+use crate::limits;
 use crate::names::{ConsumerId, SubscriptionName, TopicName, TopicPattern};
 
 /// A set of message sequences.
@@ -104,6 +105,17 @@ pub struct TopicConfig {
     pub max_message_bytes: u64,
     /// How long idempotency keys are remembered.
     pub idempotency_window: Duration,
+}
+
+impl Default for TopicConfig {
+    fn default() -> Self {
+        Self {
+            retention: limits::RETENTION,
+            max_bytes: limits::DEFAULT_TOPIC_BYTES,
+            max_message_bytes: limits::DEFAULT_MESSAGE_BYTES,
+            idempotency_window: limits::IDEMPOTENCY_WINDOW,
+        }
+    }
 }
 
 /// A subscription as stored.

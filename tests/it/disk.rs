@@ -3,12 +3,14 @@
 use std::{path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use pubsub_client::{Event as Item, Start};
 use pubsub_proto::v1::{
-    AcknowledgeRequest, Message, MessageId, PublishRequest, PublisherHello, PullRequest,
-    SubscribeHello,
+    AcknowledgeRequest, CreateSubscriptionRequest, Message, MessageId, PublishRequest,
+    PublisherHello, PullRequest, StartPosition, SubscribeHello, start_position::Position,
 };
 use pubsub_tests::{
-    admin, auditor,
+    admin,
+    auditor::{self, Damaged},
     checker::Value,
     files::{self, SmallDisk},
     lab::{Lab, scenario},
@@ -18,7 +20,7 @@ use pubsub_tests::{
 };
 use tonic::transport::Channel;
 
-use crate::sealing;
+use crate::{app, sealing};
 
 const WITHIN: Duration = Duration::from_secs(120);
 const SOON: Duration = Duration::from_secs(20);
@@ -124,7 +126,8 @@ async fn read_damaged(lab: &Lab, data: &Path, count: u32) -> Result<Damage> {
         Ok(audit) => audit,
         Err(error) => {
             let reason = error.downcast_ref().and_then(raw::reason);
-            ensure!(reason.as_deref() == Some("DATA_LOSS"), "not DATA_LOSS but: {error:?}");
+            let typed = error.is::<Damaged>() || reason.as_deref() == Some("DATA_LOSS");
+            ensure!(typed, "not DATA_LOSS but: {error:?}");
             return Ok(Damage::TypedError);
         }
     };
@@ -179,12 +182,54 @@ fn a_backlog_in_sealed_files_is_read_whole_and_a_flipped_bit_in_it_is_typed() {
             return Ok(());
         };
         let channel = raw::connect(&server.url()).await?;
-        let error = auditor::read(&channel, TOPIC).await.err();
-        let reason = error.as_ref().and_then(|error| raw::reason(error.downcast_ref()?));
-        ensure!(reason.as_deref() == Some("DATA_LOSS"), "{place}: {error:?}");
-        ensure!(auditor::read(&channel, "other").await?.messages.is_empty());
-        Ok(())
+        let error = auditor::read(&channel, TOPIC).await.err().context("it reads well")?;
+        let Damaged { sequence } = error.downcast().context(place)?;
+        it_is_told_in_the_stream_and_a_seek_ends_it(&server.url(), sequence).await?;
+        a_pull_is_told(&channel, sequence).await
     });
+}
+
+/// A consumer is told in its stream, which lives on, and goes on behind the damage.
+async fn it_is_told_in_the_stream_and_a_seek_ends_it(url: &str, sequence: u64) -> Result<()> {
+    let client = app::client(url)?;
+    let mut next = sequence.saturating_sub(3).max(1);
+    let subscriber = client.subscriber(SUBSCRIPTION).topic(TOPIC).start(Start::Sequence(next));
+    let mut subscriber = wait::soon("the subscription", SOON, subscriber.open()).await??;
+    let loss = loop {
+        match wait::soon("news", SOON, subscriber.next()).await?.context("it ended")?? {
+            Item::Message(delivery) => {
+                ensure!(delivery.id.sequence == next, "{} came, not {next}", delivery.id);
+                next += 1;
+                delivery.ack();
+            }
+            Item::DataLoss(loss) => break loss,
+            other => bail!("neither message nor damage: {other:?}"),
+        }
+    };
+    ensure!(loss.id.sequence == sequence && next == sequence, "{loss:?} after {next}");
+    client.admin().seek(SUBSCRIPTION, None, Start::Latest).await?;
+    let publisher = app::publisher(&client, TOPIC).await?;
+    let ids = app::publish_numbers(&publisher, [1]).await?;
+    let delivery = app::next(&mut subscriber).await?;
+    ensure!(delivery.id == ids[0], "{} came, not {}", delivery.id, ids[0]);
+    delivery.ack();
+    app::shutdown(client).await
+}
+
+/// Nothing to pull is one thing, and something that cannot be read another.
+async fn a_pull_is_told(channel: &Channel, sequence: u64) -> Result<()> {
+    let start = Some(StartPosition { position: Some(Position::Sequence(sequence)) });
+    let request = CreateSubscriptionRequest {
+        name: "pulling".into(),
+        topics: vec![TOPIC.into()],
+        start,
+        ..CreateSubscriptionRequest::default()
+    };
+    raw::admin(channel).create_subscription(request).await?;
+    let pull = PullRequest { subscription: "pulling".into(), ..PullRequest::default() };
+    let refusal = raw::refusal(raw::subscriber(channel).pull(pull).await)?;
+    ensure!(refusal == "DATA_LOSS", "{refusal}");
+    Ok(())
 }
 
 #[test]

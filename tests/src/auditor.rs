@@ -21,11 +21,27 @@ pub struct Audit {
     pub messages: Vec<ReceivedMessage>,
 }
 
+/// The server says that it cannot read a message, and all after it.
+#[derive(Debug)]
+pub struct Damaged {
+    /// The first message that cannot be read.
+    pub sequence: u64,
+}
+
+impl std::fmt::Display for Damaged {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "message {} is damaged", self.sequence)
+    }
+}
+
+impl std::error::Error for Damaged {}
+
 /// Reads a topic from its first message to its head.
 ///
 /// # Errors
 ///
-/// If the topic cannot be read, or the reader sees anything but a dense log.
+/// If the topic cannot be read, or the reader sees anything but a dense log; [`Damaged`] if the
+/// server says why.
 pub async fn read(channel: &Channel, topic: &str) -> Result<Audit> {
     let topic = admin::topic(channel, topic).await?;
     let mut messages = Vec::new();
@@ -52,6 +68,7 @@ pub async fn read(channel: &Channel, topic: &str) -> Result<Audit> {
                 let _ = reader.send(frame).await;
             }
             Frame::Gap(gap) => bail!("a gap in {}: {gap:?}", topic.name),
+            Frame::DataLoss(loss) => bail!(Damaged { sequence: loss.sequence }),
             _ => {}
         }
     }

@@ -66,6 +66,19 @@ fn without_acks_everything_comes_again() -> Result<()> {
 }
 
 #[test]
+fn a_look_at_more_than_can_be_held_ends() -> Result<()> {
+    let lab = Lab::with_orders(&[])?;
+    let input: String = (0..1001).map(|n| format!("{n}\n")).collect();
+    lab.run_with_input("publish orders", input.as_bytes())?.succeeds()?;
+    lab.run("subscription create billing orders --from earliest")?.succeeds()?;
+    let look = lab.run("subscribe --subscription billing --no-ack --until-caught-up")?;
+    assert_eq!(look.stdout.lines().count(), 1000);
+    let error = look.fails(7)?;
+    assert!(error.contains("a reader"), "{error}");
+    Ok(())
+}
+
+#[test]
 fn a_start_that_does_not_count_is_told() -> Result<()> {
     let lab = Lab::with_orders(&["a"])?;
     lab.run("subscription create billing orders")?.succeeds()?;

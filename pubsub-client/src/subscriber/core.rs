@@ -17,7 +17,7 @@ use super::delivery::{Delivery, Nack};
 use super::resume::{Acked, Handle, Overdue, Resume, Settled, Shown};
 use super::stop::{Drain, Stopping};
 use super::topic::{Nacked, TopicKey};
-use super::{Event, Position, TopicPosition};
+use super::{DataLoss, Event, Position, TopicPosition};
 use crate::client::Shared;
 use crate::error::{AckError, Cause, SubscribeError};
 use crate::limits;
@@ -157,6 +157,9 @@ impl Core {
                 Event::Message(Delivery::new(message, core, handle))
             }
             Shown::Gap { topic, epoch, missing } => Event::Gap(convert::gap(topic, epoch, missing)),
+            Shown::DataLoss { topic, epoch, sequence } => {
+                Event::DataLoss(DataLoss { id: MessageId { topic, epoch, sequence } })
+            }
         }
     }
 

@@ -29,6 +29,7 @@ pub use self::delivery::{Acker, Delivery, Nack};
 pub use self::stop::{Drain, StopReport, Stopper};
 pub use self::typed::{TypedDelivery, TypedEvent, TypedSubscriber};
 use crate::error::SubscribeError;
+use crate::message::MessageId;
 use crate::state::StateWatch;
 
 /// A consumer of a subscription, or a reader: a stream of messages.
@@ -146,6 +147,9 @@ pub enum Event {
     /// Messages that this subscription will never receive, told in the place where they would
     /// have come.
     Gap(Gap),
+    /// What the server has stored of a topic is damaged, and nothing comes from there on until
+    /// an operator moves the subscription past it. Other topics go on.
+    DataLoss(DataLoss),
 }
 
 impl Event {
@@ -153,9 +157,22 @@ impl Event {
     pub fn into_message(self) -> Option<Delivery> {
         match self {
             Self::Message(delivery) => Some(delivery),
-            Self::Gap(_) => None,
+            Self::Gap(_) | Self::DataLoss(_) => None,
         }
     }
+}
+
+/// A message failed its checksum on the server, and its topic waits before it.
+///
+/// Told once in the life of a subscriber, unless the topic can be read again meanwhile. What ends
+/// it is a seek of the subscription to a message after this one, as
+/// `pubsub subscription seek NAME --topic TOPIC --to SEQUENCE` does, or a server whose data was
+/// restored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DataLoss {
+    /// The first message that cannot be read.
+    pub id: MessageId,
 }
 
 /// Messages that a subscription will never receive.

@@ -36,6 +36,7 @@ pub(super) struct Handle {
 pub(super) enum Shown<M> {
     Message { handle: Handle, topic: Arc<str>, epoch: u64, message: M },
     Gap { topic: Arc<str>, epoch: u64, missing: Missing },
+    DataLoss { topic: Arc<str>, epoch: u64, sequence: u64 },
 }
 
 /// A message that the application has held for too long.
@@ -324,6 +325,13 @@ impl<M> Resume<M> {
         Ok(news)
     }
 
+    pub(super) fn data_loss(&mut self, number: u32, sequence: u64) -> Result<(), Broken> {
+        let key = self.key(number)?;
+        self.topic(key)?.receive_damage(sequence);
+        self.refresh(key);
+        Ok(())
+    }
+
     pub(super) fn head(&mut self, number: u32, head: u64, passed: u64) {
         if let Ok(topic) = self.key(number).and_then(|key| self.topic(key)) {
             topic.head = topic.head.max(head);
@@ -379,7 +387,11 @@ impl<M> Resume<M> {
         let next = topic.take(showing, now, self.reader)?;
         let (name, epoch) = (Arc::clone(&topic.name), topic.epoch);
         self.served = key;
-        self.queued += usize::from(self.reader || matches!(next, Next::Gap(_)));
+        self.queued += usize::from(match next {
+            Next::Message { .. } => self.reader,
+            Next::Gap(_) => true,
+            Next::DataLoss(_) => false,
+        });
         self.refresh(key);
         Some(match next {
             Next::Message { sequence, attempt, message } => {
@@ -387,6 +399,7 @@ impl<M> Resume<M> {
                 Shown::Message { handle, topic: name, epoch, message }
             }
             Next::Gap(missing) => Shown::Gap { topic: name, epoch, missing },
+            Next::DataLoss(sequence) => Shown::DataLoss { topic: name, epoch, sequence },
         })
     }
 

@@ -452,7 +452,7 @@ fn take(resume: &mut Resume<u64>) -> Option<Handle> {
 fn take_at(resume: &mut Resume<u64>, now: Instant) -> Option<Handle> {
     match resume.take(now, |_| true)? {
         Shown::Message { handle, .. } => Some(handle),
-        Shown::Gap { .. } => panic!("a gap"),
+        other @ (Shown::Gap { .. } | Shown::DataLoss { .. }) => panic!("{other:?}"),
     }
 }
 
@@ -615,6 +615,7 @@ fn a_gap_is_told_once_in_its_place_and_without_what_has_arrived() {
         order.push(match shown {
             Shown::Message { message, .. } => message..=message,
             Shown::Gap { missing, .. } => missing.range,
+            Shown::DataLoss { sequence, .. } => panic!("{sequence} is damaged"),
         });
     }
     assert_eq!(order, [1..=1, 2..=2, 3..=5, 6..=6, 7..=7]);
@@ -669,7 +670,7 @@ fn topics_take_turns() {
     resume.deliver(2, 4, 0, items.into_iter()).unwrap();
     let order: Vec<u64> = std::iter::from_fn(|| match resume.take(start(), |_| true)? {
         Shown::Message { message, .. } => Some(message),
-        Shown::Gap { .. } => None,
+        Shown::Gap { .. } | Shown::DataLoss { .. } => None,
     })
     .collect();
     assert_eq!(order, [1, 101, 2, 102, 3]);
@@ -713,6 +714,30 @@ fn a_gap_that_is_done_with_is_forgotten() {
 }
 
 #[test]
+fn damage_is_told_once_and_after_what_came_before_it() {
+    let mut resume = attached(false);
+    deliver(&mut resume, 1, 1..=2);
+    resume.data_loss(1, 3).unwrap();
+    let first = take(&mut resume).unwrap();
+    take(&mut resume).unwrap();
+    let told = |resume: &mut Resume<u64>| match resume.take(start(), |_| true) {
+        Some(Shown::DataLoss { sequence, .. }) => Some(sequence),
+        _ => None,
+    };
+    assert_eq!(told(&mut resume), Some(3));
+    resume.hello();
+    resume.welcome(vec![joined(0, 9)]);
+    resume.data_loss(1, 3).unwrap();
+    assert_eq!(told(&mut resume), None, "every stream says so, and it is known");
+    assert_eq!(resume.ack(first), Acked::Queued);
+    // It was restored, and is damaged again.
+    deliver(&mut resume, 1, 3..=3);
+    take(&mut resume).unwrap();
+    resume.data_loss(1, 4).unwrap();
+    assert_eq!(told(&mut resume), Some(4));
+}
+
+#[test]
 fn ranges_and_sequences_that_cannot_be_are_an_error() {
     let mut resume = attached(false);
     let ends = [(0, 0), (0, 5), (5, 4), (5, u64::MAX)];
@@ -746,7 +771,7 @@ fn the_end_of_a_deleted_topic_comes_before_its_successor_whatever_was_sought() {
     resume.deliver(2, 3, 0, [(1, (1, 1, 101))].into_iter()).unwrap();
     let order: Vec<u64> = std::iter::from_fn(|| match resume.take(start(), |_| true)? {
         Shown::Message { message, .. } => Some(message),
-        Shown::Gap { .. } => None,
+        Shown::Gap { .. } | Shown::DataLoss { .. } => None,
     })
     .collect();
     assert_eq!(order, [1, 2, 101]);

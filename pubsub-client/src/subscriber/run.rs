@@ -9,7 +9,7 @@ use std::sync::Arc;
 use futures_util::FutureExt as _;
 use tokio::task::JoinSet;
 
-use super::{Acker, Event, Nack, Subscriber};
+use super::{Acker, DataLoss, Event, Nack, Subscriber};
 use crate::error::SubscribeError;
 use crate::message::ReceivedMessage;
 
@@ -27,7 +27,8 @@ impl Subscriber {
     /// returns; its message has then been given up, and comes again unless the handler returns
     /// `Ok`.
     ///
-    /// Gaps are logged as warnings; to act on them, use [`next`](Self::next).
+    /// Gaps are logged as warnings and damage on the server as an error; to act on them, use
+    /// [`next`](Self::next).
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -86,6 +87,9 @@ impl Subscriber {
                 None => break Ok(()),
                 Some(Err(error)) => break Err(error),
                 Some(Ok(Event::Gap(gap))) => tracing::warn!(?gap, "messages will never come"),
+                Some(Ok(Event::DataLoss(DataLoss { id }))) => {
+                    tracing::error!(%id, "the server cannot read its topic from here on");
+                }
                 Some(Ok(Event::Message(delivery))) => {
                     let topic = Arc::clone(&delivery.id.topic);
                     let (message, acker) = delivery.split();

@@ -373,6 +373,11 @@ impl Session<'_> {
                     self.core.arrived(&mut inner, Settled::default());
                 }
             }
+            Frame::DataLoss(loss) => {
+                let mut inner = self.core.lock();
+                inner.resume.data_loss(loss.topic, loss.sequence)?;
+                self.core.arrived(&mut inner, Settled::default());
+            }
             Frame::Joined(joined) => {
                 let joined = convert::joined(joined.topic.unwrap_or_default());
                 let settled = self.core.lock().resume.joined(joined);

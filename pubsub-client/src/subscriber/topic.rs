@@ -93,8 +93,14 @@ impl Unsent {
 /// The next thing to show.
 #[derive(Debug)]
 pub(super) enum Next<M> {
-    Message { sequence: u64, attempt: u32, message: M },
+    Message {
+        sequence: u64,
+        attempt: u32,
+        message: M,
+    },
     Gap(Missing),
+    /// The server cannot read this message, and sends nothing from there on.
+    DataLoss(u64),
 }
 
 #[derive(Debug)]
@@ -145,6 +151,8 @@ pub(super) struct Topic<M> {
     buffered: BTreeMap<u64, Buffered<M>>,
     outstanding: BTreeMap<u64, Outstanding>,
     gaps: BTreeMap<u64, Missing>,
+    /// The message that the server cannot read, and whether the application was told.
+    damaged: Option<(u64, bool)>,
     announced: RangeInclusiveSet<u64>,
     /// Gaps that the application knows of, and the server does not know that yet.
     missed: RangeInclusiveSet<u64>,
@@ -179,6 +187,7 @@ impl<M> Topic<M> {
             buffered: BTreeMap::new(),
             outstanding: BTreeMap::new(),
             gaps: BTreeMap::new(),
+            damaged: None,
             announced: RangeInclusiveSet::new(),
             missed: RangeInclusiveSet::new(),
             missed_to_send: RangeInclusiveSet::new(),
@@ -273,6 +282,7 @@ impl<M> Topic<M> {
         self.last_received = self.last_received.max(sequence);
         self.read = self.read.max(sequence);
         self.head = self.head.max(sequence);
+        self.damaged = self.damaged.filter(|(damaged, _)| sequence < *damaged);
         if skip {
             return false;
         }
@@ -310,6 +320,13 @@ impl<M> Topic<M> {
         !news.is_empty()
     }
 
+    /// The server cannot read this message. It says so on every stream.
+    pub(super) fn receive_damage(&mut self, sequence: u64) {
+        if self.damaged.is_none_or(|(known, _)| known != sequence) {
+            self.damaged = Some((sequence, false));
+        }
+    }
+
     /// The server is going to deliver again from here on.
     pub(super) fn rewind(&mut self, from: u64, generation: u32) {
         self.generation = generation;
@@ -318,7 +335,12 @@ impl<M> Topic<M> {
 
     /// Whether there is something to show, and nothing that must come before it.
     pub(super) fn is_ready(&self) -> bool {
-        self.unsettled_nacks.is_empty() && !(self.buffered.is_empty() && self.gaps.is_empty())
+        let something = !(self.buffered.is_empty() && self.gaps.is_empty());
+        self.unsettled_nacks.is_empty() && (something || self.untold_damage().is_some())
+    }
+
+    fn untold_damage(&self) -> Option<u64> {
+        self.damaged.filter(|(_, told)| !told).map(|(sequence, _)| sequence)
     }
 
     /// Hands out the next thing, in the order of the log. `auto_ack`: it needs no ack by the
@@ -336,6 +358,13 @@ impl<M> Topic<M> {
                 self.missed_to_send.insert(missing.range.clone());
             }
             return Some(Next::Gap(missing));
+        }
+        // The server has sent everything before it.
+        if message.is_none()
+            && let Some(sequence) = self.untold_damage()
+        {
+            self.damaged = Some((sequence, true));
+            return Some(Next::DataLoss(sequence));
         }
         let (sequence, Buffered { message, attempt, bytes }) = self.buffered.pop_first()?;
         self.last_shown = sequence;

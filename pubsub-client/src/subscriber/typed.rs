@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 
 use futures_util::{Stream, StreamExt as _};
 
-use super::{Acker, Delivery, Event, Gap, Nack, Subscriber};
+use super::{Acker, DataLoss, Delivery, Event, Gap, Nack, Subscriber};
 use crate::codec::Codec;
 use crate::error::{AckError, SubscribeError};
 
@@ -50,6 +50,7 @@ impl<T, C: Codec<T>> TypedSubscriber<T, C> {
                 Err(source) => Err(SubscribeError::Decode { delivery: Box::new(delivery), source }),
             },
             Event::Gap(gap) => Ok(TypedEvent::Gap(gap)),
+            Event::DataLoss(loss) => Ok(TypedEvent::DataLoss(loss)),
         }
     }
 }
@@ -79,6 +80,8 @@ pub enum TypedEvent<T> {
     Message(TypedDelivery<T>),
     /// Messages that this subscription will never receive.
     Gap(Gap),
+    /// A topic cannot be read any further for now.
+    DataLoss(DataLoss),
 }
 
 impl<T> TypedEvent<T> {
@@ -86,7 +89,7 @@ impl<T> TypedEvent<T> {
     pub fn into_message(self) -> Option<TypedDelivery<T>> {
         match self {
             Self::Message(delivery) => Some(delivery),
-            Self::Gap(_) => None,
+            Self::Gap(_) | Self::DataLoss(_) => None,
         }
     }
 }

@@ -4,9 +4,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::error::BrokerError;
 use super::session::{Credit, Deliver, Event, GapReason};
-use super::subscription::{Damage, Subscription, Topic};
+use super::subscription::{Damage, Subscription};
 use crate::limits;
 use crate::record::{Epoch, StoredMessage};
 use crate::storage::{ReadError, ReadLimit};
@@ -141,23 +140,18 @@ impl Subscription {
         };
         match error {
             ReadError::Trimmed { first } => self.tell_missing(epoch, first, GapReason::Retention),
-            // The broker is about to tell.
-            ReadError::NoTopic => topic.damaged = Some(Damage { sequence: from, retry: None }),
-            // The system may have run short of something, such as open files.
-            ReadError::Storage(error) => {
+            // The broker is about to tell that the topic is gone; or the system has run short of
+            // something, such as open files.
+            ReadError::NoTopic | ReadError::Storage(_) => {
                 tracing::warn!(topic = %topic.name, from, %error, "cannot read for now");
                 let retry = Some(Instant::now() + READ_RETRY);
                 topic.damaged = Some(Damage { sequence: from, retry });
             }
-            ReadError::DataLoss { .. } => {
+            ReadError::DataLoss { sequence } => {
                 tracing::error!(topic = %topic.name, from, %error, "cannot read");
-                topic.damaged = Some(Damage { sequence: from, retry: None });
-                let error = BrokerError::read(&topic.name, error);
-                let sound = |topic: &Topic| topic.damaged.is_none() && !topic.gone;
-                let others = self.topics.values().any(sound);
-                // With other topics to go on with the session goes on; the description tells.
-                if let Some(session) = self.active.as_mut().filter(|_| !others) {
-                    session.tell(Event::Ended(error));
+                topic.damaged = Some(Damage { sequence, retry: None });
+                if let Some(session) = &mut self.active {
+                    session.tell(Event::DataLoss(topic.number, sequence));
                 }
             }
         }

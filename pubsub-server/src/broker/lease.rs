@@ -9,10 +9,11 @@ use tokio::time::Instant;
 use super::delivery::Nack;
 use super::error::BrokerError;
 use super::session::{Credit, Lease, Leased, Missing, Pull, Pulled};
-use super::subscription::{Subscription, Topic};
+use super::subscription::{Damage, Subscription, Topic};
 use crate::limits;
 use crate::names::ConsumerId;
 use crate::record::Epoch;
+use crate::storage::ReadError;
 
 /// The leases of one subscription, all of one consumer, and the pulls that wait for messages.
 #[derive(Debug, Default)]
@@ -120,6 +121,13 @@ impl Subscription {
                 self.leases.dismiss_overdue();
                 return;
             }
+            if leased.is_empty()
+                && missing.is_empty()
+                && let Some(error) = self.data_loss()
+            {
+                let _ = waiting.reply.send(Err(error));
+                continue;
+            }
             let ranges = missing.iter().map(Missing::range).collect::<Vec<_>>();
             match waiting.reply.send(Ok(Pulled { leased, missing })) {
                 Ok(()) => self.miss(ranges),
@@ -127,6 +135,16 @@ impl Subscription {
                 Err(Err(_)) => {}
             }
         }
+    }
+
+    /// What a pull that gets nothing is to be told: a topic that cannot be read is not empty.
+    fn data_loss(&self) -> Option<BrokerError> {
+        let damaged = |topic: &Topic| {
+            let Damage { sequence, retry } = topic.damaged?;
+            let lost = ReadError::DataLoss { sequence };
+            retry.is_none().then(|| BrokerError::read(&topic.name, lost))
+        };
+        self.topics.values().find_map(damaged)
     }
 
     /// Whoever pulled is gone: nothing of it has happened.

@@ -315,13 +315,7 @@ mod tests {
         let env = Arc::new(System);
         let broker = Broker::start(Arc::new(Memory::new(Arc::clone(&env) as _)), env).await;
         let broker = broker.unwrap();
-        let config = TopicConfig {
-            retention: limits::RETENTION,
-            max_bytes: limits::DEFAULT_TOPIC_BYTES,
-            max_message_bytes: limits::DEFAULT_MESSAGE_BYTES,
-            idempotency_window: limits::IDEMPOTENCY_WINDOW,
-        };
-        broker.create_topic(open(1, 1).topic, config, false).await.unwrap();
+        broker.create_topic(open(1, 1).topic, TopicConfig::default(), false).await.unwrap();
         broker.open_publisher(open(1, 1)).await.unwrap()
     }
 

@@ -170,6 +170,8 @@ pub enum Event {
     Rewind(u32, Rewound),
     /// Messages that will never come.
     Gap(u32, u64, u64, GapReason),
+    /// A topic cannot be read from this message on.
+    DataLoss(u32, u64),
     /// A topic joined.
     Joined(SessionTopic),
     /// A topic left.

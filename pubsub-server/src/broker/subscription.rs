@@ -129,7 +129,7 @@ pub(super) struct Subscription {
     pub(super) next_number: u32,
     pub(super) active: Option<Session>,
     pub(super) standby: VecDeque<Session>,
-    /// Until when the consumer on record, which is not connected, keeps its place.
+    /// Until when a consumer that is not connected keeps its place.
     pub(super) grace: Option<Instant>,
     pub(super) leases: Leases,
     /// How many of the topics are gone.
@@ -152,7 +152,9 @@ impl Subscription {
         let gone = topics.iter().filter(|topic| topic.gone).count();
         let boot = storage.boot_id().0;
         let first_pull = u64::from(u32::from_le_bytes([boot[0], boot[1], boot[2], boot[3]])) << 32;
-        let grace = record.consumer.as_ref().map(|_| Instant::now() + limits::GRACE);
+        // A reader that nobody attaches to, because its stream was lost meanwhile, ends with it.
+        let awaited = record.consumer.is_some() || keeper == Keeper::Client;
+        let grace = awaited.then(|| Instant::now() + limits::GRACE);
         let mut this = Self {
             record,
             keeper,

@@ -473,3 +473,52 @@ impl Handle {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::session::Credit;
+    use super::*;
+    use crate::env::System;
+    use crate::names::ConsumerId;
+    use crate::record::{ConsumerRecord, TopicConfig};
+    use crate::storage::memory::Memory;
+
+    fn reader() -> Consume {
+        let consumer = ConsumerRecord {
+            id: ConsumerId::parse("c").unwrap(),
+            instance: Uuid([1; 16]),
+            attach: 1,
+        };
+        Consume {
+            subscription: None,
+            topics: vec![TopicPattern::parse("t").unwrap()],
+            kind: SubscriptionKind::Exclusive,
+            start: Start::Earliest,
+            must_exist: false,
+            known_boot: None,
+            positions: Vec::new(),
+            attach: Attach {
+                consumer,
+                known_epoch: None,
+                claims: BTreeMap::new(),
+                credit: Credit { messages: 1, bytes: 1 },
+                heartbeat: limits::HEARTBEAT,
+            },
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_nobody_attaches_to_ends() {
+        let env = Arc::new(System);
+        let broker = Broker::start(Arc::new(Memory::new(Arc::clone(&env) as _)), env).await;
+        let broker = broker.unwrap();
+        let config = TopicConfig::default();
+        broker.create_topic(TopicName::parse("t").unwrap(), config, false).await.unwrap();
+        let attached = broker.consume(reader()).await.unwrap();
+        // The call was dropped between the two steps of an attach.
+        let abandoned = broker.new_reader(SessionId(99), &reader()).await.unwrap();
+        tokio::time::sleep(limits::GRACE + Duration::from_secs(1)).await;
+        assert!(abandoned.commands.is_closed());
+        assert!(!attached.commands.is_closed());
+    }
+}

@@ -367,13 +367,14 @@ pub(super) fn parse_ids(
 
 pub(super) fn parse_config(config: Option<v1::TopicConfig>) -> Result<TopicConfig, Status> {
     let config = config.unwrap_or_default();
+    let default = TopicConfig::default();
     let or = |value, default| if value == 0 { default } else { value };
     let window = parse_duration("idempotency_window", config.idempotency_window)?;
     Ok(TopicConfig {
-        retention: parse_duration("retention", config.retention)?.unwrap_or(limits::RETENTION),
-        max_bytes: or(config.max_bytes, limits::DEFAULT_TOPIC_BYTES),
-        max_message_bytes: or(config.max_message_bytes, limits::DEFAULT_MESSAGE_BYTES),
-        idempotency_window: window.unwrap_or(limits::IDEMPOTENCY_WINDOW),
+        retention: parse_duration("retention", config.retention)?.unwrap_or(default.retention),
+        max_bytes: or(config.max_bytes, default.max_bytes),
+        max_message_bytes: or(config.max_message_bytes, default.max_message_bytes),
+        idempotency_window: window.unwrap_or(default.idempotency_window),
     })
 }
 

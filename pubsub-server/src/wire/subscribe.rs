@@ -277,6 +277,7 @@ async fn on_event(
             range: Some(v1::SequenceRange { first, last }),
             reason: convert::gap_reason(reason).into(),
         }),
+        Event::DataLoss(topic, sequence) => Response::DataLoss(v1::DataLoss { topic, sequence }),
         Event::Joined(topic) => {
             Response::Joined(TopicJoined { topic: Some(convert::session_topic(topic)) })
         }
