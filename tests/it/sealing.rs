@@ -196,8 +196,8 @@ enum Moment {
 }
 
 impl Moment {
-    /// Waits for it.
-    async fn come(self, data: &Path, rng: &mut Rng) -> Result<()> {
+    /// Waits for it. `missed`: how often it has come too early.
+    async fn come(self, data: &Path, missed: u32, rng: &mut Rng) -> Result<()> {
         let before = Files::of(data)?;
         let seen = async {
             loop {
@@ -216,7 +216,8 @@ impl Moment {
         let pause = match self {
             Self::Begun | Self::Renamed => 0,
             Self::Writing => rng.below(600),
-            Self::Removing => rng.below(300),
+            // A busy machine takes its time: longer each time that nothing was registered yet.
+            Self::Removing => rng.below(300 << missed),
         };
         sleep(Duration::from_millis(pause)).await;
         Ok(())
@@ -233,6 +234,8 @@ struct Hits {
     unregistered: usize,
     /// Files that were registered since the last kill.
     registered: usize,
+    /// Kills that were to meet a registered file, and came too early.
+    too_early: u32,
 }
 
 impl Hits {
@@ -243,7 +246,7 @@ impl Hits {
     async fn kill(&mut self, server: &mut Server, moment: Moment, rng: &mut Rng) -> Result<()> {
         let data = server.data().to_owned();
         let before = Files::of(&data)?;
-        moment.come(&data, rng).await?;
+        moment.come(&data, self.too_early, rng).await?;
         server.kill().await?;
         let killed = Files::of(&data)?;
         server.start_again().await?;
@@ -258,6 +261,8 @@ impl Hits {
         self.unfinished += usize::from(killed.unfinished);
         self.unregistered += unregistered;
         self.registered += registered;
+        let too_early = matches!(moment, Moment::Removing) && registered == 0;
+        self.too_early = (self.too_early + u32::from(too_early)).min(5);
         Ok(())
     }
 }
