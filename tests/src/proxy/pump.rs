@@ -105,12 +105,8 @@ impl<'a> Pump<'a> {
     async fn run(mut self, mut from: ReadHalf<'_>, mut to: WriteHalf<'_>) -> End {
         let mut buffer = vec![0; BUFFER_BYTES];
         loop {
-            let mode = self.faults.borrow_and_update().mode(self.direction);
-            if mode == Mode::Blackhole {
-                if self.faults.changed().await.is_err() {
-                    return End::Cut(Cut::Reset);
-                }
-                continue;
+            if self.mode().await.is_none() {
+                return End::Cut(Cut::Reset);
             }
             let read = tokio::select! {
                 read = from.read(&mut buffer) => read,
@@ -124,12 +120,23 @@ impl<'a> Pump<'a> {
                 Ok(length) => length,
                 Err(_) => return End::Cut(Cut::Reset),
             };
+            // What was sent after a fault was set is to meet it, although the read was under way.
+            let Some(mode) = self.mode().await else {
+                return End::Cut(Cut::Reset);
+            };
             match self.forward(mode, &buffer[..length], &mut to).await {
                 Ok(None) => {}
                 Ok(Some(cut)) => return End::Cut(cut),
                 Err(_) => return End::Cut(Cut::Reset),
             }
         }
+    }
+
+    /// How bytes are to go on, once they are; `None` if the proxy is gone.
+    async fn mode(&mut self) -> Option<Mode> {
+        let direction = self.direction;
+        let passing = self.faults.wait_for(|faults| faults.mode(direction) != Mode::Blackhole);
+        passing.await.ok().map(|faults| faults.mode(direction))
     }
 
     /// Passes bytes on up to the point of a cut.
