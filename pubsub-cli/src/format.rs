@@ -5,8 +5,9 @@ use std::time::{Duration, SystemTime};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use pubsub_client::{
-    DataLoss, Gap, GapReason, PublishReceipt, Receipt, ReceiptState, ReceivedMessage, ServerInfo,
-    SubscriptionInfo, SubscriptionKind, SubscriptionPosition, TopicInfo,
+    ActiveConsumer, DataLoss, Gap, GapReason, PublishReceipt, Receipt, ReceiptState,
+    ReceivedMessage, ServerInfo, SubscriptionInfo, SubscriptionKind, SubscriptionPosition,
+    TopicInfo,
 };
 use serde_json::{Value, json};
 
@@ -48,6 +49,8 @@ fn epoch(epoch: u64) -> String {
 pub(crate) fn kind(kind: SubscriptionKind) -> &'static str {
     match kind {
         SubscriptionKind::Exclusive => "exclusive",
+        SubscriptionKind::Shared => "shared",
+        SubscriptionKind::KeyOrdered => "key-ordered",
         _ => "unknown",
     }
 }
@@ -81,16 +84,24 @@ pub(crate) fn topic(topic: &TopicInfo) -> Value {
 
 pub(crate) fn subscription(subscription: &SubscriptionInfo) -> Value {
     let positions: Vec<_> = subscription.positions.iter().map(position).collect();
+    let consumers: Vec<_> = subscription.active_consumers.iter().map(consumer).collect();
     json!({
         "name": subscription.name,
         "epoch": epoch(subscription.epoch),
         "kind": kind(subscription.kind),
         "topics": subscription.topics,
         "create_time": time(subscription.create_time),
-        "active_consumer": subscription.active_consumer,
-        "connected": subscription.connected,
+        "active_consumers": consumers,
         "standby_consumers": subscription.standby_consumers,
         "positions": positions,
+    })
+}
+
+fn consumer(consumer: &ActiveConsumer) -> Value {
+    json!({
+        "id": consumer.id,
+        "connected": consumer.connected,
+        "outstanding": consumer.outstanding,
     })
 }
 

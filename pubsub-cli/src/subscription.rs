@@ -1,6 +1,6 @@
 //! `pubsub subscription`.
 
-use pubsub_client::{Client, SubscriptionInfo};
+use pubsub_client::{ActiveConsumer, Client, SubscriptionInfo};
 use serde_json::json;
 
 use crate::args::{CreateSubscription, Seek, Subscription};
@@ -94,11 +94,12 @@ async fn list(client: &Client, output: &mut Output) -> Result<(), Failure> {
 }
 
 fn consumer(subscription: &SubscriptionInfo) -> String {
-    match &subscription.active_consumer {
-        None => "-".to_owned(),
-        Some(name) if subscription.connected => name.clone(),
-        Some(name) => format!("{name} (lost, awaited)"),
-    }
+    let one = |consumer: &ActiveConsumer| match consumer.connected {
+        true => consumer.id.clone(),
+        false => format!("{} (lost, awaited)", consumer.id),
+    };
+    let all: Vec<_> = subscription.active_consumers.iter().map(one).collect();
+    if all.is_empty() { "-".to_owned() } else { all.join(", ") }
 }
 
 async fn seek(args: Seek, client: &Client, output: &mut Output) -> Result<(), Failure> {

@@ -44,8 +44,8 @@ mod subscriber;
 mod transport;
 
 pub use admin::{
-    Admin, CreateSubscription, Page, Receipt, ReceiptState, ServerInfo, SubscriptionInfo,
-    SubscriptionPosition, TopicConfig, TopicInfo,
+    ActiveConsumer, Admin, CreateSubscription, Page, Receipt, ReceiptState, ServerInfo,
+    SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo,
 };
 pub use client::{Client, ClientBuilder, ShutdownReport};
 #[cfg(feature = "json")]

@@ -4,12 +4,12 @@ use pubsub_proto::v1 as pb;
 
 use super::optional;
 use super::types::{
-    CreateSubscription, Receipt, ReceiptState, ServerInfo, SubscriptionInfo, SubscriptionPosition,
-    TopicConfig, TopicInfo,
+    ActiveConsumer, CreateSubscription, Receipt, ReceiptState, ServerInfo, SubscriptionInfo,
+    SubscriptionPosition, TopicConfig, TopicInfo,
 };
 use crate::error::AdminError;
 use crate::message::{duration, non_empty, time};
-use crate::subscriber::{SubscriptionKind, kind_to_wire, start_to_wire};
+use crate::subscriber::{kind_from_wire, kind_to_wire, start_to_wire};
 
 pub(super) fn topic_config(config: &TopicConfig) -> pb::TopicConfig {
     pb::TopicConfig {
@@ -58,22 +58,22 @@ pub(super) fn subscription(
     subscription: Option<pb::Subscription>,
 ) -> Result<SubscriptionInfo, AdminError> {
     let subscription = subscription.ok_or_else(|| missing("subscription"))?;
-    let kind = match subscription.kind() {
-        pb::SubscriptionKind::Unspecified | pb::SubscriptionKind::Exclusive => {
-            SubscriptionKind::Exclusive
-        }
-    };
+    let kind = kind_from_wire(subscription.kind());
     Ok(SubscriptionInfo {
         name: subscription.name,
         epoch: subscription.epoch,
         kind,
         topics: subscription.topics,
         create_time: time(subscription.create_time),
-        active_consumer: non_empty(subscription.active_consumer),
-        connected: subscription.connected,
+        active_consumers: subscription.active_consumers.into_iter().map(consumer).collect(),
         standby_consumers: subscription.standby_consumers,
         positions: subscription.positions.into_iter().map(position).collect(),
     })
+}
+
+fn consumer(consumer: pb::ActiveConsumer) -> ActiveConsumer {
+    let pb::ActiveConsumer { id, connected, outstanding } = consumer;
+    ActiveConsumer { id, connected, outstanding }
 }
 
 fn position(position: pb::SubscriptionPosition) -> SubscriptionPosition {

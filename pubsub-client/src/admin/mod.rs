@@ -9,7 +9,7 @@ use std::sync::Arc;
 use pubsub_proto::v1 as pb;
 
 pub use self::types::{
-    CreateSubscription, Page, Receipt, ReceiptState, ServerInfo, SubscriptionInfo,
+    ActiveConsumer, CreateSubscription, Page, Receipt, ReceiptState, ServerInfo, SubscriptionInfo,
     SubscriptionPosition, TopicConfig, TopicInfo,
 };
 use crate::client::Shared;

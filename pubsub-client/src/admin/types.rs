@@ -131,14 +131,25 @@ pub struct SubscriptionInfo {
     pub topics: Vec<String>,
     /// When it was created.
     pub create_time: SystemTime,
-    /// The consumer that is active, or awaited after it was lost.
-    pub active_consumer: Option<String>,
-    /// Whether the active consumer is connected.
-    pub connected: bool,
+    /// The consumers that are active, or awaited after they were lost. One at most in the kind
+    /// [`Exclusive`](SubscriptionKind::Exclusive).
+    pub active_consumers: Vec<ActiveConsumer>,
     /// The consumers that stand by.
     pub standby_consumers: Vec<String>,
     /// Its positions.
     pub positions: Vec<SubscriptionPosition>,
+}
+
+/// A consumer that has a place in a subscription.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ActiveConsumer {
+    /// Its name.
+    pub id: String,
+    /// Whether it is connected.
+    pub connected: bool,
+    /// How many messages are with it.
+    pub outstanding: u64,
 }
 
 /// The position of a subscription in one topic.

@@ -18,6 +18,12 @@ pub enum SubscriptionKind {
     /// One active consumer sees each topic in order; others stand by.
     #[default]
     Exclusive,
+    /// All consumers are active, and each message goes to one of them: a work queue. There is no
+    /// order; what was handed back comes again while others go on.
+    Shared,
+    /// All consumers are active. Messages of one ordering key go to one consumer at a time, in
+    /// order; those without a key as in `Shared`.
+    KeyOrdered,
 }
 
 /// Where a new subscription, or a reader, starts. It counts at creation only: an existing

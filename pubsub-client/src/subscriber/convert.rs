@@ -50,6 +50,18 @@ pub(super) fn hello(core: &Core) -> pb::SubscribeRequest {
 pub(crate) fn kind(kind: SubscriptionKind) -> pb::SubscriptionKind {
     match kind {
         SubscriptionKind::Exclusive => pb::SubscriptionKind::Exclusive,
+        SubscriptionKind::Shared => pb::SubscriptionKind::Shared,
+        SubscriptionKind::KeyOrdered => pb::SubscriptionKind::KeyOrdered,
+    }
+}
+
+pub(crate) fn kind_from_wire(kind: pb::SubscriptionKind) -> SubscriptionKind {
+    match kind {
+        pb::SubscriptionKind::Unspecified | pb::SubscriptionKind::Exclusive => {
+            SubscriptionKind::Exclusive
+        }
+        pb::SubscriptionKind::Shared => SubscriptionKind::Shared,
+        pb::SubscriptionKind::KeyOrdered => SubscriptionKind::KeyOrdered,
     }
 }
 

@@ -23,7 +23,7 @@ use std::time::Duration;
 use futures_util::Stream;
 
 pub use self::builder::{Start, SubscriberBuilder, SubscriptionKind};
-pub(crate) use self::convert::{kind as kind_to_wire, start as start_to_wire};
+pub(crate) use self::convert::{kind as kind_to_wire, kind_from_wire, start as start_to_wire};
 pub(crate) use self::core::Core;
 pub use self::delivery::{Acker, Delivery, Nack};
 pub use self::stop::{Drain, StopReport, Stopper};

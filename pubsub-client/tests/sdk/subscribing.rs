@@ -34,7 +34,7 @@ async fn what_is_held_or_acked_is_not_shown_again_after_cuts_and_restarts() {
     assert!(report.is_clean(), "{report:?}");
     let info = world.client.admin().subscription("s").await.unwrap();
     assert_eq!((info.positions[0].floor, info.positions[0].backlog), (20, 0));
-    assert_eq!(info.active_consumer, None);
+    assert_eq!(info.active_consumers, []);
 }
 
 #[tokio::test]

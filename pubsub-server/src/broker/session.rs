@@ -243,6 +243,8 @@ pub struct Told {
     pub head: u64,
     /// All messages up to here were sent in this session, or are not for it.
     pub passed: u64,
+    /// All messages up to here are received, released, or before the start.
+    pub floor: u64,
 }
 
 /// Why messages will never come.

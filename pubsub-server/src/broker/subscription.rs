@@ -341,7 +341,8 @@ impl Subscription {
 impl Topic {
     /// What there is to tell a session.
     pub(super) fn tell(&self) -> Told {
-        Told { topic: self.number, head: self.delivery.head(), passed: self.delivery.passed() }
+        let (head, passed) = (self.delivery.head(), self.delivery.passed());
+        Told { topic: self.number, head, passed, floor: self.delivery.cursor().floor }
     }
 
     pub(super) fn describe(&self, epoch: Epoch) -> SessionTopic {

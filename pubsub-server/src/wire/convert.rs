@@ -95,7 +95,9 @@ pub(super) fn parse_kind(kind: i32) -> Result<SubscriptionKind, Status> {
         Ok(v1::SubscriptionKind::Unspecified | v1::SubscriptionKind::Exclusive) => {
             Ok(SubscriptionKind::Exclusive)
         }
-        Err(_) => Err(invalid(format!("kind {kind} is not known to this server"))),
+        Ok(v1::SubscriptionKind::Shared | v1::SubscriptionKind::KeyOrdered) | Err(_) => {
+            Err(invalid(format!("kind {kind} is not known to this server")))
+        }
     }
 }
 
@@ -400,6 +402,7 @@ pub(super) fn topic(info: TopicInfo) -> v1::Topic {
 
 pub(super) fn subscription(description: Description) -> v1::Subscription {
     let Description { record, connected, standby, positions } = description;
+    let outstanding = positions.iter().map(|position| position.outstanding).sum();
     v1::Subscription {
         name: record.name.to_string(),
         epoch: record.epoch.0,
@@ -408,8 +411,9 @@ pub(super) fn subscription(description: Description) -> v1::Subscription {
         },
         topics: record.topics.iter().map(|pattern| pattern.as_str().to_owned()).collect(),
         create_time: timestamp(record.created_at),
-        active_consumer: record.consumer.map(|c| c.id.to_string()).unwrap_or_default(),
-        connected,
+        active_consumers: (record.consumer.into_iter())
+            .map(|c| v1::ActiveConsumer { id: c.id.to_string(), connected, outstanding })
+            .collect(),
         standby_consumers: standby.iter().map(ToString::to_string).collect(),
         positions: positions.into_iter().map(position).collect(),
     }

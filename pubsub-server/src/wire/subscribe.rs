@@ -259,8 +259,10 @@ async fn on_event(
         Event::Deliver(deliver) => Response::Deliver(self::deliver(deliver)?),
         Event::Confirm(number) => Response::Confirm(AckConfirm { number }),
         Event::Heartbeat(beat) => {
-            let head =
-                |told: Told| TopicHead { topic: told.topic, head: told.head, passed: told.passed };
+            let head = |told: Told| {
+                let Told { topic, head, passed, floor } = told;
+                TopicHead { topic, head, passed, floor }
+            };
             Response::Heartbeat(SubscriberHeartbeat {
                 echoed_nonce: beat.nonce,
                 last_delivery: beat.last_delivery,
@@ -271,6 +273,7 @@ async fn on_event(
             topic,
             from: rewound.from,
             generation: rewound.generation,
+            taken_back: Vec::new(),
         }),
         Event::Gap(topic, first, last, reason) => Response::Gap(v1::Gap {
             topic,
@@ -297,6 +300,7 @@ fn welcome(context: &Context, welcome: Welcome, heartbeat: Duration) -> v1::Subs
         heartbeat_interval: convert::duration(heartbeat),
         grace: convert::duration(limits::GRACE),
         topics: welcome.topics.into_iter().map(convert::session_topic).collect(),
+        kind: v1::SubscriptionKind::Exclusive.into(),
     }
 }
 
