@@ -18,6 +18,7 @@
 pub mod broker;
 pub mod config;
 pub mod env;
+mod envelope;
 pub mod limits;
 pub mod names;
 pub mod record;

@@ -16,6 +16,8 @@ pub const MAX_PATTERNS: usize = 1_000;
 pub const MAX_DEPARTED: usize = 1_000;
 /// Consumers that stand by for one subscription.
 pub const MAX_STANDBY: usize = 64;
+/// Consumers that share one subscription: each is looked at for each frame.
+pub const MAX_CONSUMERS: usize = 256;
 
 /// The default for the largest message of a topic, as encoded.
 pub const DEFAULT_MESSAGE_BYTES: u64 = 1024 * 1024;
@@ -75,6 +77,9 @@ pub const FRAME_BYTES: usize = 256 * 1024;
 pub const MAX_RECEIVED_RANGES: usize = 10_000;
 /// Ranges beyond the floor that are done: a consumer that acks what it was sent never has as many.
 pub const MAX_DONE_RANGES: usize = 20_000;
+/// Messages of one topic that were delivered to competing consumers, or wait, and are not acked:
+/// each may be a hole in what is done.
+pub const MAX_UNSETTLED: usize = 19_000;
 /// Boots remembered in the ledger.
 pub const MAX_BOOTS: usize = 10_000;
 

@@ -81,6 +81,13 @@ pub struct StoredMessage {
     pub body: Bytes,
 }
 
+impl StoredMessage {
+    /// Whether it is for this subscription.
+    pub fn is_for(&self, subscription: &SubscriptionName) -> bool {
+        self.recipients.is_empty() || self.recipients.contains(subscription)
+    }
+}
+
 /// A topic as stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TopicRecord {
@@ -131,9 +138,9 @@ pub struct SubscriptionRecord {
     pub topics: Vec<TopicPattern>,
     /// When it was created.
     pub created_at: Timestamp,
-    /// The consumer that was active last and has not said goodbye: it has its grace after a
-    /// restart of the server.
-    pub consumer: Option<ConsumerRecord>,
+    /// The consumers that were active last and have not said goodbye: they have their grace after
+    /// a restart of the server. One at most if it is exclusive.
+    pub consumers: Vec<ConsumerRecord>,
 }
 
 /// How a subscription spreads its messages over consumers.
@@ -141,6 +148,21 @@ pub struct SubscriptionRecord {
 pub enum SubscriptionKind {
     /// One active consumer sees each topic in order; others stand by.
     Exclusive,
+    /// Each message goes to one of several consumers, in no order.
+    Shared,
+    /// Each message goes to one of several consumers; those of one ordering key to one at a time,
+    /// in order.
+    KeyOrdered,
+}
+
+impl fmt::Display for SubscriptionKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Exclusive => "exclusive",
+            Self::Shared => "shared",
+            Self::KeyOrdered => "key-ordered",
+        })
+    }
 }
 
 /// One connection of a consumer.

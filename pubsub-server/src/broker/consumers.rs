@@ -2,52 +2,96 @@
 
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::time::Instant;
 
-use super::delivery::Claim;
+use super::delivery::{Claim, Holder};
 use super::error::BrokerError;
-use super::session::{AckBatch, Event, Heartbeat, Session, SessionId, SessionTopic, Told, Welcome};
+use super::session::{AckBatch, Event, Gone, Session, SessionId, SessionTopic, Welcome};
 use super::subscription::{Keeper, Subscription};
 use crate::limits;
 use crate::names::ConsumerId;
-use crate::record::ConsumerRecord;
+use crate::record::{ConsumerRecord, SubscriptionKind};
+
+/// The place of a consumer that is active, or awaited within its grace.
+#[derive(Debug)]
+pub(super) struct Seat {
+    pub(super) consumer: ConsumerRecord,
+    pub(super) session: Option<Session>,
+    /// Until when it keeps its place without a session.
+    pub(super) grace: Option<Instant>,
+}
+
+impl Seat {
+    /// Of a consumer that is not connected.
+    pub(super) fn awaited(consumer: ConsumerRecord) -> Self {
+        Self { consumer, session: None, grace: Some(Instant::now() + limits::GRACE) }
+    }
+}
 
 impl Subscription {
-    /// Who holds the place, if it is not this consumer.
-    pub(super) fn other_holder(&self, consumer: &ConsumerId) -> Option<ConsumerId> {
-        // A session is never pulled from, not even by its own consumer.
-        let session = self.active.as_ref().map(|active| active.consumer.id.clone());
-        session.or_else(|| self.holder().filter(|holder| holder != consumer))
+    /// Whether all consumers are active, and not one.
+    pub(super) fn is_competing(&self) -> bool {
+        self.record.kind != SubscriptionKind::Exclusive
     }
 
-    pub(super) async fn on_attach(&mut self, mut session: Session) {
+    /// The sessions of those that are active.
+    pub(super) fn active(&mut self) -> impl Iterator<Item = &mut Session> {
+        self.seats.values_mut().filter_map(|seat| seat.session.as_mut())
+    }
+
+    /// All sessions.
+    pub(super) fn sessions(&mut self) -> impl Iterator<Item = &mut Session> {
+        let active = self.seats.values_mut().filter_map(|seat| seat.session.as_mut());
+        active.chain(&mut self.standby)
+    }
+
+    fn session(&mut self, id: SessionId) -> Option<&mut Session> {
+        self.sessions().find(|session| session.id == id)
+    }
+
+    /// The place that a session has, if it is active.
+    fn place_of(&self, id: SessionId) -> Option<Holder> {
+        let has = |seat: &Seat| seat.session.as_ref().is_some_and(|session| session.id == id);
+        self.seats.iter().find(|(_, seat)| has(seat)).map(|(holder, _)| *holder)
+    }
+
+    fn seat_of(&self, consumer: &ConsumerId) -> Option<Holder> {
+        let found = self.seats.iter().find(|(_, seat)| seat.consumer.id == *consumer);
+        found.map(|(holder, _)| *holder)
+    }
+
+    /// `gone` resolves when the session's stream is.
+    pub(super) async fn on_attach(&mut self, mut session: Session, gone: Gone) {
+        let id = session.id;
+        self.losses.push(Box::pin(gone.map(move |_| id)));
         let consumer = &session.consumer;
         if self.is_overtaken(consumer) {
             let error = BrokerError::Superseded(consumer.id.clone());
             session.tell(Event::Ended(error));
             return;
         }
-        if let Some(active) = &mut self.active
-            && active.consumer.id == consumer.id
-        {
-            active.tell(Event::Ended(BrokerError::Superseded(consumer.id.clone())));
-            self.activate(session).await;
-        } else if let Some(holder) = self.holder()
+        if let Some(holder) = self.seat_of(&consumer.id) {
+            self.activate(holder, session).await;
+        } else if self.is_competing() && self.seats.len() >= limits::MAX_CONSUMERS {
+            let limit = limits::MAX_CONSUMERS as u64;
+            session.tell(Event::Ended(BrokerError::LimitReached { what: "consumers", limit }));
+        } else if let Some(holder) = self.exclusive_holder()
             && holder != consumer.id
         {
             session.tell(Event::Standby(holder));
             self.take_claimed_acks(&mut session);
             self.wait_in_line(session);
         } else {
-            self.activate(session).await;
+            self.seat(session).await;
         }
     }
 
     /// Whether a later connection of the same instance was here already: connections overtake
     /// each other.
     fn is_overtaken(&self, consumer: &ConsumerRecord) -> bool {
-        let sessions = self.active.iter().chain(&self.standby).map(|session| &session.consumer);
-        sessions.chain(&self.record.consumer).any(|known| {
+        let standby = self.standby.iter().map(|session| &session.consumer);
+        self.seats.values().map(|seat| &seat.consumer).chain(standby).any(|known| {
             (&known.id, known.instance) == (&consumer.id, consumer.instance)
                 && known.attach >= consumer.attach
         })
@@ -58,7 +102,7 @@ impl Subscription {
     fn take_claimed_acks(&mut self, session: &mut Session) {
         for (epoch, claim) in &session.claims {
             if let Some(topic) = self.topics.get_mut(epoch)
-                && topic.delivery.cursor().generation == claim.cursor_generation
+                && topic.delivery.cursor().record().generation == claim.cursor_generation
             {
                 topic.delivery.ack(&claim.acked);
                 topic.delivery.miss(&claim.missed);
@@ -68,21 +112,30 @@ impl Subscription {
         session.acks_taken = (!session.claims.is_empty()).then_some(0);
     }
 
-    /// Whose turn it is, connected or awaited.
-    pub(super) fn holder(&self) -> Option<ConsumerId> {
-        let on_record = self.record.consumer.as_ref().filter(|_| self.grace.is_some());
-        let consumer = self.active.as_ref().map(|active| &active.consumer).or(on_record);
-        consumer.map(|consumer| consumer.id.clone()).or_else(|| self.leases.holder())
+    /// Whose turn it is, connected or awaited; nobody's in particular where all are active.
+    pub(super) fn exclusive_holder(&self) -> Option<ConsumerId> {
+        if self.is_competing() {
+            return None;
+        }
+        let seat = self.seats.values().next().map(|seat| seat.consumer.id.clone());
+        seat.or_else(|| self.leases.holder())
     }
 
-    pub(super) fn wait_in_line(&mut self, mut session: Session) {
+    /// Who keeps a consumer from pulling.
+    pub(super) fn other_holder(&self, consumer: &ConsumerId) -> Option<ConsumerId> {
+        let connected = self.seats.values().any(|seat| seat.session.is_some());
+        // A session is never pulled from, not even by its own consumer.
+        self.exclusive_holder().filter(|holder| connected || holder != consumer)
+    }
+
+    fn wait_in_line(&mut self, mut session: Session) {
         if let Some(older) =
             self.standby.iter().position(|other| other.consumer.id == session.consumer.id)
             && let Some(mut older) = self.standby.remove(older)
         {
             older.tell(Event::Ended(BrokerError::Superseded(session.consumer.id.clone())));
         }
-        self.standby.retain(|other| !other.sender().is_closed());
+        self.standby.retain(|other| !other.is_gone());
         if self.standby.len() >= limits::MAX_STANDBY {
             let limit = limits::MAX_STANDBY as u64;
             session.tell(Event::Ended(BrokerError::LimitReached { what: "standby", limit }));
@@ -91,89 +144,125 @@ impl Subscription {
         self.standby.push_back(session);
     }
 
-    /// Makes a session the active one, durably, before it is told so: its place has to survive a
-    /// restart, and so have the acks that it brought along.
-    pub(super) async fn activate(&mut self, mut session: Session) {
-        self.leases.clear();
-        let claims = std::mem::take(&mut session.claims);
-        let now = Instant::now();
-        let mut topics = Vec::with_capacity(self.topics.len());
-        for (epoch, topic) in &mut self.topics {
-            let none =
-                Claim { cursor_generation: topic.delivery.cursor().generation, ..Claim::default() };
-            let dropped = topic.delivery.attach(claims.get(epoch).unwrap_or(&none), now);
-            topic.told = topic.tell();
-            // It may be readable again; if not, this consumer is to hear of it.
-            topic.damaged = None;
-            topics.push(SessionTopic { dropped, ..topic.describe(*epoch) });
+    /// Gives a consumer a place that it did not have.
+    async fn seat(&mut self, session: Session) {
+        self.next_seat += 1;
+        self.unattended = None;
+        self.activate(Holder::Seat(self.next_seat), session).await;
+    }
+
+    /// Makes a session the active one of a place, durably, before it is told so: its place has to
+    /// survive a restart, and so have the acks that it brought along.
+    async fn activate(&mut self, holder: Holder, mut session: Session) {
+        if !self.is_competing() {
+            self.leases.clear();
         }
-        let known = self.record.consumer.as_ref();
-        let moved = known.is_none_or(|known| {
-            known.id != session.consumer.id || known.instance != session.consumer.instance
+        let mut awaited = Seat::awaited(session.consumer.clone());
+        let before = self.seats.remove(&holder);
+        let kept_place = before.as_ref().is_some_and(|before| {
+            let ConsumerRecord { id, instance, .. } = &before.consumer;
+            (id, instance) == (&awaited.consumer.id, &awaited.consumer.instance)
         });
-        self.record.consumer = Some(session.consumer.clone());
-        self.record_changed |= moved;
+        if let Some(mut older) = before.and_then(|seat| seat.session) {
+            older.tell(Event::Ended(BrokerError::Superseded(session.consumer.id.clone())));
+        }
+        let mut topics = self.attach_topics(holder, &mut session, kept_place);
+        self.seats.insert(holder, Seat { grace: awaited.grace.take(), ..awaited });
+        self.record_changed |= !kept_place;
         if let Err(error) = self.settle_saves().await {
             session.tell(Event::Ended(error.into()));
-            self.active = None;
-            self.grace = Some(now + limits::GRACE);
             return;
         }
         topics.retain(|topic| self.topics.contains_key(&topic.epoch));
         // A topic that is gone is told before its successor of the same name.
         topics.sort_by_key(|topic| !self.topics.get(&topic.epoch).is_some_and(|topic| topic.gone));
         let epoch = (self.keeper == Keeper::Server).then_some(self.record.epoch);
-        session.tell(Event::Welcome(Welcome { epoch, topics }));
+        session.tell(Event::Welcome(Welcome { epoch, topics, kind: self.record.kind }));
         (session.acks_taken, session.acks_confirmed) = (Some(0), Some(0));
-        self.grace = None;
-        self.active = Some(session);
+        self.tell_lost(&mut session);
+        if let Some(seat) = self.seats.get_mut(&holder) {
+            (seat.session, seat.grace) = (Some(session), None);
+        }
         self.tell_departed();
+        self.withhold_no_more_if_all_are_back();
     }
 
-    pub(super) async fn on_goodbye(&mut self, id: SessionId) {
-        self.standby.retain(|session| session.id != id);
-        if self.active.as_ref().is_some_and(|active| active.id == id) {
-            self.active = None;
-            self.release_place();
+    fn attach_topics(
+        &mut self,
+        holder: Holder,
+        session: &mut Session,
+        kept_place: bool,
+    ) -> Vec<SessionTopic> {
+        let claims = std::mem::take(&mut session.claims);
+        let now = Instant::now();
+        let mut topics = Vec::with_capacity(self.topics.len());
+        for (epoch, topic) in &mut self.topics {
+            let cursor_generation = topic.delivery.cursor().record().generation;
+            let none = Claim { cursor_generation, ..Claim::default() };
+            let claim = claims.get(epoch).unwrap_or(&none);
+            let dropped = topic.delivery.attach(holder, claim, kept_place, now);
+            // It may be readable again; if not, this consumer is to hear of it.
+            topic.damaged = None;
+            topics.push(SessionTopic { dropped, ..topic.describe(*epoch) });
         }
+        session.knows(self.topics.values().map(|topic| topic.tell()));
+        topics
     }
 
-    pub(super) async fn on_lost(&mut self) {
-        self.active = None;
-        if self.keeper == Keeper::Client {
-            self.ended = true;
-        } else {
-            self.grace = Some(Instant::now() + limits::GRACE);
-        }
-    }
-
-    /// The consumer gives up its place, or its grace is over.
-    pub(super) fn release_place(&mut self) {
-        self.grace = None;
-        self.record.consumer = None;
-        self.record_changed = true;
-        for topic in self.topics.values_mut() {
-            topic.delivery.detach();
-        }
-        if self.keeper == Keeper::Client {
-            self.ended = true;
-        }
-    }
-
-    /// Lets the next one in if nobody holds the place.
-    pub(super) async fn promote_if_free(&mut self) {
-        while !self.standby.is_empty() && self.holder().is_none() {
-            let Some(next) = self.standby.pop_front() else {
-                return;
-            };
-            if !next.sender().is_closed() {
-                self.activate(next).await;
+    /// After a restart, what may be with consumers that have not come back is nobody else's.
+    pub(super) fn withhold_no_more_if_all_are_back(&mut self) {
+        if self.withholding && self.seats.values().all(|seat| seat.session.is_some()) {
+            self.withholding = false;
+            for topic in self.topics.values_mut() {
+                topic.delivery.withhold_no_more();
             }
         }
     }
 
-    pub(super) fn session(&mut self, id: SessionId) -> Option<&mut Session> {
-        self.active.iter_mut().chain(&mut self.standby).find(|session| session.id == id)
+    pub(super) async fn on_goodbye(&mut self, id: SessionId) {
+        self.standby.retain(|session| session.id != id);
+        if let Some(holder) = self.place_of(id) {
+            self.release_place(holder).await;
+        }
+    }
+
+    pub(super) fn on_lost(&mut self, id: SessionId) {
+        let Some(seat) = self.place_of(id).and_then(|holder| self.seats.get_mut(&holder)) else {
+            return;
+        };
+        seat.session = None;
+        seat.grace = Some(Instant::now() + limits::GRACE);
+        self.ended |= self.keeper == Keeper::Client;
+    }
+
+    /// The consumer gives up its place, or its grace is over. That is durable before others get
+    /// what it held: after a restart it must not count as the one who has it.
+    pub(super) async fn release_place(&mut self, holder: Holder) {
+        let Some(seat) = self.seats.remove(&holder) else { return };
+        self.record_changed = true;
+        if self.is_competing() && self.settle_saves().await.is_err() {
+            // To be tried again when the grace is over.
+            let grace = Some(Instant::now() + limits::GRACE);
+            self.seats.insert(holder, Seat { session: None, grace, ..seat });
+            return;
+        }
+        for topic in self.topics.values_mut() {
+            topic.delivery.detach(holder);
+        }
+        self.withhold_no_more_if_all_are_back();
+        self.ended |= self.keeper == Keeper::Client;
+    }
+
+    /// Lets the next one in if nobody holds the place.
+    pub(super) async fn promote_if_free(&mut self) {
+        while !self.standby.is_empty() && self.exclusive_holder().is_none() {
+            let Some(next) = self.standby.pop_front() else {
+                return;
+            };
+            if !next.is_gone() {
+                self.seat(next).await;
+            }
+        }
     }
 
     pub(super) fn on_acks(&mut self, id: SessionId, batch: AckBatch) {
@@ -184,28 +273,27 @@ impl Subscription {
             }
             return;
         }
-        let Some(session) = self.active.iter_mut().chain(&mut self.standby).find(|s| s.id == id)
-        else {
+        let Some(session) = self.session(id) else {
             return;
         };
         session.acks_taken = session.acks_taken.max(Some(batch.number));
-        let active = self.active.as_ref().is_some_and(|active| active.id == id);
+        let place = self.place_of(id);
         for acks in batch.topics {
             let epoch = self.numbers.get(&acks.topic);
             let Some(topic) = epoch.and_then(|epoch| self.topics.get_mut(epoch)) else {
                 continue;
             };
-            if topic.delivery.cursor().generation != acks.cursor_generation {
+            if topic.delivery.cursor().record().generation != acks.cursor_generation {
                 continue;
             }
             topic.delivery.ack(&acks.acked);
             topic.delivery.miss(&acks.missed);
-            // Whoever does not hold the place can say what it has received, but moves nothing.
-            if active
-                && let Some(rewound) = topic.delivery.nack(&acks.nacked, now)
-                && let Some(session) = &mut self.active
-            {
-                session.tell(Event::Rewind(topic.number, rewound));
+            // Whoever has no place can say what it has received, but moves nothing.
+            let Some(holder) = place else { continue };
+            let (number, rewound) = (topic.number, topic.delivery.nack(holder, &acks.nacked, now));
+            let session = self.seats.get_mut(&holder).and_then(|seat| seat.session.as_mut());
+            if let (Some(rewound), Some(session)) = (rewound, session) {
+                session.tell(Event::Rewind(number, rewound));
             }
         }
         self.tell_departed();
@@ -226,7 +314,7 @@ impl Subscription {
             let last_missed = acks.missed.last().map_or(0, |range| *range.end());
             let last_nacked = acks.nacked.iter().map(|nack| nack.sequence).max().unwrap_or(0);
             let (sequence, head) =
-                (last_acked.max(last_nacked).max(last_missed), topic.delivery.head());
+                (last_acked.max(last_nacked).max(last_missed), topic.delivery.cursor().head());
             if sequence > head {
                 let topic = topic.name.clone();
                 return Err(BrokerError::BeyondHead { topic, sequence, head });
@@ -243,52 +331,42 @@ impl Subscription {
         self.beat(Instant::now());
     }
 
-    /// Sends the heartbeats that are due. The active session is told the heads that have moved.
-    pub(super) fn beat(&mut self, now: Instant) {
-        let due = |session: &&mut Session| session.next_heartbeat <= now;
-        if let Some(session) = self.active.as_mut().filter(due) {
-            let moved = self.topics.values_mut().filter_map(|topic| {
-                let told = topic.tell();
-                (told != std::mem::replace(&mut topic.told, told)).then_some(told)
-            });
-            session.beat(moved.collect());
+    /// Sends the heartbeats that are due. Active sessions are told what has moved.
+    fn beat(&mut self, now: Instant) {
+        let topics = &self.topics;
+        let active = self.seats.values_mut().filter_map(|seat| seat.session.as_mut());
+        for session in active.filter(|session| session.next_heartbeat <= now) {
+            session.beat(topics.values().map(|topic| topic.tell()));
         }
-        for session in self.standby.iter_mut().filter(due) {
-            session.beat(Vec::new());
+        for session in self.standby.iter_mut().filter(|session| session.next_heartbeat <= now) {
+            session.beat(std::iter::empty());
         }
     }
 
     pub(super) fn next_deadline(&mut self) -> Instant {
         let now = Instant::now();
-        let beats = self.active.iter().chain(&self.standby).map(|session| session.next_heartbeat);
+        let graces = self.seats.values().filter_map(|seat| seat.grace).min();
+        let others = [graces, self.unattended, self.retry_save, self.leases.next_deadline()];
         let backoffs = self.topics.values().filter_map(|topic| topic.delivery.ready_at(now));
         let retries = self.topics.values().filter_map(|topic| topic.damaged?.retry);
-        let others = [self.grace, self.retry_save, self.leases.next_deadline()];
-        let far = now + Duration::from_secs(3600);
-        beats
-            .chain(backoffs)
-            .chain(retries)
-            .chain(others.into_iter().flatten())
-            .min()
-            .unwrap_or(far)
+        let times = backoffs.chain(retries).chain(others.into_iter().flatten());
+        let first = times.min().unwrap_or(now + Duration::from_secs(3600));
+        let beats = self.sessions().map(|session| session.next_heartbeat).min();
+        beats.map_or(first, |beat| beat.min(first))
     }
 
     pub(super) async fn on_time(&mut self) {
         let now = Instant::now();
         self.beat(now);
-        if self.grace.is_some_and(|grace| grace <= now) {
-            let consumer = self.record.consumer.as_ref().map(|consumer| consumer.id.as_str());
-            tracing::info!(subscription = %self.record.name, consumer, "grace is over");
-            self.release_place();
+        let is_over = |seat: &Seat| seat.grace.is_some_and(|grace| grace <= now);
+        let over = self.seats.iter().filter(|(_, seat)| is_over(seat));
+        for (holder, consumer) in
+            over.map(|(holder, seat)| (*holder, seat.consumer.id.clone())).collect::<Vec<_>>()
+        {
+            tracing::info!(subscription = %self.record.name, %consumer, "grace is over");
+            self.release_place(holder).await;
         }
+        self.ended |= self.unattended.is_some_and(|until| until <= now);
         self.expire_leases(now);
-    }
-}
-
-impl Session {
-    pub(super) fn beat(&mut self, heads: Vec<Told>) {
-        self.next_heartbeat = Instant::now() + self.heartbeat;
-        let (nonce, last_delivery) = (self.last_nonce, self.last_delivery);
-        self.tell(Event::Heartbeat(Heartbeat { nonce, last_delivery, heads }));
     }
 }

@@ -1,11 +1,13 @@
-//! Moving messages from the log to the active session, as far as its credit goes.
+//! Moving messages from the log to those who consume, as far as their credit goes.
 
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::session::{Credit, Deliver, Event, GapReason};
-use super::subscription::{Damage, Subscription};
+use super::delivery::{Delivery, Out};
+use super::session::{Credit, Event, GapReason};
+use super::subscription::{Damage, Subscription, Topic};
 use crate::limits;
 use crate::record::{Epoch, StoredMessage};
 use crate::storage::{ReadError, ReadLimit};
@@ -13,37 +15,63 @@ use crate::storage::{ReadError, ReadLimit};
 /// How long to wait after a read that may succeed later.
 const READ_RETRY: Duration = Duration::from_secs(1);
 
+/// When to go on delivering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// When something has changed.
+    Idle,
+    /// When a stream has room.
+    Room,
+    /// At once: there may be more.
+    Again,
+}
+
 impl Subscription {
-    /// Sends one frame, if there is something to send and room for it. Answers whether there may
-    /// be more.
-    pub(super) async fn deliver(&mut self) -> bool {
+    /// Sends a frame, or one to each of several consumers, if there is something to send and room
+    /// for it.
+    pub(super) async fn deliver(&mut self) -> Next {
         self.serve_pulls().await;
+        if self.is_competing() { self.share().await } else { self.deliver_to_one().await }
+    }
+
+    /// The ways to the active sessions whose streams have no room.
+    pub(super) fn without_room(&mut self) -> Vec<mpsc::Sender<Event>> {
+        let full =
+            self.active().filter_map(|session| (!session.has_room()).then(|| session.sender()));
+        full.collect()
+    }
+
+    async fn deliver_to_one(&mut self) -> Next {
         for _ in 0..self.turns.len() {
-            let Some(session) = &mut self.active else {
-                return false;
+            let Some(session) = self.active().next() else {
+                return Next::Idle;
             };
             if !session.has_room() {
-                return true;
+                return Next::Room;
             }
             let credit = session.credit;
             let next = self.next_read(credit, credit.messages);
             let Some((epoch, from, limit)) = next else {
-                return false;
+                return Next::Idle;
             };
             let messages = self.read(epoch, from, limit).await;
             let fits = messages.first().is_none_or(|first| first.body.len() <= limit.bytes);
             if fits || self.topics.get(&epoch).is_some_and(|topic| topic.delivery.held() == 0) {
                 self.send(epoch, limit, messages);
-                return true;
+                return Next::Again;
             }
             // The message has to wait for credit; another topic's may be smaller.
         }
-        false
+        Next::Idle
     }
 
-    pub(super) fn send(&mut self, epoch: Epoch, limit: ReadLimit, messages: Vec<StoredMessage>) {
+    fn send(&mut self, epoch: Epoch, limit: ReadLimit, messages: Vec<StoredMessage>) {
         let topic = self.topics.get_mut(&epoch);
-        let (Some(topic), Some(session)) = (topic, &mut self.active) else {
+        let session = self.seats.values_mut().find_map(|seat| seat.session.as_mut());
+        let (Some(topic), Some(session)) = (topic, session) else {
+            return;
+        };
+        let Delivery::Exclusive(delivery) = &mut topic.delivery else {
             return;
         };
         let mut out = Vec::with_capacity(messages.len());
@@ -54,7 +82,7 @@ impl Subscription {
             if bytes + size > limit.bytes && !out.is_empty() {
                 break;
             }
-            if let Some(attempt) = topic.delivery.offer(&message, &self.record.name) {
+            if let Some(attempt) = delivery.offer(&message, &self.record.name) {
                 bytes += size;
                 out.push((message, attempt));
                 passed_over = false;
@@ -62,21 +90,14 @@ impl Subscription {
                 passed_over = true;
             }
         }
-        if passed_over && topic.delivery.passed() == topic.delivery.head() {
+        if passed_over && delivery.passed() == delivery.cursor().head() {
             // The consumer has caught up, which it cannot see from what it receives.
             session.next_heartbeat = Instant::now();
         }
         if out.is_empty() {
             return;
         }
-        let first_delivery = session.last_delivery + 1;
-        session.last_delivery += out.len() as u64;
-        session.tell(Event::Deliver(Deliver {
-            topic: topic.number,
-            first_delivery,
-            generation: topic.delivery.generation(),
-            messages: out,
-        }));
+        session.deliver(topic.number, delivery.generation(), out);
     }
 
     /// Which topic's turn it is, from where and how much, within the credit. A topic with nothing
@@ -89,28 +110,27 @@ impl Subscription {
         let now = Instant::now();
         // What is held of topics that are gone takes no room from the others.
         let present = || self.topics.values().filter(|topic| !topic.gone);
-        let out: u64 = present().map(|topic| topic.delivery.held() as u64).sum();
-        let bytes: u64 = present().map(|topic| topic.delivery.held_bytes()).sum();
+        let held = present().map(|topic| topic.delivery.all_held());
+        let Out { messages: out, bytes } = held.fold(Out::default(), Out::and);
         for _ in 0..self.turns.len() {
             self.turns.rotate_left(1);
             let epoch = *self.turns.back()?;
             let Some(topic) = self.topics.get_mut(&epoch) else {
                 continue;
             };
-            let retry = topic.damaged.and_then(|damage| damage.retry);
-            if retry.is_some_and(|at| at <= now) {
-                topic.damaged = None;
-            }
-            if topic.damaged.is_some() || topic.gone {
+            if !topic.is_readable(now) {
                 continue;
             }
-            let alone = topic.delivery.held() == 0;
+            let Delivery::Exclusive(delivery) = &mut topic.delivery else {
+                continue;
+            };
+            let alone = delivery.held() == 0;
             let messages = credit.messages.saturating_sub(out).max(u64::from(alone));
             let bytes = credit.bytes.saturating_sub(bytes).max(u64::from(alone));
             if messages == 0 || bytes == 0 {
                 continue;
             }
-            let Some((from, room)) = topic.delivery.wants(window, now) else {
+            let Some((from, room)) = delivery.wants(window, now) else {
                 continue;
             };
             let messages = usize::try_from(messages.min(room)).unwrap_or(usize::MAX);
@@ -150,11 +170,21 @@ impl Subscription {
             ReadError::DataLoss { sequence } => {
                 tracing::error!(topic = %topic.name, from, %error, "cannot read");
                 topic.damaged = Some(Damage { sequence, retry: None });
-                if let Some(session) = &mut self.active {
-                    session.tell(Event::DataLoss(topic.number, sequence));
-                }
+                let number = topic.number;
+                self.active().for_each(|session| session.tell(Event::DataLoss(number, sequence)));
             }
         }
         Vec::new()
+    }
+}
+
+impl Topic {
+    /// Whether there is something to be read, as far as it is known.
+    pub(super) fn is_readable(&mut self, now: Instant) -> bool {
+        let retry = self.damaged.and_then(|damage| damage.retry);
+        if retry.is_some_and(|at| at <= now) {
+            self.damaged = None;
+        }
+        self.damaged.is_none() && !self.gone
     }
 }

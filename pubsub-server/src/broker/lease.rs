@@ -6,9 +6,10 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::delivery::Nack;
+use super::delivery::{Delivery, Holder, Nack};
 use super::error::BrokerError;
 use super::session::{Credit, Lease, Leased, Missing, Pull, Pulled};
+use super::sharing::Takers;
 use super::subscription::{Damage, Subscription, Topic};
 use crate::limits;
 use crate::names::ConsumerId;
@@ -79,8 +80,8 @@ impl Leases {
     pub(super) fn forget_settled(&mut self, topics: &BTreeMap<Epoch, Topic>) {
         self.pulls.retain(|_, pull| {
             pull.messages.retain(|lease| {
-                let topic = topics.get(&lease.topic);
-                topic.is_some_and(|topic| topic.delivery.holds(lease.sequence))
+                let (topic, holder) = (topics.get(&lease.topic), Holder::Pull(lease.pull));
+                topic.is_some_and(|topic| topic.delivery.holds(lease.sequence, holder))
             });
             !pull.messages.is_empty()
         });
@@ -157,11 +158,50 @@ impl Subscription {
     async fn take(&mut self, pull: &Pull) -> Vec<Leased> {
         self.leases.next_pull += 1;
         let number = self.leases.next_pull;
+        self.tell_departed();
+        let leased = match self.is_competing() {
+            true => self.take_shared(pull, number).await,
+            false => self.take_exclusive(pull, number).await,
+        };
+        if !leased.is_empty() {
+            let until = Instant::now() + pull.lease;
+            let messages = leased.iter().map(|leased| leased.lease).collect();
+            self.leases.consumer = Some(pull.consumer.clone());
+            self.leases.pulls.insert(number, PullLease { until, messages });
+        }
+        leased
+    }
+
+    async fn take_shared(&mut self, pull: &Pull, number: u64) -> Vec<Leased> {
+        let holder = Holder::Pull(number);
+        let mut leased = Vec::new();
+        let mut bytes = 0;
+        while leased.len() < pull.max_messages && bytes < limits::FRAME_BYTES {
+            let messages = (pull.max_messages - leased.len()) as u64;
+            let mut takers = Takers::only(holder, messages, (limits::FRAME_BYTES - bytes) as u64);
+            let Some((epoch, from, limit)) = self.next_run(&mut takers) else {
+                break;
+            };
+            let messages = self.read(epoch, from, limit).await;
+            let routed = self.route(epoch, messages, &mut takers).remove(&holder);
+            let Some(topic) = self.topics.get(&epoch) else {
+                break;
+            };
+            for (message, attempt) in routed.unwrap_or_default() {
+                let sequence = message.sequence;
+                let lease = Lease { topic: epoch, sequence, attempt, pull: number };
+                bytes += message.body.len();
+                leased.push(Leased { topic: topic.name.clone(), lease, message });
+            }
+        }
+        leased
+    }
+
+    async fn take_exclusive(&mut self, pull: &Pull, number: u64) -> Vec<Leased> {
         let window = u64::from(limits::MAX_OUTSTANDING_MESSAGES);
         let credit = Credit { messages: window, bytes: limits::MAX_OUTSTANDING_BYTES };
         let mut leased = Vec::new();
         let mut bytes = 0;
-        self.tell_departed();
         while leased.len() < pull.max_messages && bytes < limits::FRAME_BYTES {
             let Some((epoch, from, mut limit)) = self.next_read(credit, window) else {
                 break;
@@ -172,8 +212,11 @@ impl Subscription {
             let Some(topic) = self.topics.get_mut(&epoch) else {
                 break;
             };
+            let Delivery::Exclusive(delivery) = &mut topic.delivery else {
+                break;
+            };
             for message in messages {
-                let Some(attempt) = topic.delivery.offer(&message, &me) else {
+                let Some(attempt) = delivery.offer(&message, &me) else {
                     continue;
                 };
                 let sequence = message.sequence;
@@ -181,12 +224,6 @@ impl Subscription {
                 bytes += message.body.len();
                 leased.push(Leased { topic: topic.name.clone(), lease, message });
             }
-        }
-        if !leased.is_empty() {
-            let until = Instant::now() + pull.lease;
-            let messages = leased.iter().map(|leased| leased.lease).collect();
-            self.leases.consumer = Some(pull.consumer.clone());
-            self.leases.pulls.insert(number, PullLease { until, messages });
         }
         leased
     }
@@ -221,8 +258,8 @@ impl Subscription {
             let Some(topic) = self.topics.get_mut(&lease.topic) else {
                 continue;
             };
-            let Lease { sequence, attempt, .. } = *lease;
-            topic.delivery.nack(&[Nack { sequence, attempt, delay }], now);
+            let Lease { sequence, attempt, pull, .. } = *lease;
+            topic.delivery.nack(Holder::Pull(pull), &[Nack { sequence, attempt, delay }], now);
         }
         self.leases.forget_settled(&self.topics);
     }

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use tokio::sync::watch;
 
-use super::session::{Event, GapReason, Missing};
+use super::session::{Event, GapReason, Missing, Session};
 use super::subscription::{Keeper, Subscription, Topic, TopicStart};
 use crate::record::{Departed, Epoch, Sequences};
 
@@ -34,9 +34,9 @@ impl Subscription {
         topic.gone = true;
         topic.damaged = None;
         // The storage has kept the position as it was saved last.
-        topic.delivery.mark_dirty();
+        topic.delivery.cursor_mut().mark_dirty();
         self.departed.fetch_add(1, Ordering::Relaxed);
-        if self.active.is_some() {
+        if self.active().next().is_some() {
             self.tell_missing(epoch, GONE, GapReason::TopicDeleted);
         }
     }
@@ -57,14 +57,27 @@ impl Subscription {
         let Some(topic) = self.topics.get_mut(&epoch) else {
             return;
         };
+        topic.lost = Some(reason);
         let Some((first, last)) = topic.delivery.lose_below(first) else {
             return;
         };
-        if let Some(session) = &mut self.active {
-            session.tell(Event::Gap(topic.number, first, last, reason));
-        } else {
-            let name = topic.name.clone();
+        let (number, name) = (topic.number, topic.name.clone());
+        let mut told = false;
+        for session in self.active() {
+            session.tell(Event::Gap(number, first, last, reason));
+            told = true;
+        }
+        if !told {
             self.leases.missing.push(Missing { topic: name, epoch, first, last, reason });
+        }
+    }
+
+    /// Tells one of several consumers, which has just come, what the others were told before.
+    pub(super) fn tell_lost(&self, session: &mut Session) {
+        for topic in self.topics.values() {
+            if let (Some((first, last)), Some(reason)) = (topic.delivery.lost(), topic.lost) {
+                session.tell(Event::Gap(topic.number, first, last, reason));
+            }
         }
     }
 
@@ -85,8 +98,9 @@ impl Subscription {
         // Nothing is kept for a reader: it is told, and that is all.
         let reader = self.keeper == Keeper::Client;
         let is_over = |topic: &Topic| {
-            let known = topic.delivery.oldest_unsettled().is_none();
-            topic.gone && (reader || known && !topic.delivery.is_dirty())
+            let cursor = topic.delivery.cursor();
+            let known = cursor.oldest_unsettled().is_none();
+            topic.gone && (reader || known && !cursor.is_dirty())
         };
         let over = self.topics.iter().filter(|(_, topic)| is_over(topic));
         for epoch in over.map(|(epoch, _)| *epoch).collect::<Vec<_>>() {
@@ -94,7 +108,7 @@ impl Subscription {
             self.departed.fetch_sub(1, Ordering::Relaxed);
             self.numbers.remove(&topic.number);
             self.turns.retain(|turn| *turn != epoch);
-            if let Some(session) = &mut self.active {
+            for session in self.active() {
                 session.tell(Event::Left(topic.number));
             }
         }

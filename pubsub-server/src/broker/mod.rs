@@ -25,6 +25,7 @@ mod receipts;
 mod retention;
 mod saving;
 pub mod session;
+mod sharing;
 pub mod subscription;
 mod subscriptions;
 mod topics;

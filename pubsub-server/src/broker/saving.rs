@@ -34,7 +34,7 @@ impl Subscription {
             return;
         }
         self.retry_save = None;
-        let confirms: Vec<_> = (self.active.iter().chain(&self.standby))
+        let confirms: Vec<_> = (self.sessions())
             .filter(|session| session.acks_taken > session.acks_confirmed)
             .filter_map(|session| Some((session.id, session.acks_taken?)))
             .collect();
@@ -56,11 +56,12 @@ impl Subscription {
         let mut floors = Vec::new();
         let kept = self.keeper == Keeper::Server;
         if std::mem::take(&mut self.record_changed) && kept {
+            self.record.consumers = self.seats.values().map(|seat| seat.consumer.clone()).collect();
             changes.push(Change::PutSubscription(self.record.clone()));
         }
         for (epoch, topic) in &mut self.topics {
-            if topic.delivery.take_dirty() && kept {
-                let cursor = topic.delivery.cursor().clone();
+            if topic.delivery.cursor_mut().take_dirty() && kept {
+                let cursor = topic.delivery.cursor().record().clone();
                 floors.push((*epoch, cursor.floor));
                 let subscription = self.record.epoch;
                 changes.push(Change::PutCursor { subscription, topic: *epoch, cursor });
@@ -85,7 +86,7 @@ impl Subscription {
             Err(error) => {
                 self.save_again();
                 // The sessions reconnect and carry over what was not confirmed.
-                for session in self.active.iter_mut().chain(&mut self.standby) {
+                for session in self.sessions() {
                     session.tell(Event::Ended(error.clone().into()));
                 }
                 answer(save.waiters, Err(error.into()));
@@ -98,13 +99,13 @@ impl Subscription {
         self.retry_save = Some(Instant::now() + SAVE_RETRY);
         self.record_changed = true;
         for topic in self.topics.values_mut() {
-            topic.delivery.mark_dirty();
+            topic.delivery.cursor_mut().mark_dirty();
         }
     }
 
     pub(super) fn confirm(&mut self, confirms: &[(SessionId, u64)]) {
         for (id, number) in confirms {
-            if let Some(session) = self.session(*id) {
+            if let Some(session) = self.sessions().find(|session| session.id == *id) {
                 session.acks_confirmed = session.acks_confirmed.max(Some(*number));
                 session.tell(Event::Confirm(*number));
             }

@@ -1,6 +1,7 @@
 //! What passes between a consumer's stream and the task of its subscription.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::convert::Infallible;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use super::delivery::{Claim, Nack, Rewound};
 use super::error::BrokerError;
 use super::subscription::AdminCommand;
 use crate::names::{ConsumerId, TopicName};
-use crate::record::{ConsumerRecord, Epoch, Sequences, StoredMessage};
+use crate::record::{ConsumerRecord, Epoch, Sequences, StoredMessage, SubscriptionKind};
 
 /// Tells the sessions of one server apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,8 +45,8 @@ pub struct Credit {
 /// What a consumer's stream asks of the subscription.
 #[derive(Debug)]
 pub enum Command {
-    /// Attach a session; its events go to the sender.
-    Attach(SessionId, Box<Attach>, mpsc::Sender<Event>),
+    /// Attach a session.
+    Attach(SessionId, Box<Attach>, Outlet),
     /// Acks and nacks.
     Acks(SessionId, AckBatch),
     /// A sign of life, to be answered.
@@ -61,6 +62,18 @@ pub enum Command {
     /// Something an administrator asks.
     Admin(AdminCommand),
 }
+
+/// The way to a consumer's stream.
+#[derive(Debug)]
+pub struct Outlet {
+    /// For events.
+    pub events: mpsc::Sender<Event>,
+    /// Resolves when the stream is gone.
+    pub gone: Gone,
+}
+
+/// Resolves when a stream is gone.
+pub type Gone = oneshot::Receiver<Infallible>;
 
 /// Acks and nacks of one frame.
 #[derive(Debug)]
@@ -189,10 +202,12 @@ pub struct Welcome {
     pub epoch: Option<Epoch>,
     /// The topics so far.
     pub topics: Vec<SessionTopic>,
+    /// How the subscription spreads its messages.
+    pub kind: SubscriptionKind,
 }
 
 /// A topic of a session.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct SessionTopic {
     /// Its number in the session.
     pub number: u32,
@@ -265,6 +280,9 @@ pub(super) struct Session {
     pub(super) credit: Credit,
     pub(super) heartbeat: Duration,
     pub(super) next_heartbeat: Instant,
+    last_heartbeat: Instant,
+    /// What it knows of each topic, by number.
+    told: BTreeMap<u32, Told>,
     pub(super) last_nonce: u64,
     pub(super) last_delivery: u64,
     /// The highest batch of acks that was taken, and the highest that was confirmed. The hello is
@@ -276,19 +294,25 @@ pub(super) struct Session {
     backlog: VecDeque<Event>,
 }
 
+/// How soon after a heartbeat another one may tell that a consumer has caught up.
+const HURRY: Duration = Duration::from_secs(1);
+
 /// More control events than this in a session's backlog mean that its peer provokes them without
 /// reading.
 const MAX_BACKLOG: usize = 1024;
 
 impl Session {
     pub(super) fn new(id: SessionId, attach: Attach, events: mpsc::Sender<Event>) -> Self {
+        let now = Instant::now();
         Self {
             id,
             consumer: attach.consumer,
             claims: attach.claims,
             credit: attach.credit,
             heartbeat: attach.heartbeat,
-            next_heartbeat: Instant::now() + attach.heartbeat,
+            next_heartbeat: now + attach.heartbeat,
+            last_heartbeat: now,
+            told: BTreeMap::new(),
             last_nonce: 0,
             last_delivery: 0,
             acks_taken: None,
@@ -327,9 +351,46 @@ impl Session {
         true
     }
 
+    /// Sends messages of one topic.
+    pub(super) fn deliver(
+        &mut self,
+        topic: u32,
+        generation: u32,
+        messages: Vec<(StoredMessage, u32)>,
+    ) {
+        let first_delivery = self.last_delivery + 1;
+        self.last_delivery += messages.len() as u64;
+        self.tell(Event::Deliver(Deliver { topic, first_delivery, generation, messages }));
+    }
+
+    /// Sends a sign of life, with what has moved since it was told last.
+    pub(super) fn beat(&mut self, topics: impl Iterator<Item = Told>) {
+        self.last_heartbeat = Instant::now();
+        self.next_heartbeat = self.last_heartbeat + self.heartbeat;
+        let heads = topics.filter(|told| self.told.insert(told.topic, *told) != Some(*told));
+        let heads = heads.collect();
+        let (nonce, last_delivery) = (self.last_nonce, self.last_delivery);
+        self.tell(Event::Heartbeat(Heartbeat { nonce, last_delivery, heads }));
+    }
+
+    /// It knows these from elsewhere.
+    pub(super) fn knows(&mut self, topics: impl Iterator<Item = Told>) {
+        self.told = topics.map(|told| (told.topic, told)).collect();
+    }
+
+    /// Tells soon, but not all the time, what it cannot see from what it receives.
+    pub(super) fn hurry(&mut self) {
+        self.next_heartbeat = self.next_heartbeat.min(self.last_heartbeat + HURRY);
+    }
+
     /// Whether the stream has room for a frame now.
     pub(super) fn has_room(&mut self) -> bool {
         self.flush() && self.events.capacity() > 0 && !self.events.is_closed()
+    }
+
+    /// Whether nobody is at the other end.
+    pub(super) fn is_gone(&self) -> bool {
+        self.events.is_closed()
     }
 
     /// The sender, to wait for room.

@@ -5,21 +5,24 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use futures_util::stream::{BoxStream, SelectAll};
+use futures_util::future::{BoxFuture, select_all};
+use futures_util::stream::{BoxStream, FuturesUnordered, SelectAll};
 use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::unconstrained;
 use tokio::time::Instant;
 use tokio_stream::wrappers::WatchStream;
 
-use super::delivery::{Delivery, Receipt};
+use super::consumers::Seat;
+use super::delivering::Next;
+use super::delivery::{Delivery, Holder, Receipt};
 use super::error::BrokerError;
 use super::lease::Leases;
 use super::saving::{Save, Waiter, saved};
-use super::session::{Command, Event, Session, SessionTopic, Told};
+use super::session::{Command, Event, GapReason, Session, SessionId, SessionTopic, Told};
 use crate::limits;
 use crate::names::{ConsumerId, SubscriptionName, TopicName};
-use crate::record::{CursorRecord, Epoch, Sequences, SubscriptionRecord};
+use crate::record::{CursorRecord, Epoch, Sequences, SubscriptionKind, SubscriptionRecord};
 use crate::storage::{Change, Storage, Urgency};
 
 /// What administrators, and the broker itself, ask of a subscription.
@@ -57,12 +60,23 @@ pub struct TopicStart {
 pub struct Description {
     /// Its record.
     pub record: SubscriptionRecord,
-    /// Whether its consumer is connected.
-    pub connected: bool,
+    /// Who is active, or awaited.
+    pub consumers: Vec<ActiveConsumer>,
     /// Who stands by.
     pub standby: Vec<ConsumerId>,
     /// Its positions.
     pub positions: Vec<Position>,
+}
+
+/// A consumer that has a place.
+#[derive(Clone, Debug)]
+pub struct ActiveConsumer {
+    /// Its name.
+    pub id: ConsumerId,
+    /// Whether it is connected.
+    pub connected: bool,
+    /// Messages with it.
+    pub outstanding: u64,
 }
 
 /// How things stand in one topic.
@@ -78,7 +92,7 @@ pub struct Position {
     pub head: u64,
     /// Messages not done.
     pub backlog: u64,
-    /// Messages with the consumer.
+    /// Messages with consumers.
     pub outstanding: u64,
     /// The first one not done.
     pub oldest_unacked: Option<u64>,
@@ -93,10 +107,10 @@ pub(super) struct Topic {
     pub(super) delivery: Delivery,
     /// The durable floor, for retention.
     pub(super) floor: Arc<AtomicU64>,
-    /// What the session knows.
-    pub(super) told: Told,
     /// What cannot be read.
     pub(super) damaged: Option<Damage>,
+    /// Why messages were lost, if any were.
+    pub(super) lost: Option<GapReason>,
     /// Deleted, and here until the consumer knows what it will miss.
     pub(super) gone: bool,
 }
@@ -124,13 +138,19 @@ pub(super) struct Subscription {
     /// The numbers of the topics, which sessions use instead of their names.
     pub(super) numbers: BTreeMap<u32, Epoch>,
     heads: SelectAll<BoxStream<'static, (Epoch, u64)>>,
+    /// Resolve with the sessions whose streams are gone.
+    pub(super) losses: FuturesUnordered<BoxFuture<'static, SessionId>>,
     /// The order in which topics take their turns.
     pub(super) turns: VecDeque<Epoch>,
     pub(super) next_number: u32,
-    pub(super) active: Option<Session>,
+    /// Who is active, or awaited. One at most if it is exclusive.
+    pub(super) seats: BTreeMap<Holder, Seat>,
+    pub(super) next_seat: u64,
     pub(super) standby: VecDeque<Session>,
-    /// Until when a consumer that is not connected keeps its place.
-    pub(super) grace: Option<Instant>,
+    /// Whether it is waited for consumers that may hold messages since before the start.
+    pub(super) withholding: bool,
+    /// Until when a reader is waited for that nobody has attached to.
+    pub(super) unattended: Option<Instant>,
     pub(super) leases: Leases,
     /// How many of the topics are gone.
     pub(super) departed: Arc<AtomicUsize>,
@@ -153,8 +173,11 @@ impl Subscription {
         let boot = storage.boot_id().0;
         let first_pull = u64::from(u32::from_le_bytes([boot[0], boot[1], boot[2], boot[3]])) << 32;
         // A reader that nobody attaches to, because its stream was lost meanwhile, ends with it.
-        let awaited = record.consumer.is_some() || keeper == Keeper::Client;
-        let grace = awaited.then(|| Instant::now() + limits::GRACE);
+        let unattended = (keeper == Keeper::Client).then(|| Instant::now() + limits::GRACE);
+        let competing = record.kind != SubscriptionKind::Exclusive;
+        let numbered = (1..).map(Holder::Seat).zip(&record.consumers);
+        let seats: BTreeMap<_, _> =
+            numbered.map(|(holder, consumer)| (holder, Seat::awaited(consumer.clone()))).collect();
         let mut this = Self {
             record,
             keeper,
@@ -162,11 +185,14 @@ impl Subscription {
             topics: BTreeMap::new(),
             numbers: BTreeMap::new(),
             heads: SelectAll::new(),
+            losses: FuturesUnordered::new(),
             turns: VecDeque::new(),
             next_number: 1,
-            active: None,
+            next_seat: seats.len() as u64,
+            withholding: !seats.is_empty() && competing,
+            seats,
             standby: VecDeque::new(),
-            grace,
+            unattended,
             leases: Leases::new(first_pull),
             departed: Arc::new(AtomicUsize::new(gone)),
             record_changed: false,
@@ -182,10 +208,10 @@ impl Subscription {
     }
 
     pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
-        let mut more = false;
+        let mut next = Next::Idle;
         while !self.ended {
             let deadline = self.next_deadline();
-            let sender = self.active.as_ref().map(Session::sender);
+            let without_room = if next == Next::Room { self.without_room() } else { Vec::new() };
             // In order: what frees credit and attaches consumers, what confirms, what there is to
             // deliver. Delivering comes last, or a long backlog would keep acks waiting.
             tokio::select! {
@@ -195,14 +221,15 @@ impl Subscription {
                     None => break,
                 },
                 result = saved(&mut self.save) => self.on_saved(result),
-                () = closed(sender.as_ref()) => self.on_lost().await,
+                Some(id) = self.losses.next() => self.on_lost(id),
                 Some((epoch, head)) = self.heads.next() => self.on_head(epoch, head),
                 () = tokio::time::sleep_until(deadline) => self.on_time().await,
-                () = room(sender.as_ref()), if more => {}
+                () = room(without_room), if next == Next::Room => {}
+                () = std::future::ready(()), if next == Next::Again => {}
             }
             self.promote_if_free().await;
             self.start_save();
-            more = self.deliver().await;
+            next = self.deliver().await;
         }
         self.finish().await;
     }
@@ -213,8 +240,9 @@ impl Subscription {
             self.on_head(epoch, head);
         }
         match command {
-            Command::Attach(id, attach, events) => {
-                self.on_attach(Session::new(id, *attach, events)).await;
+            Command::Attach(id, attach, outlet) => {
+                let session = Session::new(id, *attach, outlet.events.clone());
+                self.on_attach(session, outlet.gone).await;
             }
             Command::Acks(id, batch) => self.on_acks(id, batch),
             Command::Ping(id, nonce) => self.on_ping(id, nonce),
@@ -242,8 +270,8 @@ impl Subscription {
             AdminCommand::TopicCreated(start) => {
                 let epoch = self.join(start);
                 let joined = self.topics.get(&epoch).map(|topic| topic.describe(epoch));
-                if let (Some(session), Some(joined)) = (&mut self.active, joined) {
-                    session.tell(Event::Joined(joined));
+                if let Some(joined) = joined {
+                    self.active().for_each(|session| session.tell(Event::Joined(joined.clone())));
                 }
             }
             AdminCommand::TopicDeleted(epoch) => self.on_topic_deleted(epoch),
@@ -257,7 +285,7 @@ impl Subscription {
             AdminCommand::Receipt(epoch, sequence, reply) => {
                 let settled = self.settle_saves().await.map_err(BrokerError::from);
                 let topic = self.topics.get(&epoch);
-                let receipt = topic.map(|topic| topic.delivery.receipt(sequence));
+                let receipt = topic.map(|topic| topic.delivery.cursor().receipt(sequence));
                 let _ = reply.send(settled.map(|()| receipt));
             }
             AdminCommand::Delete(reply) => {
@@ -278,20 +306,21 @@ impl Subscription {
         self.keeper = Keeper::Client;
         self.ended = true;
         let error = BrokerError::SubscriptionDeleted(self.record.name.clone());
-        for session in self.active.iter_mut().chain(&mut self.standby) {
-            session.tell(Event::Ended(error.clone()));
-        }
+        self.sessions().for_each(|session| session.tell(Event::Ended(error.clone())));
         Ok(())
     }
 
     fn join(&mut self, start: TopicStart) -> Epoch {
         let TopicStart { name, epoch, cursor, head, floor, gone } = start;
         floor.store(cursor.floor, Ordering::Release);
-        let delivery = Delivery::new(cursor, *head.borrow());
-        let (number, told) = (self.next_number, Told::default());
+        let mut delivery = Delivery::new(self.record.kind, cursor, *head.borrow());
+        if self.withholding {
+            delivery.withhold();
+        }
+        let number = self.next_number;
         self.next_number += 1;
         self.numbers.insert(number, epoch);
-        let topic = Topic { name, number, delivery, floor, told, damaged: None, gone };
+        let topic = Topic { name, number, delivery, floor, damaged: None, lost: None, gone };
         self.topics.insert(epoch, topic);
         self.turns.push_back(epoch);
         self.heads.push(WatchStream::new(head).map(move |head| (epoch, head)).boxed());
@@ -300,7 +329,7 @@ impl Subscription {
 
     fn on_head(&mut self, epoch: Epoch, head: u64) {
         if let Some(topic) = self.topics.get_mut(&epoch) {
-            topic.delivery.on_head(head);
+            topic.delivery.cursor_mut().on_head(head);
         }
     }
 
@@ -311,9 +340,8 @@ impl Subscription {
             };
             topic.delivery.seek(to);
             topic.damaged = None;
-            if let Some(session) = &mut self.active {
-                session.tell(Event::Repositioned(topic.describe(epoch)));
-            }
+            let moved = topic.describe(epoch);
+            self.active().for_each(|session| session.tell(Event::Repositioned(moved.clone())));
         }
         self.leases.forget_settled(&self.topics);
     }
@@ -326,9 +354,13 @@ impl Subscription {
         let now = Instant::now();
         Description {
             record: self.record.clone(),
-            connected: self.active.is_some(),
+            consumers: self
+                .seats
+                .iter()
+                .map(|(holder, seat)| self.active_one(*holder, seat))
+                .collect(),
             standby: (self.standby.iter())
-                .filter(|session| !session.sender().is_closed())
+                .filter(|session| !session.is_gone())
                 .map(|session| session.consumer.id.clone())
                 .collect(),
             positions: (self.topics.iter())
@@ -336,13 +368,19 @@ impl Subscription {
                 .collect(),
         }
     }
+
+    fn active_one(&self, holder: Holder, seat: &Seat) -> ActiveConsumer {
+        let out = self.topics.values().map(|topic| topic.delivery.out(holder).messages);
+        let (id, connected) = (seat.consumer.id.clone(), seat.session.is_some());
+        ActiveConsumer { id, connected, outstanding: out.sum() }
+    }
 }
 
 impl Topic {
     /// What there is to tell a session.
     pub(super) fn tell(&self) -> Told {
-        let (head, passed) = (self.delivery.head(), self.delivery.passed());
-        Told { topic: self.number, head, passed, floor: self.delivery.cursor().floor }
+        let (cursor, passed) = (self.delivery.cursor(), self.delivery.passed());
+        Told { topic: self.number, head: cursor.head(), passed, floor: cursor.floor() }
     }
 
     pub(super) fn describe(&self, epoch: Epoch) -> SessionTopic {
@@ -351,51 +389,39 @@ impl Topic {
             number: self.number,
             name: self.name.clone(),
             epoch,
-            floor: cursor.floor,
-            head: self.delivery.head(),
-            cursor_generation: cursor.generation,
+            floor: cursor.floor(),
+            head: cursor.head(),
+            cursor_generation: cursor.record().generation,
             dropped: Sequences::new(),
         }
     }
 
     fn position(&self, epoch: Epoch, now: Instant) -> Position {
-        let waits_for = match (self.damaged, self.delivery.ready_at(now)) {
+        let waits_for = match (self.damaged, self.delivery.waits_for(now)) {
             _ if self.gone => Some("the topic was deleted, which no consumer knows yet".to_owned()),
             (Some(damage), _) => Some(format!("message {} cannot be read", damage.sequence)),
-            (None, Some(at)) => {
-                let seconds = (at - now).as_secs_f32();
-                Some(format!("a failed message is shown again in {seconds:.1} s"))
-            }
-            (None, None) => None,
+            (None, waits_for) => waits_for,
         };
+        let cursor = self.delivery.cursor();
         Position {
             topic: self.name.clone(),
             epoch,
-            floor: self.delivery.cursor().floor,
-            head: self.delivery.head(),
-            backlog: self.delivery.backlog(),
+            floor: cursor.floor(),
+            head: cursor.head(),
+            backlog: cursor.backlog(),
             outstanding: self.delivery.held() as u64,
-            oldest_unacked: self.delivery.oldest_unsettled(),
+            oldest_unacked: cursor.oldest_unsettled(),
             waits_for,
         }
     }
 }
 
-/// Resolves when the stream has dropped its end.
-async fn closed(sender: Option<&mpsc::Sender<Event>>) {
-    match sender {
-        Some(sender) => sender.closed().await,
-        None => std::future::pending().await,
+/// Resolves when one of the streams has room for a frame.
+async fn room(senders: Vec<mpsc::Sender<Event>>) {
+    if senders.is_empty() {
+        return std::future::pending().await;
     }
-}
-
-/// Resolves when the stream has room for a frame.
-async fn room(sender: Option<&mpsc::Sender<Event>>) {
-    match sender {
-        Some(sender) => {
-            // An error means that the stream is gone, which the loop notices by itself.
-            let _ = sender.reserve().await;
-        }
-        None => std::future::pending().await,
-    }
+    // An error means that a stream is gone, which the loop notices by itself.
+    let rooms = senders.iter().map(|sender| sender.reserve().boxed());
+    drop(select_all(rooms).await);
 }

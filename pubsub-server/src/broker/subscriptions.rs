@@ -1,15 +1,16 @@
 //! Creating, describing, moving and deleting subscriptions, and attaching consumers to them.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::delivery::{Claim, starting_at};
 use super::error::BrokerError;
-use super::session::{Attach, Command, Event, Lease, Pull, Pulled, SessionId};
+use super::session::{Attach, Command, Event, Lease, Outlet, Pull, Pulled, SessionId};
 use super::subscription::{AdminCommand, Description, Keeper, TopicStart};
 use super::{Broker, Handle, Topic};
 use crate::limits;
@@ -37,8 +38,8 @@ pub struct NewSubscription {
     pub name: SubscriptionName,
     /// What it listens to.
     pub topics: Vec<TopicPattern>,
-    /// How it spreads its messages.
-    pub kind: SubscriptionKind,
+    /// How it spreads its messages; as it does already, or exclusive, if that is not said.
+    pub kind: Option<SubscriptionKind>,
     /// Where it starts.
     pub start: Start,
 }
@@ -50,8 +51,8 @@ pub struct Consume {
     pub subscription: Option<SubscriptionName>,
     /// What it listens to; may be empty if it exists.
     pub topics: Vec<TopicPattern>,
-    /// How it spreads its messages.
-    pub kind: SubscriptionKind,
+    /// How it spreads its messages; as it does already, or exclusive, if that is not said.
+    pub kind: Option<SubscriptionKind>,
     /// Where it starts, if it is new.
     pub start: Start,
     /// Whether it may be created.
@@ -73,6 +74,8 @@ pub struct Stream {
     pub commands: mpsc::Sender<Command>,
     /// From the subscription.
     pub events: mpsc::Receiver<Event>,
+    /// Tells the subscription when it is dropped.
+    _alive: oneshot::Sender<Infallible>,
 }
 
 /// Frames that may wait for a stream's peer. The messages in them are bounded by the credit.
@@ -120,10 +123,10 @@ impl Broker {
         let record = SubscriptionRecord {
             name: new.name.clone(),
             epoch: env.epoch(),
-            kind: new.kind,
+            kind: new.kind.unwrap_or(SubscriptionKind::Exclusive),
             topics: new.topics.clone(),
             created_at: env.now(),
-            consumer: None,
+            consumers: Vec::new(),
         };
         let mut changes = vec![Change::PutSubscription(record.clone())];
         let mut starts = Vec::new();
@@ -206,10 +209,11 @@ impl Broker {
             .claims
             .extend(consume.positions.into_iter().map(|(_, epoch, claim, _)| (epoch, claim)));
         let (sender, events) = mpsc::channel(EVENT_QUEUE);
-        let command = Command::Attach(id, Box::new(attach), sender);
+        let (alive, gone) = oneshot::channel();
+        let command = Command::Attach(id, Box::new(attach), Outlet { events: sender, gone });
         let gone = |_| BrokerError::SubscriptionDeleted(handle.record.name.clone());
         handle.commands.send(command).await.map_err(gone)?;
-        Ok(Stream { id, commands: handle.commands, events })
+        Ok(Stream { id, commands: handle.commands, events, _alive: alive })
     }
 
     /// A client that has received what the topic does not have has seen another history.
@@ -266,7 +270,7 @@ impl Broker {
             kind: SubscriptionKind::Exclusive,
             topics: consume.topics.clone(),
             created_at: env.now(),
-            consumer: None,
+            consumers: Vec::new(),
         };
         let mut starts: Vec<TopicStart> = Vec::new();
         for topic in self.matching(&consume.topics) {
@@ -452,14 +456,14 @@ impl Handle {
     fn check_same(
         &self,
         topics: &[TopicPattern],
-        kind: SubscriptionKind,
+        kind: Option<SubscriptionKind>,
     ) -> Result<(), BrokerError> {
         let mismatch = |field, present| {
             let name = self.record.name.clone();
             Err(BrokerError::SubscriptionMismatch { name, field, present })
         };
-        if self.record.kind != kind {
-            return mismatch("kind", format!("{:?}", self.record.kind));
+        if kind.is_some_and(|kind| kind != self.record.kind) {
+            return mismatch("kind", self.record.kind.to_string());
         }
         let sorted = |topics: &[TopicPattern]| {
             let mut texts: Vec<String> = topics.iter().map(|t| t.as_str().to_owned()).collect();
@@ -492,7 +496,7 @@ mod tests {
         Consume {
             subscription: None,
             topics: vec![TopicPattern::parse("t").unwrap()],
-            kind: SubscriptionKind::Exclusive,
+            kind: None,
             start: Start::Earliest,
             must_exist: false,
             known_boot: None,

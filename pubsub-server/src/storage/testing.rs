@@ -101,7 +101,7 @@ pub(super) fn subscription(name: &str, epoch: u64) -> SubscriptionRecord {
         kind: SubscriptionKind::Exclusive,
         topics: vec![TopicPattern::parse("*").unwrap()],
         created_at: Timestamp(1),
-        consumer: None,
+        consumers: Vec::new(),
     }
 }
 

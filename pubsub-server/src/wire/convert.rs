@@ -11,7 +11,7 @@ use tonic::Status;
 use super::status::{self, invalid};
 use crate::broker::delivery::{Claim, Nack, Receipt};
 use crate::broker::session::{self, GapReason, Lease, Leased, Missing, TopicAcks};
-use crate::broker::subscription::{Description, Position};
+use crate::broker::subscription::{ActiveConsumer, Description, Position};
 use crate::broker::{ReceiptAnswer, Start, TopicInfo};
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName, TopicPattern};
@@ -90,14 +90,22 @@ pub(super) fn parse_epoch(epoch: u64) -> Option<Epoch> {
     (epoch != 0).then_some(Epoch(epoch))
 }
 
-pub(super) fn parse_kind(kind: i32) -> Result<SubscriptionKind, Status> {
+pub(super) fn kind(kind: SubscriptionKind) -> v1::SubscriptionKind {
+    match kind {
+        SubscriptionKind::Exclusive => v1::SubscriptionKind::Exclusive,
+        SubscriptionKind::Shared => v1::SubscriptionKind::Shared,
+        SubscriptionKind::KeyOrdered => v1::SubscriptionKind::KeyOrdered,
+    }
+}
+
+/// A kind; `None` if it is left to the server.
+pub(super) fn parse_kind(kind: i32) -> Result<Option<SubscriptionKind>, Status> {
     match v1::SubscriptionKind::try_from(kind) {
-        Ok(v1::SubscriptionKind::Unspecified | v1::SubscriptionKind::Exclusive) => {
-            Ok(SubscriptionKind::Exclusive)
-        }
-        Ok(v1::SubscriptionKind::Shared | v1::SubscriptionKind::KeyOrdered) | Err(_) => {
-            Err(invalid(format!("kind {kind} is not known to this server")))
-        }
+        Ok(v1::SubscriptionKind::Unspecified) => Ok(None),
+        Ok(v1::SubscriptionKind::Exclusive) => Ok(Some(SubscriptionKind::Exclusive)),
+        Ok(v1::SubscriptionKind::Shared) => Ok(Some(SubscriptionKind::Shared)),
+        Ok(v1::SubscriptionKind::KeyOrdered) => Ok(Some(SubscriptionKind::KeyOrdered)),
+        Err(_) => Err(invalid(format!("kind {kind} is not known to this server"))),
     }
 }
 
@@ -401,22 +409,22 @@ pub(super) fn topic(info: TopicInfo) -> v1::Topic {
 }
 
 pub(super) fn subscription(description: Description) -> v1::Subscription {
-    let Description { record, connected, standby, positions } = description;
-    let outstanding = positions.iter().map(|position| position.outstanding).sum();
+    let Description { record, consumers, standby, positions } = description;
     v1::Subscription {
         name: record.name.to_string(),
         epoch: record.epoch.0,
-        kind: match record.kind {
-            SubscriptionKind::Exclusive => v1::SubscriptionKind::Exclusive.into(),
-        },
+        kind: kind(record.kind).into(),
         topics: record.topics.iter().map(|pattern| pattern.as_str().to_owned()).collect(),
         create_time: timestamp(record.created_at),
-        active_consumers: (record.consumer.into_iter())
-            .map(|c| v1::ActiveConsumer { id: c.id.to_string(), connected, outstanding })
-            .collect(),
+        active_consumers: consumers.into_iter().map(active_consumer).collect(),
         standby_consumers: standby.iter().map(ToString::to_string).collect(),
         positions: positions.into_iter().map(position).collect(),
     }
+}
+
+fn active_consumer(consumer: ActiveConsumer) -> v1::ActiveConsumer {
+    let ActiveConsumer { id, connected, outstanding } = consumer;
+    v1::ActiveConsumer { id: id.to_string(), connected, outstanding }
 }
 
 fn position(position: Position) -> v1::SubscriptionPosition {

@@ -273,7 +273,7 @@ async fn on_event(
             topic,
             from: rewound.from,
             generation: rewound.generation,
-            taken_back: Vec::new(),
+            taken_back: convert::ranges(&rewound.taken_back),
         }),
         Event::Gap(topic, first, last, reason) => Response::Gap(v1::Gap {
             topic,
@@ -300,7 +300,7 @@ fn welcome(context: &Context, welcome: Welcome, heartbeat: Duration) -> v1::Subs
         heartbeat_interval: convert::duration(heartbeat),
         grace: convert::duration(limits::GRACE),
         topics: welcome.topics.into_iter().map(convert::session_topic).collect(),
-        kind: v1::SubscriptionKind::Exclusive.into(),
+        kind: convert::kind(welcome.kind).into(),
     }
 }
 

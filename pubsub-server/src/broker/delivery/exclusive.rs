@@ -1,113 +1,42 @@
-//! What to show next, and what has been dealt with: the position of one subscription in one
-//! topic. Pure: events in, answers out, no clock and no I/O.
+//! Delivery to one consumer at a time, each topic in the order of its log. Pure: events in, answers
+//! out, no clock and no I/O.
 //!
-//! Three sets describe the topic: what is **done** (acked, or not for this subscription; the floor
-//! has passed all of it up to the first hole), what is **held** by the active consumer (sent and
-//! neither acked nor handed back), and the rest up to the head, which is shown in order.
+//! Beside what is done there is what is **held** by the active consumer (sent and neither acked nor
+//! handed back), and the rest up to the head, which is shown in order.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::{Claim, Cursor, Nack, Out, Rewound, backoff};
 use crate::limits;
 use crate::names::SubscriptionName;
-use crate::record::{CursorRecord, Release, Sequences, StoredMessage};
+use crate::record::{CursorRecord, Sequences, StoredMessage};
 
 /// The delivery of one topic to one exclusive subscription.
 #[derive(Debug)]
-pub struct Delivery {
-    cursor: CursorRecord,
-    head: u64,
+pub struct Exclusive {
+    pub(super) cursor: Cursor,
     held: BTreeMap<u64, u32>,
     held_bytes: u64,
     /// No message below is to be shown in this session, but for those in `not_before`'s way.
     next: u64,
     generation: u32,
     not_before: BTreeMap<u64, Instant>,
-    dirty: bool,
 }
 
-/// What a consumer brings along when it attaches.
-#[derive(Clone, Debug, Default)]
-pub struct Claim {
-    /// In its buffer or in the application's hands.
-    pub held: Sequences,
-    /// Bytes of these.
-    pub held_bytes: u64,
-    /// Acked, unconfirmed.
-    pub acked: Sequences,
-    /// Handed back, unconfirmed.
-    pub nacked: Vec<Nack>,
-    /// Told to be gaps, unconfirmed.
-    pub missed: Sequences,
-    /// The generation of the cursor that this refers to.
-    pub cursor_generation: u64,
-}
-
-/// A message is handed back.
-#[derive(Clone, Debug)]
-pub struct Nack {
-    /// Which.
-    pub sequence: u64,
-    /// The attempt that failed, 0 if none did.
-    pub attempt: u32,
-    /// How long to wait; the backoff if `None`.
-    pub delay: Option<Duration>,
-}
-
-/// A topic is going to be shown again from a point on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rewound {
-    /// The first message that may be shown again.
-    pub from: u64,
-    /// The generation of what follows.
-    pub generation: u32,
-}
-
-/// What a subscription knows about the fate of a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Receipt {
-    /// Acked.
-    Received,
-    /// To be shown or acked, unless it is for other recipients.
-    Pending,
-    /// Never meant for this subscription.
-    NotAddressed,
-    /// Let go without an ack.
-    Released(Release),
-    /// Not known any more.
-    Trimmed {
-        /// The oldest message that can be answered for.
-        oldest: u64,
-    },
-}
-
-impl Delivery {
+impl Exclusive {
     /// Goes on where `cursor` says, in a topic with this head.
     pub fn new(cursor: CursorRecord, head: u64) -> Self {
-        debug_assert!(cursor.floor <= head, "a cursor is never ahead of its topic");
         let next = cursor.floor + 1;
         Self {
-            cursor,
-            head,
+            cursor: Cursor::new(cursor, head),
             held: BTreeMap::new(),
             held_bytes: 0,
             next,
             generation: 0,
             not_before: BTreeMap::new(),
-            dirty: false,
         }
-    }
-
-    /// The durable part.
-    pub fn cursor(&self) -> &CursorRecord {
-        &self.cursor
-    }
-
-    /// The committed head, as far as told.
-    pub fn head(&self) -> u64 {
-        self.head
     }
 
     /// Messages held by the consumer.
@@ -120,15 +49,14 @@ impl Delivery {
         self.held.contains_key(&sequence)
     }
 
-    /// Bytes of the messages held by the consumer.
-    pub fn held_bytes(&self) -> u64 {
-        self.held_bytes
+    /// What is with the consumer.
+    pub fn out(&self) -> Out {
+        Out { messages: self.held.len() as u64, bytes: self.held_bytes }
     }
 
-    /// Messages after the floor that are not done.
-    pub fn backlog(&self) -> u64 {
-        let done: u64 = self.cursor.done.iter().map(|range| range.end() - range.start() + 1).sum();
-        self.head - self.cursor.floor - done
+    /// The position.
+    pub fn cursor(&self) -> &Cursor {
+        &self.cursor
     }
 
     /// The delivery generation of this session.
@@ -136,33 +64,12 @@ impl Delivery {
         self.generation
     }
 
-    /// Whether the cursor has changed since it was taken.
-    pub fn is_dirty(&self) -> bool {
-        self.dirty
-    }
-
-    /// Whether the cursor has changed since the last call.
-    pub fn take_dirty(&mut self) -> bool {
-        std::mem::take(&mut self.dirty)
-    }
-
-    /// The cursor has to be saved, whether it has changed or not.
-    pub fn mark_dirty(&mut self) {
-        self.dirty = true;
-    }
-
-    /// Messages up to `head` are committed.
-    pub fn on_head(&mut self, head: u64) {
-        debug_assert!(head >= self.head, "a head never goes back");
-        self.head = self.head.max(head);
-    }
-
     /// A consumer takes over, or comes back. Answers what it claims to hold and is not wanted any
     /// more.
     pub fn attach(&mut self, claim: &Claim, now: Instant) -> Sequences {
         self.detach();
         self.generation = 0;
-        if claim.cursor_generation != self.cursor.generation {
+        if claim.cursor_generation != self.cursor.record().generation {
             return claim.held.clone();
         }
         self.ack(&claim.acked);
@@ -174,16 +81,17 @@ impl Delivery {
     }
 
     fn hold(&mut self, claim: &Claim) -> Sequences {
+        let head = self.cursor.head();
         let mut dropped = Sequences::new();
         let mut kept = Vec::new();
         for range in claim.held.iter() {
             let (first, last) = (*range.start(), *range.end());
-            if last > self.head {
-                dropped.insert(first.max(self.head + 1)..=last);
+            if last > head {
+                dropped.insert(first.max(head + 1)..=last);
             }
             // Bounded: a consumer holds at most what it was sent.
-            for sequence in first..=last.min(self.head) {
-                if self.is_done(sequence) {
+            for sequence in first..=last.min(head) {
+                if self.cursor.is_done(sequence) {
                     dropped.insert(sequence..=sequence);
                 } else {
                     kept.push(sequence);
@@ -201,14 +109,14 @@ impl Delivery {
     pub fn detach(&mut self) {
         self.held.clear();
         self.held_bytes = 0;
-        self.next = self.cursor.floor + 1;
+        self.next = self.cursor.floor() + 1;
     }
 
     /// The next message to read, if one may be shown now, and how many may be from there on: all
     /// of them lie within `window` of the floor.
     pub fn wants(&mut self, window: u64, now: Instant) -> Option<(u64, u64)> {
         self.skip_settled();
-        let mut last = self.cursor.floor.saturating_add(window.max(1)).min(self.head);
+        let mut last = self.cursor.floor().saturating_add(window.max(1)).min(self.cursor.head());
         // One that is held back ends the run before it.
         let mut later = self.not_before.range(self.next + 1..);
         if let Some((held_back, _)) = later.find(|(_, at)| **at > now) {
@@ -220,7 +128,7 @@ impl Delivery {
 
     /// All messages up to here were sent in this session, or are not for it.
     pub fn passed(&self) -> u64 {
-        self.next.max(self.cursor.floor + 1) - 1
+        self.next.max(self.cursor.floor() + 1) - 1
     }
 
     /// When a message that is held back by a backoff may be shown.
@@ -231,34 +139,31 @@ impl Delivery {
 
     fn skip_settled(&mut self) {
         loop {
-            if self.next <= self.cursor.floor {
-                self.next = self.cursor.floor + 1;
-            } else if let Some(range) = self.cursor.done.get(&self.next) {
-                self.next = *range.end() + 1;
-            } else if self.held.contains_key(&self.next) {
-                self.next += 1;
-            } else {
+            let next = self.cursor.after_done(self.next);
+            let held = self.held.contains_key(&next);
+            if next == self.next && !held {
                 return;
             }
+            self.next = next + u64::from(held);
         }
     }
 
     /// The message that was read next: whether it is to be sent, and as which attempt.
     pub fn offer(&mut self, message: &StoredMessage, me: &SubscriptionName) -> Option<u32> {
         let sequence = message.sequence;
-        if sequence < self.next || self.is_done(sequence) || self.held.contains_key(&sequence) {
+        let known = self.cursor.is_done(sequence) || self.held.contains_key(&sequence);
+        if sequence < self.next || known {
             return None;
         }
         self.next = sequence + 1;
         self.not_before.remove(&sequence);
-        if !message.recipients.is_empty() && !message.recipients.contains(me) {
-            self.settle(sequence, sequence);
+        if !message.is_for(me) {
+            self.cursor.settle(sequence, sequence);
             return None;
         }
         let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
         self.put_held(sequence, bytes);
-        let failures = self.cursor.failures.get(&sequence).copied().unwrap_or(0);
-        Some(failures.saturating_add(1))
+        Some(self.cursor.failures(sequence).saturating_add(1))
     }
 
     fn put_held(&mut self, sequence: u64, bytes: u32) {
@@ -267,77 +172,27 @@ impl Delivery {
         }
     }
 
-    fn drop_held(&mut self, sequence: u64) {
-        if let Some(bytes) = self.held.remove(&sequence) {
-            self.held_bytes -= u64::from(bytes);
-        }
-    }
-
-    /// These are received. They need not have been delivered, by this session or at all; beyond
-    /// the head there is nothing to ack.
+    /// These are received.
     pub fn ack(&mut self, acked: &Sequences) {
-        for range in acked.iter() {
-            let first = (*range.start()).max(self.cursor.start + 1);
-            let last = (*range.end()).min(self.head);
-            if first > last {
-                continue;
+        self.cursor.ack(acked);
+        self.let_go(acked);
+    }
+
+    /// The consumer knows that it will never receive these.
+    pub fn miss(&mut self, missed: &Sequences) {
+        self.cursor.miss(missed);
+        self.let_go(missed);
+    }
+
+    /// What is done is held no more.
+    fn let_go(&mut self, settled: &Sequences) {
+        for range in settled.iter() {
+            let held = self.held.range(range.clone()).map(|(sequence, _)| *sequence);
+            for sequence in held.collect::<Vec<_>>() {
+                self.held_bytes -= u64::from(self.held.remove(&sequence).unwrap_or(0));
             }
-            let before = self.cursor.received.gaps(&(first..=last)).next().is_some();
-            self.dirty |= before;
-            self.cursor.received.insert(first..=last);
-            self.cursor.released.remove(first..=last);
-            self.settle(first, last);
+            self.not_before.retain(|sequence, _| !range.contains(sequence));
         }
-        self.limit_ranges();
-    }
-
-    /// Marks messages as dealt with and moves the floor as far as it goes.
-    fn settle(&mut self, first: u64, last: u64) {
-        let first = first.max(self.cursor.floor + 1);
-        if first > last {
-            return;
-        }
-        let held: Vec<u64> = self.held.range(first..=last).map(|(sequence, _)| *sequence).collect();
-        for sequence in held {
-            self.drop_held(sequence);
-        }
-        self.not_before.retain(|sequence, _| !(first..=last).contains(sequence));
-        self.cursor.failures.retain(|sequence, _| !(first..=last).contains(sequence));
-        self.dirty |= self.cursor.done.gaps(&(first..=last)).next().is_some();
-        self.cursor.done.insert(first..=last);
-        if let Some(range) = self.cursor.done.get(&(self.cursor.floor + 1)).cloned() {
-            self.cursor.floor = *range.end();
-            self.cursor.done.remove(range);
-        }
-    }
-
-    /// Receipts are kept up to a limit; the oldest go first. So is what is done beyond the floor:
-    /// the last goes first, and may be shown again.
-    fn limit_ranges(&mut self) {
-        while self.cursor.received.len() > limits::MAX_RECEIVED_RANGES {
-            let Some(oldest) = self.cursor.received.first().cloned() else {
-                return;
-            };
-            self.forget_receipts(*oldest.end());
-        }
-        while self.cursor.released.len() > limits::MAX_RECEIVED_RANGES {
-            let Some((oldest, _)) = self.cursor.released.first_range_value() else {
-                return;
-            };
-            self.forget_receipts(*oldest.end());
-        }
-        while self.cursor.done.len() > limits::MAX_DONE_RANGES {
-            let Some(last) = self.cursor.done.last().cloned() else {
-                return;
-            };
-            self.cursor.done.remove(last);
-        }
-    }
-
-    fn forget_receipts(&mut self, up_to: u64) {
-        self.cursor.receipts_from = self.cursor.receipts_from.max(up_to);
-        self.cursor.received.remove(0..=up_to);
-        self.cursor.released.remove(0..=up_to);
     }
 
     /// Messages are handed back: the first of them and everything after it is shown again, in
@@ -345,75 +200,49 @@ impl Delivery {
     pub fn nack(&mut self, nacks: &[Nack], now: Instant) -> Option<Rewound> {
         let failed = nacks.iter().filter(|nack| self.fail(nack, now)).map(|nack| nack.sequence);
         let first = failed.collect::<Vec<_>>().into_iter().min()?;
-        self.rewind(first)
+        Some(self.rewind(first))
     }
 
     fn fail(&mut self, nack: &Nack, now: Instant) -> bool {
         let sequence = nack.sequence;
         // Nobody can have more than this in hand, and what fails has to be remembered.
-        let last = self.cursor.floor.saturating_add(limits::MAX_OUTSTANDING_MESSAGES.into());
-        if sequence > self.head.min(last) || self.is_done(sequence) {
+        let last = self.cursor.floor().saturating_add(limits::MAX_OUTSTANDING_MESSAGES.into());
+        if sequence > self.cursor.head().min(last) || self.cursor.is_done(sequence) {
             return false;
         }
-        if nack.attempt > 0 {
-            let failed = self.cursor.failures.entry(sequence).or_default();
-            // The attempt's number, not a count: a nack that arrives twice counts once. An attempt
-            // that was never made cannot have failed.
-            let attempt = nack.attempt.min(failed.saturating_add(1));
-            self.dirty |= *failed < attempt;
-            *failed = (*failed).max(attempt);
-        }
-        let failures = self.cursor.failures.get(&sequence).copied().unwrap_or(0);
+        let failures = self.cursor.fail(nack);
         let delay = nack.delay.unwrap_or_else(|| backoff(failures));
         self.not_before.insert(sequence, now + delay.min(limits::MAX_BACKOFF));
         true
     }
 
     /// Everything from `from` on that is not done is shown again.
-    pub fn rewind(&mut self, from: u64) -> Option<Rewound> {
+    fn rewind(&mut self, from: u64) -> Rewound {
         let taken_back = self.held.split_off(&from);
         self.held_bytes -= taken_back.values().map(|bytes| u64::from(*bytes)).sum::<u64>();
-        self.next = self.next.min(from).max(self.cursor.floor + 1);
+        self.next = self.next.min(from).max(self.cursor.floor() + 1);
         self.generation += 1;
-        Some(Rewound { from, generation: self.generation })
+        Rewound { from, generation: self.generation, taken_back: Sequences::new() }
     }
 
-    /// Moves the position: `to` is the next message to be shown. What an ack has settled after it
-    /// is forgotten, but stays received.
+    /// Moves the position: `to` is the next message to be shown.
     pub fn seek(&mut self, to: u64) {
-        let to = to.clamp(1, self.head + 1);
-        let floor = self.cursor.floor;
-        for range in self.cursor.done.gaps(&(floor + 1..=self.head.max(floor + 1))) {
-            let (first, last) = (*range.start(), (*range.end()).min(to - 1).min(self.head));
-            if first <= last {
-                self.cursor.released.insert(first..=last, Release::Seek);
-            }
-        }
-        if to <= self.head {
-            self.cursor.released.remove(to..=self.head);
-        }
-        self.limit_ranges();
-        self.cursor.start = self.cursor.start.min(to - 1);
-        self.cursor.floor = to - 1;
-        self.cursor.done.clear();
-        self.cursor.failures.clear();
-        self.cursor.generation += 1;
+        self.cursor.seek(to);
         self.not_before.clear();
-        self.dirty = true;
         self.detach();
     }
 
     /// Messages below `first` are gone. Answers the first and the last one that the consumer is
     /// to be told of; it may hold some between them. The floor waits until it knows.
     pub fn lose_below(&mut self, first: u64) -> Option<(u64, u64)> {
-        let first = first.min(self.head + 1);
+        let first = first.min(self.cursor.head() + 1);
         // What lies before `next` is with the consumer, or told already.
-        let (from, to) = (self.next.max(self.cursor.floor + 1), first - 1);
+        let (from, to) = (self.next.max(self.cursor.floor() + 1), first - 1);
         if from > to {
             return None;
         }
         self.next = first;
-        let mut known = self.cursor.done.clone();
+        let mut known = self.cursor.record().done.clone();
         known.extend(self.held.range(from..=to).map(|(sequence, _)| *sequence..=*sequence));
         let missing = from..=to;
         let mut missing = known.gaps(&missing);
@@ -421,73 +250,23 @@ impl Delivery {
         let last = missing.last().unwrap_or_else(|| first.clone());
         Some((*first.start(), *last.end()))
     }
-
-    /// The consumer knows that it will never receive these.
-    pub fn miss(&mut self, missed: &Sequences) {
-        for range in missed.iter() {
-            let first = (*range.start()).max(self.cursor.floor + 1);
-            let last = (*range.end()).min(self.head);
-            if first > last {
-                continue;
-            }
-            // What is done was acked, or is for others.
-            let pieces: Vec<_> = self.cursor.done.gaps(&(first..=last)).collect();
-            for piece in pieces {
-                self.cursor.released.insert(piece, Release::Gap);
-            }
-            self.settle(first, last);
-        }
-        self.limit_ranges();
-    }
-
-    /// What is known about a message.
-    pub fn receipt(&self, sequence: u64) -> Receipt {
-        if self.cursor.received.contains(&sequence) {
-            Receipt::Received
-        } else if sequence <= self.cursor.receipts_from {
-            Receipt::Trimmed { oldest: self.cursor.receipts_from + 1 }
-        } else if let Some(release) = self.cursor.released.get(&sequence) {
-            Receipt::Released(*release)
-        } else if sequence <= self.cursor.start || self.is_done(sequence) {
-            Receipt::NotAddressed
-        } else {
-            Receipt::Pending
-        }
-    }
-
-    fn is_done(&self, sequence: u64) -> bool {
-        sequence <= self.cursor.floor || self.cursor.done.contains(&sequence)
-    }
-
-    /// The first message that is not done, if there is one.
-    pub fn oldest_unsettled(&self) -> Option<u64> {
-        // The floor ends where the first hole begins.
-        let first = self.cursor.floor + 1;
-        (first <= self.head).then_some(first)
-    }
-}
-
-/// A cursor for a new subscription whose first message is `first`.
-pub fn starting_at(first: u64) -> CursorRecord {
-    let floor = first.max(1) - 1;
-    CursorRecord { floor, start: floor, ..CursorRecord::default() }
-}
-
-/// How long to wait after so many failures.
-fn backoff(failures: u32) -> Duration {
-    let doublings = failures.saturating_sub(1).min(16);
-    (limits::MIN_BACKOFF * 2_u32.pow(doublings)).min(limits::MAX_BACKOFF)
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::time::Duration;
 
     use bytes::Bytes;
     use proptest::prelude::*;
 
+    use super::super::Receipt;
     use super::*;
-    use crate::record::Timestamp;
+    use crate::record::{Release, Timestamp};
+
+    fn rewound(from: u64) -> Rewound {
+        Rewound { from, generation: 1, taken_back: Sequences::new() }
+    }
 
     fn me() -> SubscriptionName {
         SubscriptionName::parse("me").unwrap()
@@ -510,7 +289,7 @@ mod tests {
     }
 
     /// Sends all that may be sent now, in frames of three.
-    fn pump(delivery: &mut Delivery, window: u64, now: Instant) -> Vec<(u64, u32)> {
+    fn pump(delivery: &mut Exclusive, window: u64, now: Instant) -> Vec<(u64, u32)> {
         let mut sent = Vec::new();
         while let Some((from, room)) = delivery.wants(window, now) {
             for sequence in from..from + room.min(3) {
@@ -522,8 +301,8 @@ mod tests {
         sent
     }
 
-    fn check(head: u64, act: impl FnOnce(&mut Delivery, Instant)) -> Delivery {
-        let mut delivery = Delivery::new(CursorRecord::default(), head);
+    fn check(head: u64, act: impl FnOnce(&mut Exclusive, Instant)) -> Exclusive {
+        let mut delivery = Exclusive::new(CursorRecord::default(), head);
         act(&mut delivery, Instant::now());
         delivery
     }
@@ -533,10 +312,7 @@ mod tests {
         check(3, |delivery, now| {
             assert_eq!(pump(delivery, 100, now), [(1, 1), (2, 1), (3, 1)]);
             let nack = Nack { sequence: 1, attempt: 1, delay: Some(Duration::ZERO) };
-            assert_eq!(
-                delivery.nack(std::slice::from_ref(&nack), now),
-                Some(Rewound { from: 1, generation: 1 })
-            );
+            assert_eq!(delivery.nack(std::slice::from_ref(&nack), now), Some(rewound(1)));
             delivery.ack(&set([2]));
             assert_eq!(pump(delivery, 100, now), [(1, 2), (3, 1)]);
         });
@@ -551,7 +327,7 @@ mod tests {
             let claim = Claim { nacked: vec![nack], ..Claim::default() };
             delivery.attach(&claim, now);
         });
-        assert_eq!(delivery.cursor().failures[&1], 1);
+        assert_eq!(delivery.cursor.record().failures[&1], 1);
     }
 
     #[test]
@@ -571,8 +347,8 @@ mod tests {
             pump(delivery, 100, now);
             let delays = [(2, Duration::ZERO), (3, Duration::from_secs(5))];
             let nack = |(sequence, delay)| Nack { sequence, attempt: 1, delay: Some(delay) };
-            let rewound = delivery.nack(&delays.map(nack), now);
-            assert_eq!(rewound, Some(Rewound { from: 2, generation: 1 }), "one for both");
+            let back = delivery.nack(&delays.map(nack), now);
+            assert_eq!(back, Some(rewound(2)), "one for both");
             assert_eq!(pump(delivery, 100, now), [(2, 2)]);
             assert_eq!(pump(delivery, 100, now + Duration::from_secs(5)), [(3, 2), (4, 1)]);
         });
@@ -582,11 +358,11 @@ mod tests {
     fn what_was_never_shown_cannot_fail() {
         let delivery = check(limits::MAX_OUTSTANDING_MESSAGES.into(), |delivery, now| {
             pump(delivery, 1, now);
-            delivery.on_head(1_000_000);
+            delivery.cursor.on_head(1_000_000);
             let nack = |sequence, attempt| Nack { sequence, attempt, delay: None };
             delivery.nack(&[nack(1, u32::MAX), nack(500_000, 1)], now);
         });
-        assert_eq!(delivery.cursor().failures, BTreeMap::from([(1, 1)]));
+        assert_eq!(delivery.cursor.record().failures, BTreeMap::from([(1, 1)]));
     }
 
     #[test]
@@ -601,8 +377,8 @@ mod tests {
     #[test]
     fn an_ack_needs_no_delivery_and_ends_at_the_head() {
         let delivery = check(3, |delivery, _| delivery.ack(&set([1, 2, 3, 4])));
-        assert_eq!(delivery.cursor().floor, 3);
-        assert!(!delivery.cursor().received.contains(&4));
+        assert_eq!(delivery.cursor.floor(), 3);
+        assert!(!delivery.cursor.record().received.contains(&4));
     }
 
     #[test]
@@ -611,7 +387,7 @@ mod tests {
             delivery.ack(&set([1, 3]));
             delivery.seek(5);
         });
-        let receipt = |delivery: &Delivery, sequence| delivery.receipt(sequence);
+        let receipt = |delivery: &Exclusive, sequence| delivery.cursor.receipt(sequence);
         assert_eq!(receipt(&delivery, 2), Receipt::Released(Release::Seek));
         assert_eq!(receipt(&delivery, 3), Receipt::Received);
         assert_eq!(receipt(&delivery, 5), Receipt::Pending);
@@ -632,13 +408,13 @@ mod tests {
             assert_eq!(delivery.lose_below(5), Some((2, 4)));
             delivery.miss(&set([2, 3, 4, 9]));
         });
-        assert_eq!(delivery.cursor().floor, 4);
+        assert_eq!(delivery.cursor.floor(), 4);
         assert_eq!(delivery.lose_below(5), None);
-        assert_eq!(delivery.receipt(1), Receipt::Received);
-        assert_eq!(delivery.receipt(2), Receipt::Released(Release::Gap));
+        assert_eq!(delivery.cursor.receipt(1), Receipt::Received);
+        assert_eq!(delivery.cursor.receipt(2), Receipt::Released(Release::Gap));
         // A late ack is an ack.
         delivery.ack(&set([2]));
-        assert_eq!(delivery.receipt(2), Receipt::Received);
+        assert_eq!(delivery.cursor.receipt(2), Receipt::Received);
     }
 
     #[test]
@@ -656,8 +432,8 @@ mod tests {
         let delivery = check(limit * 3, |delivery, _| {
             delivery.ack(&set((1..=limit + 1).map(|n| n * 2)));
         });
-        assert_eq!(delivery.receipt(2), Receipt::Trimmed { oldest: 3 });
-        assert_eq!(delivery.receipt(4), Receipt::Received);
+        assert_eq!(delivery.cursor.receipt(2), Receipt::Trimmed { oldest: 3 });
+        assert_eq!(delivery.cursor.receipt(4), Receipt::Received);
     }
 
     #[derive(Clone, Debug)]
@@ -717,7 +493,7 @@ mod tests {
             steps in proptest::collection::vec(step(), 1..120),
         ) {
             let now = Instant::now();
-            let mut delivery = Delivery::new(CursorRecord::default(), 0);
+            let mut delivery = Exclusive::new(CursorRecord::default(), 0);
             let mut consumer = Consumer::default();
             let mut head = 0;
             let mut floor = 0;
@@ -726,7 +502,7 @@ mod tests {
                 match step {
                     Step::Publish(count) => {
                         head += count;
-                        delivery.on_head(head);
+                        delivery.cursor.on_head(head);
                     }
                     Step::Pump => consumer.receive(&pump(&mut delivery, 16, now)),
                     Step::AckNth(n) => if let Some(sequence) = nth(n) {
@@ -750,24 +526,24 @@ mod tests {
                         consumer.rewind(1);
                     }
                     Step::Restart => {
-                        delivery = Delivery::new(delivery.cursor().clone(), head);
+                        delivery = Exclusive::new(delivery.cursor.record().clone(), head);
                         let held = set(consumer.held.iter().copied());
                         delivery.attach(&Claim { held, ..Claim::default() }, now);
                         consumer.last = 0;
                     }
                 }
-                prop_assert!(delivery.cursor().floor >= floor, "the floor went back");
-                floor = delivery.cursor().floor;
+                prop_assert!(delivery.cursor.floor() >= floor, "the floor went back");
+                floor = delivery.cursor.floor();
             }
             // In the end, everything is shown and acked.
             while floor < head {
                 consumer.receive(&pump(&mut delivery, 16, now));
                 delivery.ack(&set(consumer.held.iter().copied()));
                 consumer.acked.append(&mut consumer.held);
-                prop_assert!(delivery.cursor().floor > floor, "nothing moves");
-                floor = delivery.cursor().floor;
+                prop_assert!(delivery.cursor.floor() > floor, "nothing moves");
+                floor = delivery.cursor.floor();
             }
-            let received = &delivery.cursor().received;
+            let received = &delivery.cursor.record().received;
             for sequence in 1..=head {
                 prop_assert_eq!(received.contains(&sequence), !for_others(sequence));
             }

@@ -1,0 +1,221 @@
+//! The position of one subscription in one topic: what is dealt with, whoever had it. Pure.
+
+use crate::limits;
+use crate::record::{CursorRecord, Release, Sequences};
+
+use super::{Nack, Receipt};
+
+/// A position, and the head of its topic as far as told.
+///
+/// What is **done** is acked, let go, or not for this subscription; the floor has passed all of it
+/// up to the first hole.
+#[derive(Debug)]
+pub struct Cursor {
+    record: CursorRecord,
+    head: u64,
+    dirty: bool,
+}
+
+impl Cursor {
+    pub(super) fn new(record: CursorRecord, head: u64) -> Self {
+        debug_assert!(record.floor <= head, "a cursor is never ahead of its topic");
+        Self { record, head, dirty: false }
+    }
+
+    /// The durable part.
+    pub fn record(&self) -> &CursorRecord {
+        &self.record
+    }
+
+    /// The committed head, as far as told.
+    pub fn head(&self) -> u64 {
+        self.head
+    }
+
+    /// All messages up to here are done.
+    pub fn floor(&self) -> u64 {
+        self.record.floor
+    }
+
+    /// Messages after the floor that are not done.
+    pub fn backlog(&self) -> u64 {
+        let done: u64 = self.record.done.iter().map(|range| range.end() - range.start() + 1).sum();
+        self.head - self.record.floor - done
+    }
+
+    /// Whether the position has changed since it was taken.
+    pub fn is_dirty(&self) -> bool {
+        self.dirty
+    }
+
+    /// Whether the position has changed since the last call.
+    pub fn take_dirty(&mut self) -> bool {
+        std::mem::take(&mut self.dirty)
+    }
+
+    /// The position has to be saved, whether it has changed or not.
+    pub fn mark_dirty(&mut self) {
+        self.dirty = true;
+    }
+
+    /// Messages up to `head` are committed.
+    pub fn on_head(&mut self, head: u64) {
+        debug_assert!(head >= self.head, "a head never goes back");
+        self.head = self.head.max(head);
+    }
+
+    /// Whether a message is done.
+    pub(super) fn is_done(&self, sequence: u64) -> bool {
+        sequence <= self.record.floor || self.record.done.contains(&sequence)
+    }
+
+    /// The first message from here on that is not in a run of done ones that begins here.
+    pub(super) fn after_done(&self, sequence: u64) -> u64 {
+        if sequence <= self.record.floor {
+            return self.after_done(self.record.floor + 1);
+        }
+        self.record.done.get(&sequence).map_or(sequence, |range| *range.end() + 1)
+    }
+
+    /// How often a message has failed.
+    pub(super) fn failures(&self, sequence: u64) -> u32 {
+        self.record.failures.get(&sequence).copied().unwrap_or(0)
+    }
+
+    /// Counts a failure. By the attempt's number: a nack that arrives twice counts once, and an
+    /// attempt that was never made cannot have failed. Answers how often it has failed by now.
+    pub(super) fn fail(&mut self, nack: &Nack) -> u32 {
+        if nack.attempt > 0 {
+            let failed = self.record.failures.entry(nack.sequence).or_default();
+            let attempt = nack.attempt.min(failed.saturating_add(1));
+            self.dirty |= *failed < attempt;
+            *failed = (*failed).max(attempt);
+        }
+        self.failures(nack.sequence)
+    }
+
+    /// These are received. They need not have been delivered, by this session or at all; beyond
+    /// the head there is nothing to ack.
+    pub(super) fn ack(&mut self, acked: &Sequences) {
+        for range in acked.iter() {
+            let first = (*range.start()).max(self.record.start + 1);
+            let last = (*range.end()).min(self.head);
+            if first > last {
+                continue;
+            }
+            let before = self.record.received.gaps(&(first..=last)).next().is_some();
+            self.dirty |= before;
+            self.record.received.insert(first..=last);
+            self.record.released.remove(first..=last);
+            self.settle(first, last);
+        }
+        self.limit_ranges();
+    }
+
+    /// Marks messages as dealt with and moves the floor as far as it goes.
+    pub(super) fn settle(&mut self, first: u64, last: u64) {
+        let first = first.max(self.record.floor + 1);
+        if first > last {
+            return;
+        }
+        self.record.failures.retain(|sequence, _| !(first..=last).contains(sequence));
+        self.dirty |= self.record.done.gaps(&(first..=last)).next().is_some();
+        self.record.done.insert(first..=last);
+        if let Some(range) = self.record.done.get(&(self.record.floor + 1)).cloned() {
+            self.record.floor = *range.end();
+            self.record.done.remove(range);
+        }
+    }
+
+    /// Receipts are kept up to a limit; the oldest go first. So is what is done beyond the floor:
+    /// the last goes first, and may be shown again.
+    fn limit_ranges(&mut self) {
+        while self.record.received.len() > limits::MAX_RECEIVED_RANGES {
+            let Some(oldest) = self.record.received.first().cloned() else {
+                return;
+            };
+            self.forget_receipts(*oldest.end());
+        }
+        while self.record.released.len() > limits::MAX_RECEIVED_RANGES {
+            let Some((oldest, _)) = self.record.released.first_range_value() else {
+                return;
+            };
+            self.forget_receipts(*oldest.end());
+        }
+        while self.record.done.len() > limits::MAX_DONE_RANGES {
+            let Some(last) = self.record.done.last().cloned() else {
+                return;
+            };
+            self.record.done.remove(last);
+        }
+    }
+
+    fn forget_receipts(&mut self, up_to: u64) {
+        self.record.receipts_from = self.record.receipts_from.max(up_to);
+        self.record.received.remove(0..=up_to);
+        self.record.released.remove(0..=up_to);
+    }
+
+    /// Moves the position: `to` is the next message to be shown. What an ack has settled after it
+    /// is forgotten, but stays received.
+    pub(super) fn seek(&mut self, to: u64) {
+        let to = to.clamp(1, self.head + 1);
+        let floor = self.record.floor;
+        for range in self.record.done.gaps(&(floor + 1..=self.head.max(floor + 1))) {
+            let (first, last) = (*range.start(), (*range.end()).min(to - 1).min(self.head));
+            if first <= last {
+                self.record.released.insert(first..=last, Release::Seek);
+            }
+        }
+        if to <= self.head {
+            self.record.released.remove(to..=self.head);
+        }
+        self.limit_ranges();
+        self.record.start = self.record.start.min(to - 1);
+        self.record.floor = to - 1;
+        self.record.done.clear();
+        self.record.failures.clear();
+        self.record.generation += 1;
+        self.dirty = true;
+    }
+
+    /// The consumer knows that it will never receive these.
+    pub(super) fn miss(&mut self, missed: &Sequences) {
+        for range in missed.iter() {
+            let first = (*range.start()).max(self.record.floor + 1);
+            let last = (*range.end()).min(self.head);
+            if first > last {
+                continue;
+            }
+            // What is done was acked, or is for others.
+            let pieces: Vec<_> = self.record.done.gaps(&(first..=last)).collect();
+            for piece in pieces {
+                self.record.released.insert(piece, Release::Gap);
+            }
+            self.settle(first, last);
+        }
+        self.limit_ranges();
+    }
+
+    /// What is known about a message.
+    pub fn receipt(&self, sequence: u64) -> Receipt {
+        if self.record.received.contains(&sequence) {
+            Receipt::Received
+        } else if sequence <= self.record.receipts_from {
+            Receipt::Trimmed { oldest: self.record.receipts_from + 1 }
+        } else if let Some(release) = self.record.released.get(&sequence) {
+            Receipt::Released(*release)
+        } else if sequence <= self.record.start || self.is_done(sequence) {
+            Receipt::NotAddressed
+        } else {
+            Receipt::Pending
+        }
+    }
+
+    /// The first message that is not done, if there is one.
+    pub fn oldest_unsettled(&self) -> Option<u64> {
+        // The floor ends where the first hole begins.
+        let first = self.record.floor + 1;
+        (first <= self.head).then_some(first)
+    }
+}

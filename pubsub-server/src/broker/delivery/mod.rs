@@ -1,0 +1,327 @@
+//! What to show next, and what has been dealt with, in one topic of one subscription. Pure: events
+//! in, answers out, no clock and no I/O.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::limits;
+use crate::record::{CursorRecord, Release, Sequences, SubscriptionKind};
+
+mod competing;
+#[cfg(test)]
+mod competing_model;
+mod cursor;
+mod exclusive;
+
+pub use competing::{Competing, Key, Order};
+pub use cursor::Cursor;
+pub use exclusive::Exclusive;
+
+/// Who holds messages: a consumer that has a place in the subscription, or a pull.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Holder {
+    /// A consumer, by the number of its place.
+    Seat(u64),
+    /// A pull, by its number.
+    Pull(u64),
+}
+
+/// What is with one consumer, or with all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Out {
+    /// Messages.
+    pub messages: u64,
+    /// Bytes of these.
+    pub bytes: u64,
+}
+
+impl Out {
+    /// Both together.
+    pub fn and(self, other: Self) -> Self {
+        Self { messages: self.messages + other.messages, bytes: self.bytes + other.bytes }
+    }
+}
+
+/// The delivery of one topic to one subscription, by its kind.
+#[derive(Debug)]
+pub enum Delivery {
+    /// To one consumer at a time.
+    Exclusive(Exclusive),
+    /// To several.
+    Competing(Competing),
+}
+
+impl Delivery {
+    /// Goes on where `cursor` says, in a topic with this head.
+    pub fn new(kind: SubscriptionKind, cursor: CursorRecord, head: u64) -> Self {
+        let competing = |cursor, order| Self::Competing(Competing::new(cursor, head, order));
+        match kind {
+            SubscriptionKind::Exclusive => Self::Exclusive(Exclusive::new(cursor, head)),
+            SubscriptionKind::Shared => competing(cursor, Order::None),
+            SubscriptionKind::KeyOrdered => competing(cursor, Order::Key),
+        }
+    }
+
+    /// The position.
+    pub fn cursor(&self) -> &Cursor {
+        match self {
+            Self::Exclusive(delivery) => &delivery.cursor,
+            Self::Competing(delivery) => &delivery.cursor,
+        }
+    }
+
+    /// The position, to be told of the head and of commits.
+    pub fn cursor_mut(&mut self) -> &mut Cursor {
+        match self {
+            Self::Exclusive(delivery) => &mut delivery.cursor,
+            Self::Competing(delivery) => &mut delivery.cursor,
+        }
+    }
+
+    /// What is with all consumers.
+    pub fn all_held(&self) -> Out {
+        match self {
+            Self::Exclusive(delivery) => delivery.out(),
+            Self::Competing(delivery) => {
+                let zero = Out::default();
+                delivery.all_out().fold(zero, |all, (_, out)| all.and(out))
+            }
+        }
+    }
+
+    /// What is with one consumer.
+    pub fn out(&self, holder: Holder) -> Out {
+        match self {
+            Self::Exclusive(delivery) => delivery.out(),
+            Self::Competing(delivery) => delivery.out(holder),
+        }
+    }
+
+    /// Messages held by anyone.
+    pub fn held(&self) -> usize {
+        match self {
+            Self::Exclusive(delivery) => delivery.held(),
+            Self::Competing(delivery) => delivery.held(),
+        }
+    }
+
+    /// Whether this consumer holds this message.
+    pub fn holds(&self, sequence: u64, holder: Holder) -> bool {
+        match self {
+            Self::Exclusive(delivery) => delivery.holds(sequence),
+            Self::Competing(delivery) => delivery.holds(sequence, holder),
+        }
+    }
+
+    /// A consumer comes, or comes back, and may have kept its place. Answers what it claims to hold
+    /// and is not wanted any more.
+    pub fn attach(
+        &mut self,
+        holder: Holder,
+        claim: &Claim,
+        kept_place: bool,
+        now: Instant,
+    ) -> Sequences {
+        match self {
+            Self::Exclusive(delivery) => delivery.attach(claim, now),
+            Self::Competing(delivery) => delivery.attach(holder, claim, kept_place, now),
+        }
+    }
+
+    /// A consumer is gone, and what it held is to be shown again.
+    pub fn detach(&mut self, holder: Holder) {
+        match self {
+            Self::Exclusive(delivery) => delivery.detach(),
+            Self::Competing(delivery) => delivery.detach(holder),
+        }
+    }
+
+    /// These are received. They need not have been delivered, by this session or at all; beyond
+    /// the head there is nothing to ack.
+    pub fn ack(&mut self, acked: &Sequences) {
+        match self {
+            Self::Exclusive(delivery) => delivery.ack(acked),
+            Self::Competing(delivery) => delivery.ack(acked),
+        }
+    }
+
+    /// A consumer knows that it will never receive these.
+    pub fn miss(&mut self, missed: &Sequences) {
+        match self {
+            Self::Exclusive(delivery) => delivery.miss(missed),
+            Self::Competing(delivery) => delivery.miss(missed),
+        }
+    }
+
+    /// A consumer hands messages back. `Some` if it has to take others back with them.
+    pub fn nack(&mut self, holder: Holder, nacks: &[Nack], now: Instant) -> Option<Rewound> {
+        match self {
+            Self::Exclusive(delivery) => delivery.nack(nacks, now),
+            Self::Competing(delivery) => {
+                let taken_back = delivery.nack(holder, nacks, now);
+                let from = *taken_back.first()?.start();
+                Some(Rewound { from, generation: 0, taken_back })
+            }
+        }
+    }
+
+    /// Moves the position: `to` is the next message to be shown. What an ack has settled after it
+    /// is forgotten, but stays received.
+    pub fn seek(&mut self, to: u64) {
+        match self {
+            Self::Exclusive(delivery) => delivery.seek(to),
+            Self::Competing(delivery) => delivery.seek(to),
+        }
+    }
+
+    /// Messages below `first` are gone. Answers what is to be told, if it is news: the first and
+    /// the last one. The floor waits until a consumer knows.
+    pub fn lose_below(&mut self, first: u64) -> Option<(u64, u64)> {
+        match self {
+            Self::Exclusive(delivery) => delivery.lose_below(first),
+            Self::Competing(delivery) => delivery.lose_below(first),
+        }
+    }
+
+    /// What is to be told to a consumer that has just come. To an exclusive one it is told in its
+    /// place, when delivery gets there again.
+    pub fn lost(&self) -> Option<(u64, u64)> {
+        match self {
+            Self::Exclusive(_) => None,
+            Self::Competing(delivery) => delivery.lost(),
+        }
+    }
+
+    /// All messages up to here were sent, or are not for the consumer.
+    pub fn passed(&self) -> u64 {
+        match self {
+            Self::Exclusive(delivery) => delivery.passed(),
+            Self::Competing(delivery) => delivery.passed(),
+        }
+    }
+
+    /// Keeps everything for consumers that may hold it since before a restart.
+    pub fn withhold(&mut self) {
+        match self {
+            Self::Exclusive(_) => {}
+            Self::Competing(delivery) => delivery.withhold(),
+        }
+    }
+
+    /// All of these are back, or given up.
+    pub fn withhold_no_more(&mut self) {
+        match self {
+            Self::Exclusive(_) => {}
+            Self::Competing(delivery) => delivery.withhold_no_more(),
+        }
+    }
+
+    /// What keeps messages from being delivered, for people.
+    pub fn waits_for(&self, now: Instant) -> Option<String> {
+        let until = |at: Instant| at.saturating_duration_since(now).as_secs_f32();
+        match self {
+            Self::Exclusive(delivery) => {
+                let seconds = until(delivery.ready_at(now)?);
+                Some(format!("a failed message is shown again in {seconds:.1} s"))
+            }
+            Self::Competing(delivery) => {
+                let (waiting, unacked) = (delivery.waiting(), delivery.held());
+                if delivery.is_withholding() {
+                    let what = "consumers that may hold messages since before the restart";
+                    Some(what.to_owned())
+                } else if delivery.is_full() {
+                    Some(format!("{unacked} messages are unacked and {waiting} wait; no more can"))
+                } else {
+                    let seconds = until(delivery.ready_at()?);
+                    Some(format!("{waiting} messages wait; a failed one comes in {seconds:.1} s"))
+                }
+            }
+        }
+    }
+
+    /// When a message that is held back by a backoff may be shown.
+    pub fn ready_at(&self, now: Instant) -> Option<Instant> {
+        match self {
+            Self::Exclusive(delivery) => delivery.ready_at(now),
+            Self::Competing(delivery) => delivery.ready_at(),
+        }
+    }
+
+    /// The delivery generation of the session.
+    pub fn generation(&self) -> u32 {
+        match self {
+            Self::Exclusive(delivery) => delivery.generation(),
+            Self::Competing(_) => 0,
+        }
+    }
+}
+
+/// What a consumer brings along when it attaches.
+#[derive(Clone, Debug, Default)]
+pub struct Claim {
+    /// In its buffer or in the application's hands.
+    pub held: Sequences,
+    /// Bytes of these.
+    pub held_bytes: u64,
+    /// Acked, unconfirmed.
+    pub acked: Sequences,
+    /// Handed back, unconfirmed.
+    pub nacked: Vec<Nack>,
+    /// Told to be gaps, unconfirmed.
+    pub missed: Sequences,
+    /// The generation of the cursor that this refers to.
+    pub cursor_generation: u64,
+}
+
+/// A message is handed back.
+#[derive(Clone, Debug)]
+pub struct Nack {
+    /// Which.
+    pub sequence: u64,
+    /// The attempt that failed, 0 if none did.
+    pub attempt: u32,
+    /// How long to wait; the backoff if `None`.
+    pub delay: Option<Duration>,
+}
+
+/// A topic is going to be shown again from a point on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rewound {
+    /// The first message that may be shown again.
+    pub from: u64,
+    /// The generation of what follows.
+    pub generation: u32,
+    /// Where only some messages after it are: these.
+    pub taken_back: Sequences,
+}
+
+/// What a subscription knows about the fate of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Receipt {
+    /// Acked.
+    Received,
+    /// To be shown or acked, unless it is for other recipients.
+    Pending,
+    /// Never meant for this subscription.
+    NotAddressed,
+    /// Let go without an ack.
+    Released(Release),
+    /// Not known any more.
+    Trimmed {
+        /// The oldest message that can be answered for.
+        oldest: u64,
+    },
+}
+
+/// A cursor for a new subscription whose first message is `first`.
+pub fn starting_at(first: u64) -> CursorRecord {
+    let floor = first.max(1) - 1;
+    CursorRecord { floor, start: floor, ..CursorRecord::default() }
+}
+
+/// How long to wait after so many failures.
+fn backoff(failures: u32) -> Duration {
+    let doublings = failures.saturating_sub(1).min(16);
+    (limits::MIN_BACKOFF * 2_u32.pow(doublings)).min(limits::MAX_BACKOFF)
+}
