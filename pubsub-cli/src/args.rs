@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 
-use crate::values::{self, Bytes, Where};
+use crate::values::{self, Bytes, Kind, Where};
 
 /// Publish, subscribe and administer a pubsub server.
 #[derive(Debug, Parser)]
@@ -128,7 +128,8 @@ pub(crate) enum Subscription {
     #[command(after_help = "\
 Examples:
   pubsub subscription create billing orders
-  pubsub subscription create audit 'orders.*' payments --from earliest")]
+  pubsub subscription create audit 'orders.*' payments --from earliest
+  pubsub subscription create work jobs --kind shared")]
     Create(CreateSubscription),
     /// List subscriptions
     List,
@@ -161,6 +162,9 @@ pub(crate) struct CreateSubscription {
     pub(crate) topics: Vec<String>,
     #[arg(help = values::from_help!("Where it starts"), long, value_name = "WHERE", default_value = "latest")]
     pub(crate) from: Where,
+    /// How it spreads its messages over consumers
+    #[arg(long, value_name = "KIND", default_value = "exclusive")]
+    pub(crate) kind: Kind,
     /// Let it be if it exists already with the same settings
     #[arg(long)]
     pub(crate) if_not_exists: bool,
@@ -234,6 +238,7 @@ Examples:
   pubsub subscribe orders --from earliest --until-caught-up --raw > orders.txt
   pubsub subscribe orders --subscription billing        goes on where it was
   pubsub subscribe --subscription billing --no-ack --count 5    look without taking
+  pubsub subscribe jobs --subscription work --kind shared    one of several workers
   pubsub subscribe orders --json | jq .payload")]
 pub(crate) struct Subscribe {
     /// Topics, and patterns in which "*" stands for any characters
@@ -244,6 +249,9 @@ pub(crate) struct Subscribe {
     pub(crate) subscription: Option<String>,
     #[arg(help = values::from_help!("Where a reader or a new subscription starts"), long, value_name = "WHERE")]
     pub(crate) from: Option<Where>,
+    /// How a new subscription spreads its messages over consumers [default: exclusive]
+    #[arg(long, value_name = "KIND", requires = "subscription")]
+    pub(crate) kind: Option<Kind>,
     /// Stop after this many messages
     #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) count: Option<u64>,
@@ -256,7 +264,8 @@ pub(crate) struct Subscribe {
     /// Ack nothing: all of it comes again
     #[arg(long, requires = "subscription", overrides_with = "ack")]
     pub(crate) no_ack: bool,
-    /// The name of this consumer; of several with different names one is active, others stand by
+    /// The name of this consumer; one that starts under the same name takes over from it. Of
+    /// several with different names one is active, or all, as the kind of the subscription says
     #[arg(long, value_name = "NAME", requires = "subscription")]
     pub(crate) consumer: Option<String>,
     /// Print payloads only, one on each line

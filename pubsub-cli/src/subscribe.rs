@@ -5,6 +5,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use pubsub_client::{
     Client, DataLoss, Delivery, Drain, Event, Gap, Reason, Subscriber, SubscriberBuilder,
+    SubscriptionKind,
 };
 use tokio::time::sleep;
 
@@ -13,6 +14,7 @@ use crate::failure::{Exit, Failure};
 use crate::format;
 use crate::interrupt::Interrupt;
 use crate::output::Output;
+use crate::values::Kind;
 use crate::watch::Announcer;
 
 /// Messages that are held unacked at most.
@@ -27,11 +29,11 @@ pub(crate) async fn run(
     client: &Client,
     output: &mut Output,
 ) -> Result<Exit, Failure> {
-    say_if_start_is_ignored(&args, client).await?;
+    let kind = kind(&args, client).await?;
     let mut interrupt = Interrupt::new().map_err(|error| Failure::failed(error.to_string()))?;
     let mut announcer = Announcer::default();
     let subscriber = tokio::select! {
-        opened = announcer.until(client.state(), builder(&args, client).open()) => opened?,
+        opened = announcer.until(client.state(), builder(&args, kind, client).open()) => opened?,
         () = interrupt.asked() => return Ok(Exit::Interrupted),
     };
     let _announcing = announcer.go_on(subscriber.state());
@@ -64,13 +66,17 @@ pub(crate) async fn run(
     Ok(exit)
 }
 
-fn builder(args: &Subscribe, client: &Client) -> SubscriberBuilder {
+fn builder(args: &Subscribe, kind: Option<SubscriptionKind>, client: &Client) -> SubscriberBuilder {
     let builder = match &args.subscription {
         Some(name) => client.subscriber(name).topics(&args.topics),
         None => client.reader(&args.topics),
     };
     let builder = match &args.consumer {
         Some(name) => builder.consumer_id(name),
+        None => builder,
+    };
+    let builder = match kind {
+        Some(kind) => builder.kind(kind),
         None => builder,
     };
     // Without topics an existing subscription is meant: there is nothing to create it from.
@@ -81,18 +87,25 @@ fn builder(args: &Subscribe, client: &Client) -> SubscriberBuilder {
         .max_outstanding_messages(count.min(OUTSTANDING))
 }
 
-/// A start counts only when a subscription is created, which surprises whoever asks for one.
-async fn say_if_start_is_ignored(args: &Subscribe, client: &Client) -> Result<(), Failure> {
-    let (Some(name), Some(_)) = (&args.subscription, args.from) else { return Ok(()) };
+/// The kind that was asked for, or that the subscription has: the subscriber is to know it before
+/// it attaches, since the name that it makes up for this consumer depends on it.
+async fn kind(args: &Subscribe, client: &Client) -> Result<Option<SubscriptionKind>, Failure> {
+    let Some(name) = &args.subscription else { return Ok(None) };
+    let asked = args.kind.map(Kind::kind);
     match client.admin().subscription(name).await {
-        Ok(_) => eprintln!(
-            "pubsub: subscription {name} exists and goes on where it was; to move it: \
-             pubsub subscription seek {name} --to WHERE"
-        ),
-        Err(error) if error.reason() == Some(Reason::SubscriptionNotFound) => {}
-        Err(error) => return Err(error.into()),
+        Ok(existing) => {
+            // It counts only when a subscription is created, which surprises whoever asks for it.
+            if args.from.is_some() {
+                eprintln!(
+                    "pubsub: subscription {name} exists and goes on where it was; to move it: \
+                     pubsub subscription seek {name} --to WHERE"
+                );
+            }
+            Ok(Some(asked.unwrap_or(existing.kind)))
+        }
+        Err(error) if error.reason() == Some(Reason::SubscriptionNotFound) => Ok(asked),
+        Err(error) => Err(error.into()),
     }
-    Ok(())
 }
 
 async fn print(

@@ -38,7 +38,7 @@ async fn create(
     output: &mut Output,
 ) -> Result<(), Failure> {
     let settings = pubsub_client::CreateSubscription::to(args.topics);
-    let settings = settings.with_start(args.from.start());
+    let settings = settings.with_start(args.from.start()).with_kind(args.kind.kind());
     let settings = if args.if_not_exists { settings.if_not_exists() } else { settings };
     let (subscription, created) = client.admin().create_subscription(args.name, settings).await?;
     if output.is_json() {
@@ -69,9 +69,10 @@ async fn list(client: &Client, output: &mut Output) -> Result<(), Failure> {
             }
             rows.push([
                 subscription.name.clone(),
+                format::kind(subscription.kind).to_owned(),
                 subscription.topics.join(","),
                 subscription.positions.iter().map(|at| at.backlog).sum::<u64>().to_string(),
-                consumer(&subscription),
+                consumers(&subscription),
             ]);
         }
         after = page.next;
@@ -89,11 +90,11 @@ async fn list(client: &Client, output: &mut Output) -> Result<(), Failure> {
         );
         return Ok(());
     }
-    output.table(["SUBSCRIPTION", "TOPICS", "BACKLOG", "CONSUMER"], &rows)?;
+    output.table(["SUBSCRIPTION", "KIND", "TOPICS", "BACKLOG", "CONSUMERS"], &rows)?;
     Ok(())
 }
 
-fn consumer(subscription: &SubscriptionInfo) -> String {
+fn consumers(subscription: &SubscriptionInfo) -> String {
     let one = |consumer: &ActiveConsumer| match consumer.connected {
         true => consumer.id.clone(),
         false => format!("{} (lost, awaited)", consumer.id),
@@ -121,7 +122,7 @@ fn show(subscription: &SubscriptionInfo, output: &mut Output) -> Result<(), Fail
             ("kind", format::kind(subscription.kind).to_owned()),
             ("topics", subscription.topics.join(", ")),
             ("created", format::time(subscription.create_time)),
-            ("consumer", consumer(subscription)),
+            ("consumers", consumers(subscription)),
             ("standing by", standby),
         ],
     )?;

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::time::{Duration, SystemTime};
 
-use pubsub_client::{MessageId, Start};
+use pubsub_client::{MessageId, Start, SubscriptionKind};
 
 /// The help of every option that takes a [`Where`].
 macro_rules! from_help {
@@ -16,6 +16,27 @@ macro_rules! from_help {
     };
 }
 pub(crate) use from_help;
+
+/// How a subscription spreads its messages over consumers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Kind {
+    /// One consumer at a time sees each topic in order; others stand by
+    Exclusive,
+    /// Each message goes to one of all consumers, in no order: a work queue
+    Shared,
+    /// As shared, but messages of one ordering key go to one consumer at a time, in order
+    KeyOrdered,
+}
+
+impl Kind {
+    pub(crate) fn kind(self) -> SubscriptionKind {
+        match self {
+            Self::Exclusive => SubscriptionKind::Exclusive,
+            Self::Shared => SubscriptionKind::Shared,
+            Self::KeyOrdered => SubscriptionKind::KeyOrdered,
+        }
+    }
+}
 
 /// Where to start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
