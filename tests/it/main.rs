@@ -20,5 +20,6 @@ mod link;
 mod load;
 mod outcomes;
 mod sealing;
+mod sharing;
 mod standby;
 mod tidy;
