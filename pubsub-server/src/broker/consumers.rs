@@ -157,17 +157,16 @@ impl Subscription {
         if !self.is_competing() {
             self.leases.clear();
         }
-        let mut awaited = Seat::awaited(session.consumer.clone());
-        let before = self.seats.remove(&holder);
+        let consumer = session.consumer.clone();
+        let before = self.seats.insert(holder, Seat::awaited(consumer.clone()));
         let kept_place = before.as_ref().is_some_and(|before| {
             let ConsumerRecord { id, instance, .. } = &before.consumer;
-            (id, instance) == (&awaited.consumer.id, &awaited.consumer.instance)
+            (id, instance) == (&consumer.id, &consumer.instance)
         });
         if let Some(mut older) = before.and_then(|seat| seat.session) {
-            older.tell(Event::Ended(BrokerError::Superseded(session.consumer.id.clone())));
+            older.tell(Event::Ended(BrokerError::Superseded(consumer.id)));
         }
         let mut topics = self.attach_topics(holder, &mut session, kept_place);
-        self.seats.insert(holder, Seat { grace: awaited.grace.take(), ..awaited });
         self.record_changed |= !kept_place;
         if let Err(error) = self.settle_saves().await {
             session.tell(Event::Ended(error.into()));
