@@ -12,17 +12,31 @@ use crate::limits;
 use crate::message::shorten;
 
 /// How a subscription spreads its messages over consumers.
+///
+/// It is set when the subscription is created, and does not change. In each kind a message is with
+/// one consumer at a time, and comes again until one has acked it. A consumer that is lost for
+/// longer than the grace (30 s) loses its messages to the others; what its application still has
+/// can be acked nevertheless.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SubscriptionKind {
-    /// One active consumer sees each topic in order; others stand by.
+    /// One active consumer sees each topic in order; others stand by, and one of them takes over
+    /// when it stops or is lost.
+    ///
+    /// A message that is handed back comes again before everything later of its topic.
     #[default]
     Exclusive,
-    /// All consumers are active, and each message goes to one of them: a work queue. There is no
-    /// order; what was handed back comes again while others go on.
+    /// All consumers are active, and each message goes to one of them: a work queue. More replicas
+    /// do more at once.
+    ///
+    /// There is no order. A message that is handed back comes again later, to any consumer, this
+    /// one included, while others go on.
     Shared,
     /// All consumers are active. Messages of one ordering key go to one consumer at a time, in
-    /// order; those without a key as in `Shared`.
+    /// order; those without a key as in `Shared`. More replicas do more keys at once.
+    ///
+    /// A message that is handed back comes again before everything later of its key, and takes
+    /// what the consumer has of that along: all of it may go to another consumer.
     KeyOrdered,
 }
 
@@ -48,19 +62,55 @@ pub(super) struct Settings {
     /// Empty for a reader.
     pub(super) subscription: String,
     pub(super) topics: Vec<String>,
-    pub(super) kind: SubscriptionKind,
+    /// Nothing: that of the subscription.
+    pub(super) kind: Option<SubscriptionKind>,
     pub(super) start: Start,
     pub(super) must_exist: bool,
     pub(super) max_messages: u32,
     pub(super) max_bytes: u64,
-    pub(super) consumer: String,
+    /// Nothing: a default.
+    consumer: Option<String>,
     pub(super) heartbeat: Duration,
     pub(super) max_processing: Duration,
 }
 
 impl Settings {
+    fn new(subscription: String, heartbeat: Duration) -> Self {
+        Self {
+            subscription,
+            topics: Vec::new(),
+            kind: None,
+            start: Start::default(),
+            must_exist: false,
+            max_messages: limits::OUTSTANDING_MESSAGES,
+            max_bytes: limits::OUTSTANDING_BYTES,
+            consumer: None,
+            heartbeat,
+            max_processing: limits::MAX_PROCESSING,
+        }
+    }
+
     pub(super) fn is_reader(&self) -> bool {
         self.subscription.is_empty()
+    }
+
+    /// The name of the consumer. The default is the same after a restart on the same host, where
+    /// one consumer is active at a time; where several are, each process gets its own.
+    pub(super) fn consumer(&self, instance: &[u8; 16]) -> String {
+        const MAX_BYTES: usize = 128;
+        if let Some(name) = &self.consumer {
+            return name.clone();
+        }
+        let suffix = match self.kind {
+            None | Some(SubscriptionKind::Exclusive) => String::new(),
+            Some(SubscriptionKind::Shared | SubscriptionKind::KeyOrdered) => {
+                let [a, b, c, d, ..] = *instance;
+                format!("/{:08x}", u32::from_be_bytes([a, b, c, d]))
+            }
+        };
+        let mut name = format!("{}/{}", host(), self.subscription);
+        shorten(&mut name, MAX_BYTES - suffix.len());
+        name + &suffix
     }
 }
 
@@ -75,20 +125,7 @@ pub struct SubscriberBuilder {
 
 impl SubscriberBuilder {
     pub(crate) fn new(client: Arc<Shared>, subscription: String) -> Self {
-        let consumer = default_consumer(&subscription);
-        let heartbeat = client.heartbeat;
-        let settings = Settings {
-            subscription,
-            topics: Vec::new(),
-            kind: SubscriptionKind::default(),
-            start: Start::default(),
-            must_exist: false,
-            max_messages: limits::OUTSTANDING_MESSAGES,
-            max_bytes: limits::OUTSTANDING_BYTES,
-            consumer,
-            heartbeat,
-            max_processing: limits::MAX_PROCESSING,
-        };
+        let settings = Settings::new(subscription, client.heartbeat);
         Self { client, settings }
     }
 
@@ -107,10 +144,13 @@ impl SubscriberBuilder {
         self
     }
 
-    /// Sets how a new subscription spreads its messages; [`SubscriptionKind::Exclusive`] by
-    /// default.
+    /// Sets how a new subscription spreads its messages. By default that is what an existing one
+    /// does, and [`SubscriptionKind::Exclusive`] for a new one.
+    ///
+    /// With another kind than the existing subscription has, opening is refused. A reader shares
+    /// its messages with nobody, and has none.
     pub fn kind(mut self, kind: SubscriptionKind) -> Self {
-        self.settings.kind = kind;
+        self.settings.kind = Some(kind);
         self
     }
 
@@ -128,6 +168,9 @@ impl SubscriberBuilder {
 
     /// Sets how many messages may be unacked in this process, buffered or in the application's
     /// hands: 1,000 by default.
+    ///
+    /// Where several consumers are active, what is buffered here waits for this one while others
+    /// may be idle. With slow handlers, about as many as run at once are enough.
     pub fn max_outstanding_messages(mut self, messages: u32) -> Self {
         self.settings.max_messages = messages.max(1);
         self
@@ -141,12 +184,19 @@ impl SubscriberBuilder {
     }
 
     /// Sets the stable name of this consumer, 1 to 128 bytes. By default it is made of the names
-    /// of the host and the subscription.
+    /// of the host and the subscription; if a [kind](Self::kind) is asked for in which several
+    /// consumers are active, random digits are added that are new for each subscriber.
     ///
-    /// A consumer that restarts under the same name takes over from its earlier self at once;
-    /// one of another name stands by. So replicas on one host need names of their own.
+    /// A consumer that restarts under the same name takes over from its earlier self at once, and
+    /// gets the messages that it had. One of another name stands by, or in the kinds with several
+    /// active consumers gets messages of its own; what an earlier self had then comes after the
+    /// grace (30 s).
+    ///
+    /// So replicas on one host need names of their own. By default they have them only if they ask
+    /// for the kind: those that open an existing subscription without it have all the same name,
+    /// and each supersedes the one before.
     pub fn consumer_id(mut self, id: impl Into<String>) -> Self {
-        self.settings.consumer = id.into();
+        self.settings.consumer = Some(id.into());
         self
     }
 
@@ -162,10 +212,11 @@ impl SubscriberBuilder {
     ///
     /// A message that is held for longer is given up: a warning is logged, and the message is
     /// nacked in the application's stead, which counts as a failed attempt. As after any
-    /// [nack](crate::Delivery::nack), it comes again after the server's backoff, before everything
-    /// later of its topic. The older delivery can still ack it; whatever else is done with that
-    /// one does not count any more. In [`run`](Subscriber::run) the message is not handled again
-    /// before its first handler has returned.
+    /// [nack](crate::Delivery::nack), it comes again after the server's backoff, in the place that
+    /// the [kind](SubscriptionKind) gives it; where several consumers are active, perhaps to
+    /// another one. The older delivery can still ack it; whatever else is done with that one does
+    /// not count any more. In [`run`](Subscriber::run) the message is not handled again here before
+    /// its first handler has returned, unless the subscription does not keep it in order.
     ///
     /// It is looked for with each heartbeat, and so is given up later by one at most; while
     /// disconnected, not before the connection is back. A reader has no acks, and keeps what it
@@ -203,14 +254,6 @@ impl SubscriberBuilder {
     }
 }
 
-/// A name that is the same after a restart on the same host.
-fn default_consumer(subscription: &str) -> String {
-    const MAX_BYTES: usize = 128;
-    let mut name = format!("{}/{subscription}", host());
-    shorten(&mut name, MAX_BYTES);
-    name
-}
-
 fn host() -> String {
     let files = ["/proc/sys/kernel/hostname", "/etc/hostname"];
     let read = files.iter().find_map(|file| std::fs::read_to_string(file).ok());
@@ -226,8 +269,24 @@ mod tests {
 
     #[test]
     fn the_default_consumer_is_stable_and_short() {
-        assert_eq!(default_consumer("s"), default_consumer("s"));
-        assert!(default_consumer("s").ends_with("/s"));
-        assert!(default_consumer(&"ü".repeat(200)).len() <= 128);
+        let mut settings = Settings::new("s".to_owned(), limits::HEARTBEAT);
+        let name = settings.consumer(&[1; 16]);
+        assert!(name.ends_with("/s"), "{name}");
+        for kind in [None, Some(SubscriptionKind::Exclusive)] {
+            settings.kind = kind;
+            assert_eq!(settings.consumer(&[2; 16]), name);
+        }
+        for kind in [SubscriptionKind::Shared, SubscriptionKind::KeyOrdered] {
+            settings.kind = Some(kind);
+            assert_eq!(settings.consumer(&[0x0a; 16]), format!("{name}/0a0a0a0a"));
+            settings.consumer = Some("c".to_owned());
+            assert_eq!(settings.consumer(&[0x0a; 16]), "c");
+            settings.consumer = None;
+        }
+        settings.subscription = "ü".repeat(200);
+        let long = settings.consumer(&[0xff; 16]);
+        assert!(long.len() <= 128 && long.ends_with("/ffffffff"), "{long}");
+        settings.kind = None;
+        assert!(settings.consumer(&[0xff; 16]).len() <= 128);
     }
 }

@@ -7,10 +7,13 @@ use prost::Message as _;
 use pubsub_proto::v1 as pb;
 use pubsub_proto::v1::subscribe_request::Frame;
 
+use super::buffer::Item;
 use super::builder::{Settings, Start, SubscriptionKind};
 use super::core::Core;
+use super::nacks::Nacked;
+use super::order::Order;
 use super::resume::TopicBatch;
-use super::topic::{Joined, Missing, Nacked, Position};
+use super::topic::{Joined, Missing, Position};
 use super::{Gap, GapReason};
 use crate::limits;
 use crate::message::wire_duration;
@@ -24,18 +27,20 @@ pub(super) fn hello(core: &Core) -> pb::SubscribeRequest {
     let attach = core.next_attach();
     let mut inner = core.lock();
     let settings = &core.settings;
+    // A reader shares its messages with nobody.
+    let kind = settings.kind.filter(|_| !settings.is_reader()).map(kind).unwrap_or_default();
     let positions = inner.resume.hello().into_iter().map(position).collect();
     request(Frame::Hello(pb::SubscribeHello {
         protocol: pubsub_proto::PROTOCOL_VERSION,
         subscription: settings.subscription.clone(),
         subscription_epoch: inner.epoch,
         consumer: Some(pb::Consumer {
-            id: settings.consumer.clone(),
+            id: core.consumer.clone(),
             instance: core.instance.to_vec().into(),
             attach,
         }),
         topics: settings.topics.clone(),
-        kind: kind(settings.kind).into(),
+        kind: kind.into(),
         start: Some(start(settings.start)),
         must_exist: settings.must_exist,
         max_outstanding_messages: settings.max_messages,
@@ -98,6 +103,10 @@ fn ranges(ranges: Vec<RangeInclusive<u64>>) -> Vec<pb::SequenceRange> {
     ranges.into_iter().map(range).collect()
 }
 
+pub(super) fn ranges_from(ranges: Vec<pb::SequenceRange>) -> Vec<RangeInclusive<u64>> {
+    ranges.into_iter().map(|range| range.first..=range.last).collect()
+}
+
 fn nack((sequence, nacked): (u64, Nacked)) -> pb::NackItem {
     pb::NackItem {
         sequence,
@@ -128,7 +137,7 @@ pub(super) fn joined(topic: pb::SessionTopic) -> Joined {
         cursor_generation: topic.cursor_generation,
         floor: sequence(topic.floor),
         head: sequence(topic.head),
-        dropped: topic.dropped.into_iter().map(|range| range.first..=range.last).collect(),
+        dropped: ranges_from(topic.dropped),
     }
 }
 
@@ -137,10 +146,12 @@ pub(super) fn sequence(sequence: u64) -> u64 {
     sequence.min(u64::MAX - 1)
 }
 
-/// A delivered message: its sequence, attempt and bytes, and itself.
-pub(super) fn item(message: pb::ReceivedMessage) -> (u64, (u32, u64, pb::ReceivedMessage)) {
-    let bytes = message.message.as_ref().map_or(0, |message| message.encoded_len() as u64);
-    (message.sequence, (message.attempt, bytes, message))
+/// A delivered message, and its sequence.
+pub(super) fn item(order: Order, message: pb::ReceivedMessage) -> (u64, Item<pb::ReceivedMessage>) {
+    let inner = message.message.as_ref();
+    let bytes = inner.map_or(0, |inner| inner.encoded_len() as u64);
+    let lane = order.lane(inner.map_or("", |inner| &inner.ordering_key));
+    (message.sequence, Item { attempt: message.attempt, bytes, lane, message })
 }
 
 pub(super) fn gap(topic: Arc<str>, epoch: u64, missing: Missing) -> Gap {

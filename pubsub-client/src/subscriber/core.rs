@@ -14,9 +14,11 @@ use tokio::time::Instant;
 use super::builder::Settings;
 use super::convert;
 use super::delivery::{Delivery, Nack};
+use super::nacks::Nacked;
+use super::order::Lane;
 use super::resume::{Acked, Handle, Overdue, Resume, Settled, Shown};
 use super::stop::{Drain, Stopping};
-use super::topic::{Nacked, TopicKey};
+use super::topic::TopicKey;
 use super::{DataLoss, Event, Position, TopicPosition};
 use crate::client::Shared;
 use crate::error::{AckError, Cause, SubscribeError};
@@ -30,6 +32,8 @@ pub(crate) struct Core {
     pub(super) client: Arc<Shared>,
     pub(super) settings: Settings,
     pub(super) instance: [u8; 16],
+    /// The name of the consumer.
+    pub(super) consumer: String,
     pub(super) state: StateCell,
     attaches: AtomicU64,
     inner: Mutex<Inner>,
@@ -51,7 +55,7 @@ pub(super) struct Inner {
     /// Someone waits for a confirmation or nacked: acks are not to wait for company.
     pub(super) urgent: bool,
     pub(super) welcomed: bool,
-    /// Whether the last thing heard is that this is the active consumer.
+    /// Whether the last thing heard is that this is an active consumer.
     active: bool,
     ended: bool,
     error: Option<SubscribeError>,
@@ -100,9 +104,11 @@ impl Core {
             consumer: None,
             confirmations: BTreeMap::new(),
         };
+        let instance = client.env.id();
         Arc::new(Self {
+            consumer: settings.consumer(&instance),
             settings,
-            instance: client.env.id(),
+            instance,
             state: client.new_state(),
             client,
             attaches: AtomicU64::new(0),
@@ -126,7 +132,7 @@ impl Core {
     pub(super) fn poll(
         self: &Arc<Self>,
         context: &mut Context<'_>,
-        allowed: impl Fn(&str) -> bool,
+        allowed: impl Fn(&Arc<str>, &Lane) -> bool,
     ) -> Poll<Option<Result<Event, SubscribeError>>> {
         let mut inner = self.lock();
         if inner.ended {
@@ -161,6 +167,11 @@ impl Core {
                 Event::DataLoss(DataLoss { id: MessageId { topic, epoch, sequence } })
             }
         }
+    }
+
+    /// With which messages of its topic this one is in order.
+    pub(super) fn lane(&self, message: &ReceivedMessage) -> Option<Lane> {
+        self.lock().resume.order().lane(message.ordering_key.as_deref().unwrap_or_default())
     }
 
     pub(super) fn ack(&self, handle: Handle) {

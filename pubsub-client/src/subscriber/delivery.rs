@@ -18,9 +18,16 @@ use crate::message::{ReceivedMessage, shorten};
 /// failure. It stays valid across disconnects and server restarts. One that is held for longer
 /// than [`max_processing`](crate::SubscriberBuilder::max_processing) is given up, and comes again.
 ///
-/// After a nack or release of message n, all unacked messages after n are shown again, in order,
-/// even those already handed out; what the application still does with the older deliveries of
-/// these counts, if it is an ack.
+/// What else comes again after a nack or release of message n depends on the
+/// [kind](crate::SubscriptionKind) of the subscription. In `Exclusive` all unacked messages of the
+/// topic after n are shown again, in order, even those already handed out. In `KeyOrdered` that is
+/// so for the messages after n of the same ordering key, and all of them may go to another
+/// consumer. In `Shared`, and without a key, it is n alone, which may go to another consumer, too.
+/// What the application still does with older deliveries counts, if it is an ack.
+///
+/// Where several consumers are active, a delivery also becomes an older one when the connection is
+/// lost for longer than the server's grace (30 s): the message then goes to another consumer. Its
+/// ack still counts, and a nack does nothing.
 ///
 /// In a reader there is nothing to ack: acks and nacks do nothing.
 #[derive(Debug)]
@@ -56,11 +63,15 @@ impl Delivery {
     }
 
     /// Acks the message and all earlier ones of the same topic that the application holds.
+    ///
+    /// Made for [`Exclusive`](crate::SubscriptionKind::Exclusive) subscriptions. In the other kinds
+    /// earlier is not before, and only the message itself is acked.
     pub fn ack_up_to(self) {
         self.acker.ack_up_to();
     }
 
-    /// Hands the message back as failed: it comes again, and counts as another attempt.
+    /// Hands the message back as failed: it comes again, and counts as another attempt. Where
+    /// several consumers are active, it may come to another one.
     pub fn nack(self, nack: Nack) {
         self.acker.nack(nack);
     }
@@ -141,6 +152,9 @@ impl Drop for Acker {
 }
 
 /// How a message is handed back.
+///
+/// Until it comes again, what has to come after it waits: all of its topic, all of its ordering
+/// key, or nothing, as the [kind](crate::SubscriptionKind) of the subscription says.
 ///
 /// ```
 /// use std::time::Duration;

@@ -1,11 +1,16 @@
 //! Receiving.
 
+mod buffer;
 mod builder;
 mod convert;
 mod core;
 mod dedup;
 mod delivery;
+mod nacks;
+mod order;
 mod resume;
+#[cfg(test)]
+mod resume_competing_model;
 #[cfg(test)]
 mod resume_model;
 mod run;
@@ -74,9 +79,18 @@ use crate::state::StateWatch;
 /// goes on with exactly the messages that the application has not seen. Deliveries handed out
 /// before stay valid. The [state](Self::state) tells.
 ///
-/// Each topic comes in the order of its log; the topics take turns. Nothing is handed out while
-/// another consumer of the subscription is active, and after the connection has been lost for
-/// longer than the server reserves messages for this consumer (30 s): then another may have them.
+/// The topics take turns. What comes in order, and to whom, is up to the
+/// [kind](SubscriptionKind) of the subscription:
+///
+/// * `Exclusive`: each topic comes in the order of its log, to one consumer; while another one is
+///   active, nothing is handed out. Replicas stand by.
+/// * `Shared`: each message goes to one of the consumers, in no order. Replicas share the work.
+/// * `KeyOrdered`: the messages of one ordering key are with one consumer at a time and come in
+///   order; those without a key as in `Shared`.
+///
+/// Nothing is handed out after the connection has been lost for longer than the server reserves
+/// messages for this consumer (30 s): then another may have them. What of these was not handed out
+/// is dropped when the connection is back.
 ///
 /// When the subscriber is dropped it hands back what the application has not seen, and lives on
 /// in the background until the deliveries it has handed out are settled and their acks confirmed,
@@ -90,7 +104,7 @@ impl Subscriber {
     /// The next message or event. Cancel-safe. Nothing once the subscriber is stopped, or after
     /// a terminal error.
     pub async fn next(&mut self) -> Option<Result<Event, SubscribeError>> {
-        std::future::poll_fn(|context| self.core.poll(context, |_| true)).await
+        std::future::poll_fn(|context| self.core.poll(context, |_, _| true)).await
     }
 
     /// A subscriber whose payloads are decoded.
@@ -116,6 +130,9 @@ impl Subscriber {
     /// Waits until the application was handed everything that was published until now, as far as
     /// the server has told: it tells with each message and heartbeat. Also returns when the
     /// subscriber ends.
+    ///
+    /// Where several consumers are active, what is with others is not waited for, nor what was
+    /// handed back and may come here again; and only heartbeats tell.
     pub async fn caught_up(&self) {
         self.core.wait_until(|core| core.position().caught_up || core.has_ended()).await;
     }
@@ -125,7 +142,7 @@ impl Stream for Subscriber {
     type Item = Result<Event, SubscribeError>;
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.core.poll(context, |_| true)
+        self.core.poll(context, |_, _| true)
     }
 }
 
@@ -145,7 +162,7 @@ pub enum Event {
     /// A message.
     Message(Delivery),
     /// Messages that this subscription will never receive, told in the place where they would
-    /// have come.
+    /// have come; at once where the topic has no order.
     Gap(Gap),
     /// What the server has stored of a topic is damaged, and nothing comes from there on until
     /// an operator moves the subscription past it. Other topics go on.
@@ -225,10 +242,10 @@ pub struct TopicPosition {
     pub epoch: u64,
     /// The message that was handed out last; 0 if none was.
     pub last_delivered: u64,
-    /// All messages up to here are known to be received or released.
+    /// All messages up to here are known to be received or released, by whichever consumer.
     pub acked_floor: u64,
     /// The last message of the topic that is known of.
     pub head: u64,
-    /// Whether everything up to `head` was handed out.
+    /// Whether everything up to `head` was handed out, or is with other consumers.
     pub caught_up: bool,
 }

@@ -10,9 +10,10 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::topic::{
-    Joined, Missing, Nacked, Next, Outstanding, Position, Sent, Topic, TopicKey, Unsent,
-};
+use super::buffer::Item;
+use super::nacks::Nacked;
+use super::order::{Lane, Order};
+use super::topic::{Joined, Missing, Next, Outstanding, Position, Sent, Topic, TopicKey, Unsent};
 
 /// The wire's word for the reason of a gap.
 const TOPIC_DELETED: i32 = pubsub_proto::v1::GapReason::TopicDeleted as i32;
@@ -76,6 +77,7 @@ struct SentBatch {
 pub(super) struct Resume<M> {
     /// A reader has no acks: taking a message is all there is.
     reader: bool,
+    order: Order,
     topics: BTreeMap<TopicKey, Topic<M>>,
     by_number: BTreeMap<u32, TopicKey>,
     /// By name and epoch, those that are not deleted.
@@ -98,6 +100,7 @@ impl<M> Resume<M> {
     pub(super) fn new(reader: bool) -> Self {
         Self {
             reader,
+            order: Order::Topic,
             topics: BTreeMap::new(),
             by_number: BTreeMap::new(),
             present: BTreeMap::new(),
@@ -133,7 +136,9 @@ impl<M> Resume<M> {
     }
 
     /// The server took the hello in: what it carried is confirmed.
-    pub(super) fn welcome(&mut self, joined: Vec<Joined>) -> Settled {
+    pub(super) fn welcome(&mut self, order: Order, joined: Vec<Joined>) -> Settled {
+        // A reader shares its messages with nobody, whatever a server says.
+        self.order = if self.reader { Order::Topic } else { order };
         let mut settled = Settled::default();
         let before: Vec<TopicKey> = self.topics.keys().copied().collect();
         let mut kept = BTreeSet::new();
@@ -158,7 +163,7 @@ impl<M> Resume<M> {
             && let Some(topic) = self.topics.get_mut(&key)
         {
             if topic.cursor_generation == joined.cursor_generation {
-                topic.resume(&joined);
+                topic.resume(&joined, self.order);
                 self.by_number.insert(joined.number, key);
                 return key;
             }
@@ -168,7 +173,7 @@ impl<M> Resume<M> {
         self.keys += 1;
         let key = TopicKey(self.keys);
         self.by_number.insert(joined.number, key);
-        let mut topic = Topic::new(&joined);
+        let mut topic = Topic::new(&joined, self.order);
         topic.predecessor = self.latest.insert(Arc::clone(&joined.name), key);
         self.present.insert(identity, key);
         self.topics.insert(key, topic);
@@ -272,7 +277,7 @@ impl<M> Resume<M> {
         number: u32,
         first: u64,
         generation: u32,
-        messages: impl ExactSizeIterator<Item = (u64, (u32, u64, M))>,
+        messages: impl ExactSizeIterator<Item = (u64, Item<M>)>,
     ) -> Result<usize, Broken> {
         if first != self.deliveries + 1 {
             let expected = self.deliveries + 1;
@@ -303,13 +308,20 @@ impl<M> Resume<M> {
         Ok(shown)
     }
 
-    pub(super) fn rewind(&mut self, number: u32, from: u64, to: u32) -> Result<(), Broken> {
+    /// A topic, or what the server has taken `back` of it, is going to be delivered again.
+    pub(super) fn rewind(
+        &mut self,
+        number: u32,
+        from: u64,
+        to: u32,
+        back: &[RangeInclusive<u64>],
+    ) -> Result<(), Broken> {
         let key = self.key(number)?;
         let topic = self.topic(key)?;
-        if to <= topic.generation {
+        if back.is_empty() && to <= topic.generation {
             return Err(Broken(format!("topic {number} was rewound to an older generation")));
         }
-        topic.rewind(from, to);
+        topic.rewind(from, to, back);
         self.refresh(key);
         Ok(())
     }
@@ -332,10 +344,11 @@ impl<M> Resume<M> {
         Ok(())
     }
 
-    pub(super) fn head(&mut self, number: u32, head: u64, passed: u64) {
+    pub(super) fn head(&mut self, number: u32, head: u64, passed: u64, floor: u64) {
         if let Ok(topic) = self.key(number).and_then(|key| self.topic(key)) {
             topic.head = topic.head.max(head);
             topic.passed = passed;
+            topic.raise_floor(floor);
         }
     }
 
@@ -370,21 +383,24 @@ impl<M> Resume<M> {
             .any(|earlier| self.ready.contains(&earlier))
     }
 
-    /// Takes the next thing to show: the oldest of a topic, the topics by turns. `allowed` says
-    /// the topics of which names may be served.
+    /// Takes the next thing to show: the oldest of a topic that may be shown, the topics by turns.
+    /// `allowed` says which lanes of the topics of which names may be served.
     pub(super) fn take(
         &mut self,
         now: Instant,
-        allowed: impl Fn(&str) -> bool,
+        allowed: impl Fn(&Arc<str>, &Lane) -> bool,
     ) -> Option<Shown<M>> {
         let after = self.ready.range((Excluded(self.served), Unbounded));
         let mut turns = after.chain(self.ready.range(..=self.served));
-        let allowed = |key| self.topics.get(key).is_some_and(|topic| allowed(&topic.name));
-        let key = *turns.find(|key| allowed(key) && !self.is_preceded(**key))?;
+        let (key, turn) = turns.find_map(|key| {
+            let topic = self.topics.get(key)?;
+            let turn = topic.next(|lane| allowed(&topic.name, lane))?;
+            (!self.is_preceded(*key)).then_some((*key, turn))
+        })?;
         let topic = self.topics.get_mut(&key)?;
         self.showings += 1;
         let showing = self.showings;
-        let next = topic.take(showing, now, self.reader)?;
+        let next = topic.take(turn, showing, now, self.reader)?;
         let (name, epoch) = (Arc::clone(&topic.name), topic.epoch);
         self.served = key;
         self.queued += usize::from(match next {
@@ -415,9 +431,10 @@ impl<M> Resume<M> {
         if done { Acked::Done } else { Acked::Queued }
     }
 
-    /// Acks a message and all before it that are in the application's hands.
+    /// Acks a message and, where its topic has an order, all before it that are in the
+    /// application's hands.
     pub(super) fn ack_up_to(&mut self, handle: Handle) {
-        let topic = self.topics.get(&handle.topic);
+        let topic = self.topics.get(&handle.topic).filter(|topic| topic.order == Order::Topic);
         let all = topic.map(|topic| topic.outstanding_up_to(handle.sequence)).unwrap_or_default();
         for sequence in all {
             self.ack(Handle { sequence, ..handle });
@@ -484,6 +501,11 @@ impl<M> Resume<M> {
 
     pub(super) fn topics(&self) -> impl Iterator<Item = &Topic<M>> {
         self.topics.values()
+    }
+
+    /// What is kept in order, as the last welcome said.
+    pub(super) fn order(&self) -> Order {
+        self.order
     }
 
     /// How many messages are in the application's hands.

@@ -7,14 +7,17 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
+use super::buffer::Item;
+use super::nacks::Nacked;
+use super::order::{Lane, Order};
 use super::resume::{Acked, Broken, Handle, Overdue, Resume, Settled, Shown, TopicBatch};
-use super::topic::{Joined, Missing, Nacked, Position};
+use super::topic::{Joined, Missing, Position};
 
 /// For how long the application may hold a message.
 const MAX_PROCESSING: Duration = Duration::from_secs(5);
 
 /// A time to count from.
-fn start() -> Instant {
+pub(super) fn start() -> Instant {
     tokio::time::Instant::now().into_std()
 }
 
@@ -46,7 +49,12 @@ enum Frame {
     Confirm(u64),
 }
 
-fn expand(ranges: &[RangeInclusive<u64>]) -> impl Iterator<Item = u64> + '_ {
+/// A message as it arrives where all of a topic is in order.
+fn item(attempt: u32, bytes: u64, message: u64) -> Item<u64> {
+    Item { attempt, bytes, lane: Some(Lane::Topic), message }
+}
+
+pub(super) fn expand(ranges: &[RangeInclusive<u64>]) -> impl Iterator<Item = u64> + '_ {
     ranges.iter().flat_map(Clone::clone)
 }
 
@@ -218,7 +226,7 @@ impl World {
     fn attach(&mut self) {
         let positions = self.client.hello();
         let joined = self.server.attach(&positions);
-        let settled = self.client.welcome(joined);
+        let settled = self.client.welcome(Order::Topic, joined);
         self.settle(settled);
     }
 
@@ -262,12 +270,12 @@ impl World {
         match self.server.frames.pop_front() {
             None => {}
             Some(Frame::Deliver { topic, first, generation, sequences }) => {
-                let items = sequences.into_iter().map(|sequence| (sequence, (1, 1, sequence)));
+                let items = sequences.into_iter().map(|sequence| (sequence, item(1, 1, sequence)));
                 let topic = u32::try_from(topic).unwrap() + 1;
                 self.client.deliver(topic, first, generation, items)?;
             }
             Some(Frame::Rewind { topic, from, generation }) => {
-                self.client.rewind(u32::try_from(topic).unwrap() + 1, from, generation)?;
+                self.client.rewind(u32::try_from(topic).unwrap() + 1, from, generation, &[])?;
             }
             Some(Frame::Repositioned(joined)) => {
                 let settled = self.client.repositioned(joined);
@@ -282,7 +290,7 @@ impl World {
     }
 
     fn take(&mut self) {
-        let Some(shown) = self.client.take(self.now, |_| true) else { return };
+        let Some(shown) = self.client.take(self.now, |_, _| true) else { return };
         let Shown::Message { handle, topic, message, .. } = shown else { panic!("{shown:?}") };
         assert_eq!(message, handle.sequence);
         let number = usize::from(&*topic == "t1");
@@ -421,7 +429,7 @@ proptest! {
     }
 }
 
-fn joined(floor: u64, head: u64) -> Joined {
+pub(super) fn joined(floor: u64, head: u64) -> Joined {
     Joined {
         number: 1,
         name: "t".into(),
@@ -436,21 +444,21 @@ fn joined(floor: u64, head: u64) -> Joined {
 fn attached(reader: bool) -> Resume<u64> {
     let mut resume = Resume::new(reader);
     assert_eq!(resume.hello(), []);
-    resume.welcome(vec![joined(0, 9)]);
+    resume.welcome(Order::Topic, vec![joined(0, 9)]);
     resume
 }
 
 fn deliver(resume: &mut Resume<u64>, first: u64, sequences: RangeInclusive<u64>) {
-    let items: Vec<_> = sequences.map(|sequence| (sequence, (1, 10, sequence))).collect();
+    let items: Vec<_> = sequences.map(|sequence| (sequence, item(1, 10, sequence))).collect();
     resume.deliver(1, first, 0, items.into_iter()).unwrap();
 }
 
-fn take(resume: &mut Resume<u64>) -> Option<Handle> {
+pub(super) fn take(resume: &mut Resume<u64>) -> Option<Handle> {
     take_at(resume, start())
 }
 
 fn take_at(resume: &mut Resume<u64>, now: Instant) -> Option<Handle> {
-    match resume.take(now, |_| true)? {
+    match resume.take(now, |_, _| true)? {
         Shown::Message { handle, .. } => Some(handle),
         other @ (Shown::Gap { .. } | Shown::DataLoss { .. }) => panic!("{other:?}"),
     }
@@ -480,7 +488,7 @@ fn what_a_hello_carried_is_confirmed_by_the_welcome_and_not_before() {
     resume.ack(first);
     resume.hello();
     assert_eq!(resume.ack(second), Acked::Queued);
-    let settled = resume.welcome(vec![joined(1, 9)]);
+    let settled = resume.welcome(Order::Topic, vec![joined(1, 9)]);
     assert_eq!(settled.confirmed, [(first.topic, vec![1..=1])]);
     assert_eq!(resume.ack(first), Acked::Done);
     let (number, batch) = resume.batch().unwrap();
@@ -506,23 +514,23 @@ fn a_lost_frame_is_noticed() {
     deliver(&mut resume, 1, 1..=2);
     assert!(resume.check_deliveries(2).is_ok());
     assert!(resume.check_deliveries(3).is_err());
-    let items = [(4, (1, 1, 4))];
-    assert!(resume.deliver(1, 4, 0, items.into_iter()).is_err());
-    assert!(resume.deliver(2, 3, 0, items.into_iter()).is_err());
+    let items = || [(4, item(1, 1, 4))].into_iter();
+    assert!(resume.deliver(1, 4, 0, items()).is_err());
+    assert!(resume.deliver(2, 3, 0, items()).is_err());
 }
 
 #[test]
 fn a_frame_of_an_older_generation_is_dropped_and_of_a_newer_one_is_an_error() {
     let mut resume = attached(false);
     deliver(&mut resume, 1, 1..=2);
-    resume.rewind(1, 2, 1).unwrap();
-    let items = [(2, (1, 1, 2)), (3, (1, 1, 3))];
-    assert_eq!(resume.deliver(1, 3, 0, items.into_iter()), Ok(0));
+    resume.rewind(1, 2, 1, &[]).unwrap();
+    let items = || [(2, item(1, 1, 2)), (3, item(1, 1, 3))].into_iter();
+    assert_eq!(resume.deliver(1, 3, 0, items()), Ok(0));
     assert_eq!(take(&mut resume).unwrap().sequence, 1);
     assert!(take(&mut resume).is_none());
-    assert_eq!(resume.deliver(1, 5, 1, items.into_iter()), Ok(2));
-    assert!(resume.deliver(1, 7, 2, items.into_iter()).is_err());
-    assert!(resume.rewind(1, 1, 1).is_err());
+    assert_eq!(resume.deliver(1, 5, 1, items()), Ok(2));
+    assert!(resume.deliver(1, 7, 2, items()).is_err());
+    assert!(resume.rewind(1, 1, 1, &[]).is_err());
 }
 
 #[test]
@@ -547,8 +555,8 @@ fn an_older_handle_acks_a_message_that_comes_again_before_it_is_shown() {
     deliver(&mut resume, 1, 1..=2);
     let first = take(&mut resume).unwrap();
     let second = take(&mut resume).unwrap();
-    resume.rewind(1, 1, 1).unwrap();
-    let items = [(1, (2, 1, 1)), (2, (1, 1, 2))];
+    resume.rewind(1, 1, 1, &[]).unwrap();
+    let items = [(1, item(2, 1, 1)), (2, item(1, 1, 2))];
     resume.deliver(1, 3, 1, items.into_iter()).unwrap();
     resume.ack(first);
     assert_eq!(take(&mut resume).unwrap().sequence, 2);
@@ -585,8 +593,8 @@ fn a_message_is_overdue_once_and_an_ack_by_its_older_handle_wins() {
     assert!(resume.nack(second, nacked));
     assert_eq!(resume.batch().unwrap().1[0].unsent.nacks.len(), 1);
     // After the message has come again: then it is not shown again.
-    resume.rewind(1, 2, 1).unwrap();
-    let items = [(2, (2, 1, 2)), (3, (1, 1, 3))];
+    resume.rewind(1, 2, 1, &[]).unwrap();
+    let items = [(2, item(2, 1, 2)), (3, item(1, 1, 3))];
     resume.deliver(1, 4, 1, items.into_iter()).unwrap();
     resume.confirm(2);
     assert_eq!(resume.ack(second), Acked::Queued);
@@ -611,7 +619,7 @@ fn a_gap_is_told_once_in_its_place_and_without_what_has_arrived() {
     assert_eq!(resume.gap(1, &missing), Ok(true));
     assert_eq!(resume.gap(1, &missing), Ok(false));
     let mut order = Vec::new();
-    while let Some(shown) = resume.take(start(), |_| true) {
+    while let Some(shown) = resume.take(start(), |_, _| true) {
         order.push(match shown {
             Shown::Message { message, .. } => message..=message,
             Shown::Gap { missing, .. } => missing.range,
@@ -627,14 +635,14 @@ fn a_gap_is_reported_by_each_hello_until_that_is_confirmed() {
     let missing = Missing { range: 1..=3, reason: 1 };
     resume.gap(1, &missing).unwrap();
     assert_eq!(resume.queued(), 0, "nobody has seen it");
-    assert!(matches!(resume.take(start(), |_| true), Some(Shown::Gap { .. })));
+    assert!(matches!(resume.take(start(), |_, _| true), Some(Shown::Gap { .. })));
     assert_eq!(resume.queued(), 1);
     assert_eq!(resume.batch().unwrap().1[0].unsent.missed, [1..=3]);
     assert!(resume.is_unconfirmed());
     for _ in 0..2 {
         assert_eq!(resume.hello().pop().unwrap().missed, [1..=3]);
     }
-    resume.welcome(vec![joined(3, 7)]);
+    resume.welcome(Order::Topic, vec![joined(3, 7)]);
     assert!(!resume.is_unconfirmed());
     assert_eq!(resume.gap(1, &missing), Ok(false), "it is not told twice");
     assert!(resume.hello().pop().unwrap().missed.is_empty());
@@ -650,12 +658,12 @@ fn a_reader_goes_on_after_what_was_taken_and_acks_by_taking() {
     assert!(!resume.is_unconfirmed());
     let position = resume.hello().pop().unwrap();
     assert_eq!((position.last_received, position.held.len()), (2, 0));
-    resume.welcome(vec![joined(2, 9)]);
+    resume.welcome(Order::Topic, vec![joined(2, 9)]);
     deliver(&mut resume, 1, 3..=4);
     assert_eq!(take(&mut resume).unwrap().sequence, 3);
     let mut latest = Resume::<u64>::new(true);
     latest.hello();
-    latest.welcome(vec![joined(9, 9)]);
+    latest.welcome(Order::Topic, vec![joined(9, 9)]);
     assert_eq!(latest.hello().pop().unwrap().last_received, 9);
 }
 
@@ -664,11 +672,11 @@ fn topics_take_turns() {
     let mut resume = Resume::new(false);
     resume.hello();
     let second = Joined { number: 2, name: "u".into(), ..joined(0, 9) };
-    resume.welcome(vec![joined(0, 9), second]);
+    resume.welcome(Order::Topic, vec![joined(0, 9), second]);
     deliver(&mut resume, 1, 1..=3);
-    let items = [(1, (1, 1, 101)), (2, (1, 1, 102))];
+    let items = [(1, item(1, 1, 101)), (2, item(1, 1, 102))];
     resume.deliver(2, 4, 0, items.into_iter()).unwrap();
-    let order: Vec<u64> = std::iter::from_fn(|| match resume.take(start(), |_| true)? {
+    let order: Vec<u64> = std::iter::from_fn(|| match resume.take(start(), |_, _| true)? {
         Shown::Message { message, .. } => Some(message),
         Shown::Gap { .. } | Shown::DataLoss { .. } => None,
     })
@@ -686,11 +694,11 @@ fn nothing_is_caught_up_between_a_nack_and_its_showing() {
     let nacked = Nacked { attempt: 1, delay: None, reason: String::new(), showing };
     assert!(resume.nack(handle, nacked));
     resume.batch().unwrap();
-    resume.rewind(1, 1, 1).unwrap();
+    resume.rewind(1, 1, 1, &[]).unwrap();
     assert!(!caught_up(&resume));
     resume.confirm(1);
     assert!(!caught_up(&resume));
-    let items: Vec<_> = (1..=9).map(|sequence| (sequence, (2, 10, sequence))).collect();
+    let items: Vec<_> = (1..=9).map(|sequence| (sequence, item(2, 10, sequence))).collect();
     resume.deliver(1, 10, 1, items.into_iter()).unwrap();
     assert!(!caught_up(&resume));
     while take(&mut resume).is_some() {}
@@ -703,7 +711,7 @@ fn a_gap_that_is_done_with_is_forgotten() {
     for (number, first) in (1..=100).zip((1..).step_by(3)) {
         resume.gap(1, &Missing { range: first..=first + 1, reason: 1 }).unwrap();
         deliver(&mut resume, number, first + 2..=first + 2);
-        assert!(matches!(resume.take(start(), |_| true), Some(Shown::Gap { .. })));
+        assert!(matches!(resume.take(start(), |_, _| true), Some(Shown::Gap { .. })));
         let handle = take(&mut resume).unwrap();
         resume.ack(handle);
         resume.batch().unwrap();
@@ -720,13 +728,13 @@ fn damage_is_told_once_and_after_what_came_before_it() {
     resume.data_loss(1, 3).unwrap();
     let first = take(&mut resume).unwrap();
     take(&mut resume).unwrap();
-    let told = |resume: &mut Resume<u64>| match resume.take(start(), |_| true) {
+    let told = |resume: &mut Resume<u64>| match resume.take(start(), |_, _| true) {
         Some(Shown::DataLoss { sequence, .. }) => Some(sequence),
         _ => None,
     };
     assert_eq!(told(&mut resume), Some(3));
     resume.hello();
-    resume.welcome(vec![joined(0, 9)]);
+    resume.welcome(Order::Topic, vec![joined(0, 9)]);
     resume.data_loss(1, 3).unwrap();
     assert_eq!(told(&mut resume), None, "every stream says so, and it is known");
     assert_eq!(resume.ack(first), Acked::Queued);
@@ -747,7 +755,7 @@ fn ranges_and_sequences_that_cannot_be_are_an_error() {
     }
     for sequence in [0, u64::MAX] {
         let mut resume = attached(false);
-        assert!(resume.deliver(1, 1, 0, [(sequence, (1, 1, 1))].into_iter()).is_err());
+        assert!(resume.deliver(1, 1, 0, [(sequence, item(1, 1, 1))].into_iter()).is_err());
     }
 }
 
@@ -768,8 +776,8 @@ fn the_end_of_a_deleted_topic_comes_before_its_successor_whatever_was_sought() {
     let successor = Joined { number: 2, epoch: 8, ..joined(0, 9) };
     resume.joined(successor.clone());
     resume.repositioned(Joined { cursor_generation: 1, ..successor });
-    resume.deliver(2, 3, 0, [(1, (1, 1, 101))].into_iter()).unwrap();
-    let order: Vec<u64> = std::iter::from_fn(|| match resume.take(start(), |_| true)? {
+    resume.deliver(2, 3, 0, [(1, item(1, 1, 101))].into_iter()).unwrap();
+    let order: Vec<u64> = std::iter::from_fn(|| match resume.take(start(), |_, _| true)? {
         Shown::Message { message, .. } => Some(message),
         Shown::Gap { .. } | Shown::DataLoss { .. } => None,
     })
@@ -786,7 +794,7 @@ fn a_welcome_with_many_topics_is_quick() {
     let mut resume = Resume::<u64>::new(false);
     for _ in 0..2 {
         resume.hello();
-        resume.welcome(topics.clone());
+        resume.welcome(Order::Topic, topics.clone());
     }
     let took = started.elapsed();
     assert!(took < Duration::from_secs(10), "{took:?}");

@@ -9,23 +9,33 @@ use std::sync::Arc;
 use futures_util::FutureExt as _;
 use tokio::task::JoinSet;
 
+use super::order::Lane;
 use super::{Acker, DataLoss, Event, Nack, Subscriber};
 use crate::error::SubscribeError;
 use crate::message::ReceivedMessage;
+
+/// The topic and the lane of a message that a handler has.
+type Busy = (Arc<str>, Lane);
 
 impl Subscriber {
     /// Runs the handler for each message, up to `concurrency` at once, until the subscriber is
     /// [stopped](Self::stopper).
     ///
-    /// At most one message of each topic is in a handler, so that each topic is processed in its
-    /// order: concurrency is over topics. A message is acked when its handler returns `Ok`. When
-    /// it returns an error or panics, the message is nacked with the error as the reason, and
-    /// comes again, after the server's backoff, before anything later of its topic.
+    /// What runs at once depends on the [kind](crate::SubscriptionKind) of the subscription. In
+    /// `Exclusive`, and in a reader, at most one message of each topic is in a handler, so that
+    /// each topic is processed in its order: concurrency is over topics. In `KeyOrdered` it is at
+    /// most one message of each ordering key of a topic, and any number of those without a key. In
+    /// `Shared` there is no such limit.
+    ///
+    /// A message is acked when its handler returns `Ok`. When it returns an error or panics, the
+    /// message is nacked with the error as the reason, and comes again after the server's backoff:
+    /// before anything later of its topic or key, where these have an order.
     ///
     /// A handler that takes longer than
-    /// [`max_processing`](crate::SubscriberBuilder::max_processing) holds its topic up until it
-    /// returns; its message has then been given up, and comes again unless the handler returns
-    /// `Ok`.
+    /// [`max_processing`](crate::SubscriberBuilder::max_processing) holds its topic or key up until
+    /// it returns; its message has then been given up, and comes again unless the handler returns
+    /// `Ok`. Where several consumers are active, another may have it, and what follows of its key,
+    /// before that.
     ///
     /// Gaps are logged as warnings and damage on the server as an error; to act on them, use
     /// [`next`](Self::next).
@@ -74,12 +84,12 @@ impl Subscriber {
         let mut handlers = JoinSet::new();
         let mut busy = BTreeSet::new();
         let result = loop {
-            // A handler that finishes frees its topic, so that there may be a next message.
+            // A handler that finishes frees its lane, so that there may be a next message.
             let event = tokio::select! {
                 event = self.next_of(&busy), if handlers.len() < concurrency.max(1) => event,
                 Some(handled) = handlers.join_next() => {
-                    let topic: Arc<str> = handled.expect("settling catches panics");
-                    busy.remove(&topic);
+                    let freed: Option<Busy> = handled.expect("settling catches panics");
+                    freed.map(|lane| busy.remove(&lane));
                     continue;
                 }
             };
@@ -91,17 +101,18 @@ impl Subscriber {
                     tracing::error!(%id, "the server cannot read its topic from here on");
                 }
                 Some(Ok(Event::Message(delivery))) => {
-                    let topic = Arc::clone(&delivery.id.topic);
+                    let lane = self.core.lane(&delivery);
+                    let lane = lane.map(|lane| (Arc::clone(&delivery.id.topic), lane));
                     let (message, acker) = delivery.split();
                     // It may panic before it has made its future.
                     let Ok(handler) = catch_unwind(AssertUnwindSafe(|| handler(message))) else {
                         acker.nack(panicked());
                         continue;
                     };
-                    busy.insert(Arc::clone(&topic));
+                    busy.extend(lane.clone());
                     handlers.spawn(async move {
                         settle(handler, acker).await;
-                        topic
+                        lane
                     });
                 }
             }
@@ -110,11 +121,10 @@ impl Subscriber {
         result
     }
 
-    async fn next_of(
-        &mut self,
-        busy: &BTreeSet<Arc<str>>,
-    ) -> Option<Result<Event, SubscribeError>> {
-        std::future::poll_fn(|context| self.core.poll(context, |topic| !busy.contains(topic))).await
+    async fn next_of(&mut self, busy: &BTreeSet<Busy>) -> Option<Result<Event, SubscribeError>> {
+        let is_free =
+            |topic: &Arc<str>, lane: &Lane| !busy.contains(&(Arc::clone(topic), lane.clone()));
+        std::future::poll_fn(|context| self.core.poll(context, is_free)).await
     }
 }
 

@@ -361,8 +361,10 @@ impl Session<'_> {
             }
             Frame::Heartbeat(heartbeat) => self.heartbeat(heartbeat)?,
             Frame::Rewind(rewind) => {
+                let pb::Rewind { topic, from, generation, taken_back } = rewind;
+                let back = convert::ranges_from(taken_back);
                 let mut inner = self.core.lock();
-                inner.resume.rewind(rewind.topic, rewind.from, rewind.generation)?;
+                inner.resume.rewind(topic, from, generation, &back)?;
                 self.core.arrived(&mut inner, Settled::default());
             }
             Frame::Gap(gap) => {
@@ -410,11 +412,12 @@ impl Session<'_> {
         // Before anybody who waits for the welcome is woken, and looks.
         self.core.state.set(ConnectionState::Connected);
         {
+            let order = convert::kind_from_wire(welcome.kind()).into();
             let mut inner = self.core.lock();
             inner.boot = welcome.boot_id;
             inner.epoch = welcome.subscription_epoch;
             let topics = welcome.topics.into_iter().map(convert::joined).collect();
-            let settled = inner.resume.welcome(topics);
+            let settled = inner.resume.welcome(order, topics);
             inner.gate = self.gate();
             self.core.arrived(&mut inner, settled);
             self.core.welcomed(&mut inner, true);
@@ -443,7 +446,8 @@ impl Session<'_> {
     fn deliver(&mut self, deliver: pb::Deliver) -> Result<(), End> {
         let pb::Deliver { topic, first_delivery, generation, messages } = deliver;
         let mut inner = self.core.lock();
-        let messages = messages.into_iter().map(convert::item);
+        let order = inner.resume.order();
+        let messages = messages.into_iter().map(|message| convert::item(order, message));
         let shown = inner.resume.deliver(topic, first_delivery, generation, messages)?;
         // A topic with nothing out gets a message beyond the credit.
         let (held, topics) = inner.resume.held();
@@ -464,8 +468,9 @@ impl Session<'_> {
         let mut inner = self.core.lock();
         inner.resume.check_deliveries(heartbeat.last_delivery)?;
         let moved = !heartbeat.heads.is_empty();
-        for head in heartbeat.heads {
-            inner.resume.head(head.topic, convert::sequence(head.head), head.passed);
+        for pb::TopicHead { topic, head, passed, floor } in heartbeat.heads {
+            let (head, floor) = (convert::sequence(head), convert::sequence(floor));
+            inner.resume.head(topic, head, passed, floor);
         }
         let gate = self.gate();
         let reopened = gate != inner.gate;

@@ -1,13 +1,16 @@
 //! What a subscriber knows of one topic. Pure: no I/O, no clock.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rangemap::RangeInclusiveSet;
 
+use super::buffer::{Buffer, Item};
 use super::dedup::Dedup;
+use super::nacks::{Nacked, Nacks};
+use super::order::{Lane, Order};
 
 /// Names one topic with one epoch and one position generation, for the life of the subscriber.
 /// A seek or a recreated topic makes a new key, so that older handles name nothing any more.
@@ -46,17 +49,6 @@ impl Position {
         let nacks = self.nacked.iter().map(|(sequence, nack)| (*sequence, nack.showing)).collect();
         Sent { acks: self.acked.clone(), nacks, missed: self.missed.clone() }
     }
-}
-
-/// A message handed back.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Nacked {
-    /// The attempt that failed; 0 if none did.
-    pub(super) attempt: u32,
-    pub(super) delay: Option<Duration>,
-    pub(super) reason: String,
-    /// Tells this nack from an earlier one of the same message.
-    pub(super) showing: u64,
 }
 
 /// Messages that will never be received.
@@ -103,11 +95,12 @@ pub(super) enum Next<M> {
     DataLoss(u64),
 }
 
-#[derive(Debug)]
-struct Buffered<M> {
-    message: M,
-    attempt: u32,
-    bytes: u64,
+/// Which thing that is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    Message(u64),
+    Gap,
+    DataLoss,
 }
 
 /// A message in the application's hands.
@@ -117,6 +110,7 @@ pub(super) struct Outstanding {
     pub(super) attempt: u32,
     bytes: u64,
     since: Instant,
+    lane: Option<Lane>,
 }
 
 /// The states of a message, each a set below: buffered, outstanding (in the application's hands),
@@ -127,6 +121,7 @@ pub(super) struct Topic<M> {
     pub(super) name: Arc<str>,
     pub(super) epoch: u64,
     pub(super) cursor_generation: u64,
+    pub(super) order: Order,
     /// The deleted topic that had the name before, while something of it is here.
     pub(super) predecessor: Option<TopicKey>,
     /// Its number on the present stream.
@@ -148,7 +143,7 @@ pub(super) struct Topic<M> {
     pub(super) done: Dedup,
     // All of these are bounded by the credit that the server keeps to, and that the session
     // checks.
-    buffered: BTreeMap<u64, Buffered<M>>,
+    buffered: Buffer<M>,
     outstanding: BTreeMap<u64, Outstanding>,
     gaps: BTreeMap<u64, Missing>,
     /// The message that the server cannot read, and whether the application was told.
@@ -159,18 +154,16 @@ pub(super) struct Topic<M> {
     missed_to_send: RangeInclusiveSet<u64>,
     acked: RangeInclusiveSet<u64>,
     acks_to_send: RangeInclusiveSet<u64>,
-    nacked: BTreeMap<u64, Nacked>,
-    nacks_to_send: BTreeSet<u64>,
-    /// Nothing is shown while there are any: their rewinds are on the way.
-    unsettled_nacks: BTreeSet<u64>,
+    nacks: Nacks,
 }
 
 impl<M> Topic<M> {
-    pub(super) fn new(joined: &Joined) -> Self {
+    pub(super) fn new(joined: &Joined, order: Order) -> Self {
         Self {
             name: Arc::clone(&joined.name),
             epoch: joined.epoch,
             cursor_generation: joined.cursor_generation,
+            order,
             predecessor: None,
             number: Some(joined.number),
             generation: 0,
@@ -184,7 +177,7 @@ impl<M> Topic<M> {
             start: joined.floor,
             left: false,
             done: Dedup::new(joined.floor),
-            buffered: BTreeMap::new(),
+            buffered: Buffer::new(),
             outstanding: BTreeMap::new(),
             gaps: BTreeMap::new(),
             damaged: None,
@@ -193,22 +186,37 @@ impl<M> Topic<M> {
             missed_to_send: RangeInclusiveSet::new(),
             acked: RangeInclusiveSet::new(),
             acks_to_send: RangeInclusiveSet::new(),
-            nacked: BTreeMap::new(),
-            nacks_to_send: BTreeSet::new(),
-            unsettled_nacks: BTreeSet::new(),
+            nacks: Nacks::default(),
         }
     }
 
     /// The same topic on a new stream, on which the server has applied what the hello said.
-    pub(super) fn resume(&mut self, joined: &Joined) {
+    pub(super) fn resume(&mut self, joined: &Joined, order: Order) {
         self.number = Some(joined.number);
+        self.order = order;
         self.generation = 0;
         self.head = self.head.max(joined.head);
         self.passed = joined.floor;
-        self.done.raise_floor(joined.floor);
+        self.raise_floor(joined.floor);
+        self.disown(&joined.dropped);
+        // Handed back after the hello was made, when they were another's already. A nack that is
+        // sent now could be taken for one of a later delivery.
+        let dropped = |sequence| joined.dropped.iter().any(|range| range.contains(&sequence));
+        self.nacks.retain(|sequence| !dropped(sequence));
+    }
+
+    /// The server says that all up to here is received or released. What is here nevertheless was
+    /// acked by another showing, or elsewhere: it is shown, and its acks are done.
+    pub(super) fn raise_floor(&mut self, floor: u64) {
+        self.done.raise_floor(floor);
         self.prune();
-        for range in &joined.dropped {
-            self.buffered.retain(|sequence, _| !range.contains(sequence));
+    }
+
+    /// These are not for this consumer any more. Older handles live on, and may ack.
+    fn disown(&mut self, ranges: &[RangeInclusive<u64>]) {
+        // A range that ends before it begins is a mistake of the server's, and names nothing.
+        for range in ranges.iter().filter(|range| !range.is_empty()) {
+            self.buffered.remove_all(range.clone());
             self.outstanding.retain(|sequence, _| !range.contains(sequence));
         }
     }
@@ -229,54 +237,55 @@ impl<M> Topic<M> {
 
     /// What the hello says. Everything unconfirmed goes with it, and counts as sent.
     pub(super) fn position(&mut self) -> Position {
-        self.rewind_by_nack();
+        self.rewind_by_nacks();
         self.number = None;
         self.acks_to_send.clear();
-        self.nacks_to_send.clear();
         self.missed_to_send.clear();
         // A deliberate bug, for tests of tests.
         if cfg!(pubsub_break = "acks_dropped_at_reconnect") {
             self.acked.clear();
         }
         let mut held = RangeInclusiveSet::new();
-        for sequence in self.buffered.keys().chain(self.outstanding.keys()) {
+        for sequence in self.buffered.sequences().chain(self.outstanding.keys().copied()) {
             // A deliberate bug, for tests of tests.
             let last = sequence + u64::from(cfg!(pubsub_break = "resume_off_by_one"));
-            held.insert(*sequence..=last);
+            held.insert(sequence..=last);
         }
-        let bytes = self.buffered.values().map(|message| message.bytes);
+        let outstanding: u64 = self.outstanding.values().map(|out| out.bytes).sum();
         Position {
             name: Arc::clone(&self.name),
             epoch: self.epoch,
             cursor_generation: self.cursor_generation,
             held: held.into_iter().collect(),
-            held_bytes: bytes.chain(self.outstanding.values().map(|out| out.bytes)).sum(),
+            held_bytes: self.buffered.bytes() + outstanding,
             acked: self.acked.iter().cloned().collect(),
-            nacked: self.nacked.iter().map(|(seq, nack)| (*seq, nack.clone())).collect(),
+            nacked: self.nacks.send_all(),
             missed: self.missed.iter().cloned().collect(),
             last_received: self.last_received,
         }
     }
 
-    /// A stream was lost between a nack and its rewind. The server is going to deliver from the
-    /// nacked message on, and nothing after it may be shown before it.
-    fn rewind_by_nack(&mut self) {
-        if let Some(from) = self.unsettled_nacks.pop_first() {
-            self.take_back(from);
+    /// A stream was lost between nacks and their rewinds. The server is going to deliver a lane
+    /// from its nacked message on, and nothing after it may be shown before it.
+    fn rewind_by_nacks(&mut self) {
+        for (lane, from) in self.nacks.settle() {
+            self.take_back(&lane, from);
         }
-        self.unsettled_nacks.clear();
     }
 
-    fn take_back(&mut self, from: u64) {
-        self.buffered.split_off(&from);
-        self.outstanding.split_off(&from);
-        self.read = self.read.min(from.saturating_sub(1));
-        self.passed = self.passed.min(from.saturating_sub(1));
+    fn take_back(&mut self, lane: &Lane, from: u64) {
+        self.buffered.take_back(lane, from);
+        let stays =
+            |sequence: u64, out: &Outstanding| sequence < from || out.lane.as_ref() != Some(lane);
+        self.outstanding.retain(|sequence, out| stays(*sequence, out));
+        if *lane == Lane::Topic {
+            self.read = self.read.min(from.saturating_sub(1));
+            self.passed = self.passed.min(from.saturating_sub(1));
+        }
     }
 
     /// Takes a delivered message in. Says whether it is one to be shown.
-    pub(super) fn receive(&mut self, sequence: u64, item: (u32, u64, M)) -> bool {
-        let (attempt, bytes, message) = item;
+    pub(super) fn receive(&mut self, sequence: u64, item: Item<M>) -> bool {
         // A deliberate bug, for tests of tests.
         let skip = cfg!(pubsub_break = "resume_by_last_received") && sequence <= self.last_received;
         self.last_received = self.last_received.max(sequence);
@@ -286,16 +295,22 @@ impl<M> Topic<M> {
         if skip {
             return false;
         }
+        if item.lane.is_none() {
+            // It comes again, so that the server has its nack: one that went with the next hello
+            // would be that of this delivery. In a lane the rewind of an earlier message can bring
+            // it, too, and the confirmation tells.
+            self.nacks.remove(sequence);
+        }
         if self.done.contains(sequence) {
             // The ack was lost, not the work: ack again.
             self.queue_ack(sequence);
             return false;
         }
         let known = self.acked.contains(&sequence)
-            || self.buffered.contains_key(&sequence)
+            || self.buffered.contains(sequence)
             || self.outstanding.contains_key(&sequence);
         if !known {
-            self.buffered.insert(sequence, Buffered { message, attempt, bytes });
+            self.buffered.insert(sequence, item);
         }
         !known
     }
@@ -306,8 +321,8 @@ impl<M> Topic<M> {
         let mut known = self.announced.clone();
         known.extend(self.acked.iter().cloned());
         known.extend(self.done.ranges());
-        let held = self.buffered.keys().chain(self.outstanding.keys());
-        known.extend(held.map(|sequence| *sequence..=*sequence));
+        let held = self.buffered.sequences().chain(self.outstanding.keys().copied());
+        known.extend(held.map(|sequence| sequence..=sequence));
         let news: Vec<_> = known.gaps(&missing.range).collect();
         for range in &news {
             let piece = Missing { range: range.clone(), reason: missing.reason };
@@ -327,65 +342,94 @@ impl<M> Topic<M> {
         }
     }
 
-    /// The server is going to deliver again from here on.
-    pub(super) fn rewind(&mut self, from: u64, generation: u32) {
-        self.generation = generation;
-        self.take_back(from);
+    /// The server is going to deliver again: all from there on, or what it has taken back.
+    pub(super) fn rewind(&mut self, from: u64, generation: u32, back: &[RangeInclusive<u64>]) {
+        if back.is_empty() {
+            self.generation = generation;
+            self.take_back(&Lane::Topic, from);
+            return;
+        }
+        self.disown(back);
+        // What is done elsewhere by now is not named, and must not be shown before the others.
+        if let Some(lane) = self.nacks.lane(from) {
+            self.take_back(&lane, from);
+        }
+    }
+
+    /// What is next to show in a lane that is allowed: nothing before it is here or on the way.
+    pub(super) fn next(&self, allowed: impl Fn(&Lane) -> bool) -> Option<Turn> {
+        let is_open = |lane: Option<&Lane>| {
+            lane.is_none_or(|lane| !self.nacks.silence(lane) && allowed(lane))
+        };
+        let whole = self.order.lane("");
+        let first = self.buffered.sequences().next();
+        if is_open(whole.as_ref()) {
+            // Where the topic has an order, a gap has its place in it.
+            let comes_first =
+                |gap: &u64| whole.is_none() || first.is_none_or(|first| *gap <= first);
+            if self.gaps.keys().next().is_some_and(comes_first) {
+                return Some(Turn::Gap);
+            }
+            // The server has sent everything before it.
+            if first.is_none() && self.untold_damage().is_some() {
+                return Some(Turn::DataLoss);
+            }
+        }
+        self.buffered.next(is_open).map(Turn::Message)
     }
 
     /// Whether there is something to show, and nothing that must come before it.
     pub(super) fn is_ready(&self) -> bool {
-        let something = !(self.buffered.is_empty() && self.gaps.is_empty());
-        self.unsettled_nacks.is_empty() && (something || self.untold_damage().is_some())
+        self.next(|_| true).is_some()
     }
 
     fn untold_damage(&self) -> Option<u64> {
         self.damaged.filter(|(_, told)| !told).map(|(sequence, _)| sequence)
     }
 
-    /// Hands out the next thing, in the order of the log. `auto_ack`: it needs no ack by the
-    /// application.
-    pub(super) fn take(&mut self, showing: u64, now: Instant, auto_ack: bool) -> Option<Next<M>> {
-        let message = self.buffered.first_key_value().map(|(sequence, _)| *sequence);
-        let gap = self.gaps.first_key_value().map(|(sequence, _)| *sequence);
-        if let Some(gap) = gap
-            && message.is_none_or(|message| gap <= message)
-        {
-            let (_, missing) = self.gaps.pop_first()?;
-            self.last_shown = self.last_shown.max(*missing.range.end());
-            if !self.left {
-                self.missed.insert(missing.range.clone());
-                self.missed_to_send.insert(missing.range.clone());
+    /// Hands out what is next. `auto_ack`: it needs no ack by the application.
+    pub(super) fn take(
+        &mut self,
+        turn: Turn,
+        showing: u64,
+        now: Instant,
+        auto_ack: bool,
+    ) -> Option<Next<M>> {
+        match turn {
+            Turn::Gap => {
+                let (_, missing) = self.gaps.pop_first()?;
+                self.last_shown = self.last_shown.max(*missing.range.end());
+                if !self.left {
+                    self.missed.insert(missing.range.clone());
+                    self.missed_to_send.insert(missing.range.clone());
+                }
+                Some(Next::Gap(missing))
             }
-            return Some(Next::Gap(missing));
+            Turn::DataLoss => {
+                let sequence = self.untold_damage()?;
+                self.damaged = Some((sequence, true));
+                Some(Next::DataLoss(sequence))
+            }
+            Turn::Message(sequence) => {
+                let Item { attempt, bytes, lane, message } = self.buffered.remove(sequence)?;
+                self.last_shown = sequence;
+                if auto_ack {
+                    self.queue_ack(sequence);
+                } else {
+                    let out = Outstanding { showing, attempt, bytes, since: now, lane };
+                    self.outstanding.insert(sequence, out);
+                }
+                Some(Next::Message { sequence, attempt, message })
+            }
         }
-        // The server has sent everything before it.
-        if message.is_none()
-            && let Some(sequence) = self.untold_damage()
-        {
-            self.damaged = Some((sequence, true));
-            return Some(Next::DataLoss(sequence));
-        }
-        let (sequence, Buffered { message, attempt, bytes }) = self.buffered.pop_first()?;
-        self.last_shown = sequence;
-        if auto_ack {
-            self.queue_ack(sequence);
-        } else {
-            let out = Outstanding { showing, attempt, bytes, since: now };
-            self.outstanding.insert(sequence, out);
-        }
-        Some(Next::Message { sequence, attempt, message })
     }
 
     /// The application has processed a message. It does not matter which showing of it, nor
     /// whether the server has taken it back meanwhile. Says whether that is news.
     pub(super) fn ack(&mut self, sequence: u64) -> bool {
         self.outstanding.remove(&sequence);
-        self.buffered.remove(&sequence);
-        if self.nacks_to_send.remove(&sequence) {
-            self.nacked.remove(&sequence);
-            self.unsettled_nacks.remove(&sequence);
-        }
+        self.buffered.remove(sequence);
+        self.nacks.remove_unsent(sequence);
         if self.left || self.done.contains(sequence) || self.acked.contains(&sequence) {
             return false;
         }
@@ -422,28 +466,23 @@ impl<M> Topic<M> {
         if self.left || current != Some(nacked.showing) {
             return false;
         }
-        self.outstanding.remove(&sequence);
-        self.nacked.insert(sequence, nacked);
-        self.nacks_to_send.insert(sequence);
-        self.unsettled_nacks.insert(sequence);
+        let lane = self.outstanding.remove(&sequence).and_then(|out| out.lane);
+        self.nacks.insert(sequence, nacked, lane);
         true
     }
 
     /// What is to be sent and was not yet on this stream.
     pub(super) fn unsent(&mut self) -> Unsent {
-        let nacks = std::mem::take(&mut self.nacks_to_send);
-        let item = |sequence| self.nacked.get(&sequence).map(|nack| (sequence, nack.clone()));
         Unsent {
             acks: std::mem::take(&mut self.acks_to_send).into_iter().collect(),
-            nacks: nacks.into_iter().filter_map(item).collect(),
+            nacks: self.nacks.send(),
             missed: std::mem::take(&mut self.missed_to_send).into_iter().collect(),
         }
     }
 
     pub(super) fn has_unsent(&self) -> bool {
-        !(self.acks_to_send.is_empty()
-            && self.nacks_to_send.is_empty()
-            && self.missed_to_send.is_empty())
+        let nothing = self.acks_to_send.is_empty() && self.missed_to_send.is_empty();
+        !nothing || self.nacks.has_unsent()
     }
 
     /// The server has these on disk.
@@ -458,12 +497,9 @@ impl<M> Topic<M> {
             self.done.insert(range.clone());
         }
         for (sequence, showing) in &sent.nacks {
-            if self.nacked.get(sequence).is_some_and(|nack| nack.showing == *showing) {
-                self.nacked.remove(sequence);
-                // The rewind has come before the confirmation; or it never will, since the server
-                // had no use for the nack. The rewind alone could be that of an earlier nack.
-                self.unsettled_nacks.remove(sequence);
-            }
+            // The rewind has come before the confirmation; or it never will, since the server had no
+            // use for the nack. The rewind alone could be that of an earlier nack.
+            self.nacks.confirm(*sequence, *showing);
         }
         self.prune();
     }
@@ -490,19 +526,24 @@ impl<M> Topic<M> {
 
     /// Whether acks or nacks are unconfirmed.
     pub(super) fn is_unconfirmed(&self) -> bool {
-        !(self.acked.is_empty() && self.nacked.is_empty() && self.missed.is_empty())
+        !(self.acked.is_empty() && self.nacks.is_empty() && self.missed.is_empty())
     }
 
     pub(super) fn unconfirmed(&self) -> u64 {
         let acks = self.acked.iter().map(|range| range.end() - range.start() + 1).sum::<u64>();
-        acks.saturating_add(self.nacked.len() as u64)
+        acks.saturating_add(self.nacks.len() as u64)
     }
 
-    /// Whether everything up to the head was shown.
+    /// Whether everything up to the head was shown, or is not for this consumer.
     pub(super) fn caught_up(&self) -> bool {
-        let read = self.read.max(self.done.floor()).max(self.passed);
+        let received = match self.order {
+            Order::Topic => self.read,
+            // What came last does not say that all before it has come.
+            Order::Key | Order::None => 0,
+        };
+        let read = received.max(self.done.floor()).max(self.passed);
         let nothing_here = self.buffered.is_empty() && self.gaps.is_empty();
-        read >= self.head && nothing_here && self.unsettled_nacks.is_empty()
+        read >= self.head && nothing_here && !self.nacks.silence_any()
     }
 
     /// The topic was deleted.
@@ -511,11 +552,9 @@ impl<M> Topic<M> {
         self.number = None;
         self.acked.clear();
         self.acks_to_send.clear();
-        self.nacked.clear();
-        self.nacks_to_send.clear();
+        self.nacks = Nacks::default();
         self.missed.clear();
         self.missed_to_send.clear();
-        self.unsettled_nacks.clear();
         self.outstanding.clear();
     }
 

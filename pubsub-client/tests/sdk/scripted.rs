@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pubsub_client::{
-    Cause, Client, ConnectionState, EnqueueError, Event, Outcome, PublishErrorKind, Reason,
-    RetryPolicy, StateWatch, SubscribeError,
+    Cause, Client, ConnectionState, Drain, EnqueueError, Event, Nack, Outcome, PublishErrorKind,
+    Reason, ReceivedMessage, RetryPolicy, StateWatch, SubscribeError, SubscriptionKind,
 };
 use pubsub_proto::v1::publish_stream_request::Frame as PublishFrame;
 use pubsub_proto::v1::publish_stream_response::Frame as PublishAnswer;
@@ -24,7 +24,7 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use crate::harness::soon;
+use crate::harness::{next, silence, soon};
 
 /// What the server does with the n-th stream, from 0. Nothing: it leaves the call unanswered.
 type Script<T> = fn(usize) -> Option<Vec<Result<T, Status>>>;
@@ -213,6 +213,24 @@ fn deliver(first_delivery: u64, sequence: u64) -> SubscribeAnswer {
     })
 }
 
+/// A welcome to a subscription of this kind.
+fn welcome_to(kind: pb::SubscriptionKind) -> SubscribeAnswer {
+    let SubscribeAnswer::Welcome(welcome) = welcome() else { panic!() };
+    SubscribeAnswer::Welcome(pb::SubscribeWelcome { kind: kind.into(), ..welcome })
+}
+
+/// Messages from 1 on with these ordering keys.
+fn deliver_keys(keys: &[&str]) -> SubscribeAnswer {
+    let message = |(sequence, key): (u64, &&str)| {
+        let ordering_key = (*key).to_owned();
+        let message = pb::Message { ordering_key, ..pb::Message::default() };
+        let message = Some(message);
+        pb::ReceivedMessage { sequence, message, ..pb::ReceivedMessage::default() }
+    };
+    let messages = (1..).zip(keys).map(message).collect();
+    SubscribeAnswer::Deliver(pb::Deliver { topic: 1, first_delivery: 1, generation: 0, messages })
+}
+
 fn publisher_welcome(last_sequence: Option<u64>) -> PublishAnswer {
     PublishAnswer::Welcome(pb::PublisherWelcome {
         topic_epoch: 7,
@@ -279,6 +297,179 @@ async fn a_limit_ends_a_subscriber_that_was_never_taken_in_and_no_other() {
     let world = self::world(script, nothing).await;
     let mut subscriber = soon(world.client.subscriber("s").topic("t").open()).await.unwrap();
     assert!(matches!(soon(subscriber.next()).await, Some(Ok(Event::Message(_)))));
+}
+
+#[tokio::test]
+async fn the_welcome_says_the_kind_unless_the_application_asks_for_one() {
+    use pb::SubscriptionKind as Kind;
+    let shared =
+        world(|_| Some(vec![Ok(welcome_to(Kind::Shared)), Ok(deliver_keys(&["", ""]))]), nothing)
+            .await;
+    let exclusive = world(
+        |_| Some(vec![Ok(welcome_to(Kind::Exclusive)), Ok(deliver_keys(&["", ""]))]),
+        nothing,
+    )
+    .await;
+    for (world, goes_on) in [(&shared, true), (&exclusive, false)] {
+        let mut subscriber = world.client.subscriber("s").topic("t").open().await.unwrap();
+        next(&mut subscriber).await.nack(Nack::now());
+        if goes_on {
+            let second = next(&mut subscriber).await;
+            assert_eq!(second.id.sequence, 2);
+            second.ack();
+        } else {
+            silence(&mut subscriber).await;
+        }
+    }
+    for (kind, sent) in [
+        (SubscriptionKind::Exclusive, Kind::Exclusive),
+        (SubscriptionKind::Shared, Kind::Shared),
+        (SubscriptionKind::KeyOrdered, Kind::KeyOrdered),
+    ] {
+        drop(shared.client.subscriber("s").topic("t").kind(kind).open().await.unwrap());
+        assert_eq!(shared.server.hellos.lock().unwrap().pop().unwrap().kind(), sent);
+    }
+    // A reader has none to ask for.
+    let reader = shared.client.reader(["t"]).kind(SubscriptionKind::Shared);
+    drop(reader.open().await.unwrap());
+    let hellos = shared.server.hellos.lock().unwrap();
+    assert!(hellos.iter().all(|hello| hello.kind() == Kind::Unspecified), "{hellos:?}");
+}
+
+/// Which handlers run at once, each for a message of topic `t`, and which come after they are done.
+async fn at_once(script: Script<SubscribeAnswer>, first: usize) -> (Vec<u64>, Vec<u64>) {
+    let world = world(script, nothing).await;
+    let subscriber = world.client.subscriber("s").topic("t").open().await.unwrap();
+    let stopper = subscriber.stopper();
+    let (started, mut starts) = mpsc::channel(10);
+    let go_on = Arc::new(tokio::sync::Semaphore::new(0));
+    let handler = {
+        let go_on = Arc::clone(&go_on);
+        move |message: ReceivedMessage| {
+            let (started, go_on) = (started.clone(), Arc::clone(&go_on));
+            async move {
+                started.send(message.id.sequence).await.unwrap();
+                go_on.acquire().await.unwrap().forget();
+                Ok::<(), String>(())
+            }
+        }
+    };
+    let running = tokio::task::spawn(subscriber.run(8, handler));
+    let mut order = Vec::new();
+    for _ in 0..first {
+        order.push(soon(starts.recv()).await.unwrap());
+    }
+    let more = tokio::time::timeout(Duration::from_millis(200), starts.recv()).await;
+    assert!(more.is_err(), "{more:?} runs, too");
+    go_on.add_permits(10);
+    let mut rest = Vec::new();
+    for _ in first..6 {
+        rest.push(soon(starts.recv()).await.unwrap());
+    }
+    // The server confirms nothing.
+    soon(stopper.stop(Drain::Finish, Duration::from_millis(100))).await;
+    soon(running).await.unwrap().unwrap();
+    order.sort_unstable();
+    (order, rest)
+}
+
+#[tokio::test]
+async fn handlers_run_at_once_as_far_as_the_kind_allows() {
+    const KEYS: [&str; 6] = ["a", "a", "b", "", "", "b"];
+    use pb::SubscriptionKind as Kind;
+    let exclusive: Script<SubscribeAnswer> =
+        |_| Some(vec![Ok(welcome_to(Kind::Exclusive)), Ok(deliver_keys(&KEYS))]);
+    assert_eq!(at_once(exclusive, 1).await, (vec![1], vec![2, 3, 4, 5, 6]));
+    let shared: Script<SubscribeAnswer> =
+        |_| Some(vec![Ok(welcome_to(Kind::Shared)), Ok(deliver_keys(&KEYS))]);
+    assert_eq!(at_once(shared, 6).await, (vec![1, 2, 3, 4, 5, 6], vec![]));
+    let key_ordered: Script<SubscribeAnswer> =
+        |_| Some(vec![Ok(welcome_to(Kind::KeyOrdered)), Ok(deliver_keys(&KEYS))]);
+    let (first, mut rest) = at_once(key_ordered, 4).await;
+    rest.sort_unstable();
+    assert_eq!((first, rest), (vec![1, 3, 4, 5], vec![2, 6]));
+}
+
+#[tokio::test]
+async fn a_rewind_of_a_key_leaves_the_others_and_the_session_alone() {
+    let script: Script<SubscribeAnswer> = |_| {
+        let first = 2;
+        let taken_back = vec![pb::SequenceRange { first, last: first }];
+        let rewind = pb::Rewind { topic: 1, from: first, generation: 0, taken_back };
+        Some(vec![
+            Ok(welcome_to(pb::SubscriptionKind::KeyOrdered)),
+            Ok(deliver_keys(&["a", "a", "b"])),
+            Ok(SubscribeAnswer::Rewind(rewind)),
+            Ok(SubscribeAnswer::Heartbeat(pb::SubscriberHeartbeat {
+                last_delivery: 3,
+                heads: vec![pb::TopicHead { topic: 1, head: 12, passed: 12, floor: 0 }],
+                ..pb::SubscriberHeartbeat::default()
+            })),
+        ])
+    };
+    let world = world(script, nothing).await;
+    let mut subscriber = world.client.subscriber("s").topic("t").open().await.unwrap();
+    soon(async {
+        // What came before the heartbeat has arrived.
+        while subscriber.position().topics[0].head != 12 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    let shown: Vec<_> = [next(&mut subscriber).await, next(&mut subscriber).await].into();
+    assert_eq!(shown.iter().map(|delivery| delivery.id.sequence).collect::<Vec<_>>(), [1, 3]);
+    soon(subscriber.caught_up()).await;
+    silence(&mut subscriber).await;
+    assert_eq!(world.server.hellos.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_heartbeat_tells_how_far_others_have_come() {
+    let script: Script<SubscribeAnswer> = |_| {
+        Some(vec![
+            Ok(welcome_to(pb::SubscriptionKind::Shared)),
+            Ok(deliver(1, 5)),
+            Ok(SubscribeAnswer::Heartbeat(pb::SubscriberHeartbeat {
+                last_delivery: 1,
+                heads: vec![pb::TopicHead { topic: 1, head: 9, passed: 9, floor: 6 }],
+                ..pb::SubscriberHeartbeat::default()
+            })),
+        ])
+    };
+    let world = world(script, nothing).await;
+    let mut subscriber = world.client.subscriber("s").topic("t").open().await.unwrap();
+    soon(async {
+        while subscriber.position().topics[0].acked_floor != 6 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    assert!(!subscriber.position().caught_up, "the fifth is here");
+    // Someone has acked it meanwhile.
+    let fifth = next(&mut subscriber).await;
+    soon(subscriber.caught_up()).await;
+    assert_eq!(soon(fifth.ack_confirmed()).await, Ok(()));
+}
+
+#[tokio::test]
+async fn replicas_on_a_host_that_compete_have_names_of_their_own() {
+    let world = world(|_| Some(vec![Ok(welcome())]), nothing).await;
+    for (kind, differ) in [
+        (SubscriptionKind::Exclusive, false),
+        (SubscriptionKind::Shared, true),
+        (SubscriptionKind::KeyOrdered, true),
+    ] {
+        let builder = world.client.subscriber("s").topic("t").kind(kind);
+        let _open = [builder.clone().open().await.unwrap(), builder.open().await.unwrap()];
+        let hellos = std::mem::take(&mut *world.server.hellos.lock().unwrap());
+        let consumers: Vec<_> = hellos.into_iter().filter_map(|hello| hello.consumer).collect();
+        assert_eq!(consumers.len(), 2);
+        assert_eq!(consumers[0].id != consumers[1].id, differ, "{consumers:?}");
+        for pb::Consumer { id, instance, .. } in &consumers {
+            let suffix: String = instance[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(id.ends_with(&format!("/s/{suffix}")), differ, "{id}");
+        }
+    }
 }
 
 #[tokio::test]
