@@ -291,8 +291,8 @@ impl Subscription {
             let Some(holder) = place else { continue };
             let (number, rewound) = (topic.number, topic.delivery.nack(holder, &acks.nacked, now));
             let session = self.seats.get_mut(&holder).and_then(|seat| seat.session.as_mut());
-            if let (Some(rewound), Some(session)) = (rewound, session) {
-                session.tell(Event::Rewind(number, rewound));
+            if let Some(session) = session {
+                rewound.into_iter().for_each(|one| session.tell(Event::Rewind(number, one)));
             }
         }
         self.tell_departed();

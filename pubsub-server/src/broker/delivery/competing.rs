@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::{Claim, Cursor, Holder, Nack, Out, backoff};
+use super::{Claim, Cursor, Holder, Nack, Out, Rewound, backoff};
 use crate::limits;
 use crate::names::SubscriptionName;
 use crate::record::{CursorRecord, Sequences, StoredMessage};
@@ -336,25 +336,23 @@ impl Competing {
         }
     }
 
-    /// A consumer hands messages back. Answers what is taken back from it beside these: what it
-    /// holds of the same keys and comes after them.
-    pub fn nack(&mut self, holder: Holder, nacks: &[Nack], now: Instant) -> Sequences {
-        let mut taken_back = Sequences::new();
+    /// A consumer hands messages back. Answers what is taken back from it, where there is an order:
+    /// what comes after them of the same keys, and themselves, since it may have received them again
+    /// before this nack of an earlier showing was heard.
+    pub fn nack(&mut self, holder: Holder, nacks: &[Nack], now: Instant) -> Vec<Rewound> {
+        let mut rewound = Vec::new();
         for nack in nacks {
-            taken_back.extend(self.fail(holder, nack, false, now));
+            let taken_back = self.fail(holder, nack, false, now);
+            if !taken_back.is_empty() {
+                rewound.push(Rewound { from: nack.sequence, generation: 0, taken_back });
+            }
         }
-        taken_back
+        rewound
     }
 
     /// `returning`: the consumer says what it handed back before its connection was lost, of which
     /// this side may know nothing.
-    fn fail(
-        &mut self,
-        holder: Holder,
-        nack: &Nack,
-        returning: bool,
-        now: Instant,
-    ) -> Vec<std::ops::RangeInclusive<u64>> {
+    fn fail(&mut self, holder: Holder, nack: &Nack, returning: bool, now: Instant) -> Sequences {
         let sequence = nack.sequence;
         let current = self.held.get(&sequence).map(|held| held.holder);
         let free = returning && current.is_none() && !self.is_full();
@@ -362,7 +360,7 @@ impl Competing {
             || self.cursor.is_done(sequence)
             || !(current == Some(holder) || free)
         {
-            return Vec::new();
+            return Sequences::new();
         }
         let failures = self.cursor.fail(nack);
         let delay = nack.delay.unwrap_or_else(|| backoff(failures)).min(limits::MAX_BACKOFF);
@@ -371,7 +369,9 @@ impl Competing {
         for sequence in &after {
             self.hand_back(*sequence, None);
         }
-        after.into_iter().map(|sequence| sequence..=sequence).collect()
+        let has_lane = key.is_some() || self.order == Order::Key && sequence >= self.next;
+        let itself = has_lane.then_some(sequence);
+        itself.into_iter().chain(after).map(|sequence| sequence..=sequence).collect()
     }
 
     /// What a consumer holds that must not be processed before a message that it has handed back.

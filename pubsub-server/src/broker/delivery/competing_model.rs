@@ -212,15 +212,21 @@ impl World {
         }
         let delay = Some(Duration::from_secs(seconds));
         let nack = Nack { sequence, attempt, delay };
-        let taken_back = self.delivery.nack(holder(consumer), &[nack], self.now);
+        let rewound = self.delivery.nack(holder(consumer), &[nack], self.now);
+        assert!(rewound.iter().all(|one| one.from == sequence), "{rewound:?}");
+        let taken_back: Sequences = rewound.into_iter().flat_map(|one| one.taken_back).collect();
         self.failures.insert(sequence, attempt);
         self.not_before.insert(sequence, self.now + Duration::from_secs(seconds));
         for taken in taken_back.iter().flat_map(Clone::clone) {
+            if taken == sequence {
+                continue;
+            }
             assert!(taken > sequence, "{taken} is taken back with {sequence}");
             let had = self.consumers[consumer].hands.remove(&taken);
             assert!(had, "{taken} is taken back and was not held");
         }
         if let Some(key) = self.key(sequence) {
+            assert!(taken_back.contains(&sequence), "{sequence} itself is not named");
             let after = |s: &u64| *s > sequence && self.key(*s).as_ref() == Some(&key);
             assert!(!self.consumers[consumer].hands.iter().any(after), "not taken back");
         }

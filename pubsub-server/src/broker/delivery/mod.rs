@@ -154,15 +154,11 @@ impl Delivery {
         }
     }
 
-    /// A consumer hands messages back. `Some` if it has to take others back with them.
-    pub fn nack(&mut self, holder: Holder, nacks: &[Nack], now: Instant) -> Option<Rewound> {
+    /// A consumer hands messages back. Answers what it has to take back with them.
+    pub fn nack(&mut self, holder: Holder, nacks: &[Nack], now: Instant) -> Vec<Rewound> {
         match self {
-            Self::Exclusive(delivery) => delivery.nack(nacks, now),
-            Self::Competing(delivery) => {
-                let taken_back = delivery.nack(holder, nacks, now);
-                let from = *taken_back.first()?.start();
-                Some(Rewound { from, generation: 0, taken_back })
-            }
+            Self::Exclusive(delivery) => delivery.nack(nacks, now).into_iter().collect(),
+            Self::Competing(delivery) => delivery.nack(holder, nacks, now),
         }
     }
 
@@ -285,14 +281,14 @@ pub struct Nack {
     pub delay: Option<Duration>,
 }
 
-/// A topic is going to be shown again from a point on.
+/// A topic, or a key, is going to be shown again from a point on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rewound {
-    /// The first message that may be shown again.
+    /// The first message that is shown again.
     pub from: u64,
     /// The generation of what follows.
     pub generation: u32,
-    /// Where only some messages after it are: these.
+    /// Where only some messages after it are: these. The generation means nothing then.
     pub taken_back: Sequences,
 }
 
