@@ -1,6 +1,7 @@
 //! What was handed back of a topic, until the server has confirmed it. Pure: no I/O, no clock.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use super::order::Lane;
@@ -77,9 +78,16 @@ impl Nacks {
         !self.unsettled.is_empty()
     }
 
-    /// The lane of a message that was handed back.
-    pub(super) fn lane(&self, sequence: u64) -> Option<Lane> {
-        self.all.get(&sequence).and_then(|(_, lane)| lane.clone())
+    /// The lanes of the messages among these that were handed back, and of each the first one.
+    pub(super) fn lanes_in(&self, ranges: &[RangeInclusive<u64>]) -> BTreeMap<Lane, u64> {
+        let mut lanes = BTreeMap::new();
+        let among = |sequence: &u64| ranges.iter().any(|range| range.contains(sequence));
+        for (sequence, (_, lane)) in self.all.iter().filter(|(sequence, _)| among(sequence)) {
+            if let Some(lane) = lane {
+                lanes.entry(lane.clone()).or_insert(*sequence);
+            }
+        }
+        lanes
     }
 
     /// Of each lane that is silent, the first message that was handed back. From here on they

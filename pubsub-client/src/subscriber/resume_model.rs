@@ -722,6 +722,24 @@ fn a_gap_that_is_done_with_is_forgotten() {
 }
 
 #[test]
+fn what_was_held_of_a_gap_and_is_handed_back_is_lost_too() {
+    let mut resume = attached(false);
+    deliver(&mut resume, 1, 1..=2);
+    assert_eq!(resume.gap(1, &Missing { range: 1..=4, reason: 1 }), Ok(true));
+    let handle = take(&mut resume).unwrap();
+    let showing = handle.showing;
+    assert!(
+        resume.nack(handle, Nacked { attempt: 1, delay: None, reason: String::new(), showing })
+    );
+    resume.batch().unwrap();
+    resume.rewind(1, 1, 1, &[]).unwrap();
+    resume.confirm(1);
+    assert_eq!(resume.gap(1, &Missing { range: 1..=2, reason: 1 }), Ok(true));
+    let shown = resume.take(start(), |_, _| true);
+    assert!(matches!(shown, Some(Shown::Gap { missing, .. }) if missing.range == (1..=2)));
+}
+
+#[test]
 fn damage_is_told_once_and_after_what_came_before_it() {
     let mut resume = attached(false);
     deliver(&mut resume, 1, 1..=2);

@@ -328,7 +328,8 @@ impl<M> Topic<M> {
             let piece = Missing { range: range.clone(), reason: missing.reason };
             self.gaps.insert(*range.start(), piece);
         }
-        self.announced.insert(missing.range.clone());
+        // Not all of it: what is held and handed back later is lost then, and that is news.
+        self.announced.extend(news.iter().cloned());
         self.last_received = self.last_received.max(*missing.range.end());
         self.read = self.read.max(*missing.range.end());
         self.head = self.head.max(*missing.range.end());
@@ -351,7 +352,7 @@ impl<M> Topic<M> {
         }
         self.disown(back);
         // What is done elsewhere by now is not named, and must not be shown before the others.
-        if let Some(lane) = self.nacks.lane(from) {
+        for (lane, from) in self.nacks.lanes_in(back) {
             self.take_back(&lane, from);
         }
     }

@@ -183,7 +183,7 @@ impl Subscription {
             (seat.session, seat.grace) = (Some(session), None);
         }
         self.tell_departed();
-        self.withhold_no_more_if_all_are_back();
+        self.is_back(holder);
     }
 
     fn attach_topics(
@@ -208,10 +208,10 @@ impl Subscription {
         topics
     }
 
-    /// After a restart, what may be with consumers that have not come back is nobody else's.
-    pub(super) fn withhold_no_more_if_all_are_back(&mut self) {
-        if self.withholding && self.seats.values().all(|seat| seat.session.is_some()) {
-            self.withholding = false;
+    /// After a restart, what may be with consumers that have not come back is nobody else's. This
+    /// one is back, or given up.
+    fn is_back(&mut self, holder: Holder) {
+        if self.awaited.remove(&holder) && self.awaited.is_empty() {
             for topic in self.topics.values_mut() {
                 topic.delivery.withhold_no_more();
             }
@@ -248,7 +248,8 @@ impl Subscription {
         for topic in self.topics.values_mut() {
             topic.delivery.detach(holder);
         }
-        self.withhold_no_more_if_all_are_back();
+        self.is_back(holder);
+        self.tell_the_others();
         self.ended |= self.keeper == Keeper::Client;
     }
 
@@ -291,8 +292,8 @@ impl Subscription {
             let Some(holder) = place else { continue };
             let (number, rewound) = (topic.number, topic.delivery.nack(holder, &acks.nacked, now));
             let session = self.seats.get_mut(&holder).and_then(|seat| seat.session.as_mut());
-            if let Some(session) = session {
-                rewound.into_iter().for_each(|one| session.tell(Event::Rewind(number, one)));
+            if let (Some(rewound), Some(session)) = (rewound, session) {
+                session.tell(Event::Rewind(number, rewound));
             }
         }
         self.tell_departed();

@@ -36,9 +36,9 @@ impl Subscription {
 
     /// The ways to the active sessions whose streams have no room.
     pub(super) fn without_room(&mut self) -> Vec<mpsc::Sender<Event>> {
-        let full =
-            self.active().filter_map(|session| (!session.has_room()).then(|| session.sender()));
-        full.collect()
+        // One that is gone never has room, and is heard of otherwise.
+        let full = self.active().filter(|session| !session.is_gone());
+        full.filter_map(|session| (!session.has_room()).then(|| session.sender())).collect()
     }
 
     async fn deliver_to_one(&mut self) -> Next {
@@ -109,8 +109,11 @@ impl Subscription {
     ) -> Option<(Epoch, u64, ReadLimit)> {
         let now = Instant::now();
         // What is held of topics that are gone takes no room from the others.
-        let present = || self.topics.values().filter(|topic| !topic.gone);
-        let held = present().map(|topic| topic.delivery.all_held());
+        let present = self.topics.values().filter(|topic| !topic.gone);
+        let held = present.map(|topic| match &topic.delivery {
+            Delivery::Exclusive(delivery) => delivery.out(),
+            Delivery::Competing(_) => Out::default(),
+        });
         let Out { messages: out, bytes } = held.fold(Out::default(), Out::and);
         for _ in 0..self.turns.len() {
             self.turns.rotate_left(1);

@@ -262,5 +262,6 @@ impl Subscription {
             topic.delivery.nack(Holder::Pull(pull), &[Nack { sequence, attempt, delay }], now);
         }
         self.leases.forget_settled(&self.topics);
+        self.tell_the_others();
     }
 }

@@ -52,6 +52,13 @@ impl Subscription {
         }
     }
 
+    /// What one of several consumers had of a topic that is gone is news to the others.
+    pub(super) fn tell_the_others(&mut self) {
+        if self.is_competing() && self.active().next().is_some() {
+            self.tell_departed();
+        }
+    }
+
     /// Tells the consumer that the messages below `first` are gone.
     pub(super) fn tell_missing(&mut self, epoch: Epoch, first: u64, reason: GapReason) {
         let Some(topic) = self.topics.get_mut(&epoch) else {
@@ -110,6 +117,7 @@ impl Subscription {
             self.turns.retain(|turn| *turn != epoch);
             for session in self.active() {
                 session.tell(Event::Left(topic.number));
+                session.forget(topic.number);
             }
         }
     }

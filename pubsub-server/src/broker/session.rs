@@ -378,6 +378,11 @@ impl Session {
         self.told = topics.map(|told| (told.topic, told)).collect();
     }
 
+    /// A topic has left.
+    pub(super) fn forget(&mut self, topic: u32) {
+        self.told.remove(&topic);
+    }
+
     /// Tells soon, but not all the time, what it cannot see from what it receives.
     pub(super) fn hurry(&mut self) {
         self.next_heartbeat = self.next_heartbeat.min(self.last_heartbeat + HURRY);

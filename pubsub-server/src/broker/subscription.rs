@@ -1,7 +1,7 @@
 //! The task of one subscription: it owns the positions, knows who consumes, and moves messages
-//! from the log to the active consumer as far as its credit goes.
+//! from the log to who is active, as far as their credit goes.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -147,8 +147,8 @@ pub(super) struct Subscription {
     pub(super) seats: BTreeMap<Holder, Seat>,
     pub(super) next_seat: u64,
     pub(super) standby: VecDeque<Session>,
-    /// Whether it is waited for consumers that may hold messages since before the start.
-    pub(super) withholding: bool,
+    /// Whose messages since before the start are nobody else's, until they are back.
+    pub(super) awaited: BTreeSet<Holder>,
     /// Until when a reader is waited for that nobody has attached to.
     pub(super) unattended: Option<Instant>,
     pub(super) leases: Leases,
@@ -189,7 +189,7 @@ impl Subscription {
             turns: VecDeque::new(),
             next_number: 1,
             next_seat: seats.len() as u64,
-            withholding: !seats.is_empty() && competing,
+            awaited: seats.keys().copied().filter(|_| competing).collect(),
             seats,
             standby: VecDeque::new(),
             unattended,
@@ -314,7 +314,7 @@ impl Subscription {
         let TopicStart { name, epoch, cursor, head, floor, gone } = start;
         floor.store(cursor.floor, Ordering::Release);
         let mut delivery = Delivery::new(self.record.kind, cursor, *head.borrow());
-        if self.withholding {
+        if !self.awaited.is_empty() {
             delivery.withhold();
         }
         let number = self.next_number;
@@ -380,7 +380,9 @@ impl Topic {
     /// What there is to tell a session.
     pub(super) fn tell(&self) -> Told {
         let (cursor, passed) = (self.delivery.cursor(), self.delivery.passed());
-        Told { topic: self.number, head: cursor.head(), passed, floor: cursor.floor() }
+        // What is acked and not durable may be forgotten still; a seek back shows at once.
+        let floor = self.floor.load(Ordering::Acquire).min(cursor.floor());
+        Told { topic: self.number, head: cursor.head(), passed, floor }
     }
 
     pub(super) fn describe(&self, epoch: Epoch) -> SessionTopic {

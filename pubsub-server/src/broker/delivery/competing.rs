@@ -8,6 +8,7 @@
 //! waits in it can be next.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::Arc;
 
 use tokio::time::Instant;
@@ -135,9 +136,10 @@ impl Competing {
         self.held.len() + self.waiting.len() >= limits::MAX_UNSETTLED
     }
 
-    /// When the first of the waiting messages may be shown that have to wait for a moment.
-    pub fn ready_at(&self) -> Option<Instant> {
-        self.due.first().map(|(at, _)| *at)
+    /// When the next of the waiting messages may be shown that have to wait for a moment.
+    pub fn ready_at(&self, now: Instant) -> Option<Instant> {
+        let later = (Excluded((now, u64::MAX)), Unbounded);
+        self.due.range(later).next().map(|(at, _)| *at)
     }
 
     /// All messages up to here are done or with a consumer.
@@ -216,21 +218,27 @@ impl Competing {
     ) -> Option<(u64, u64)> {
         self.tick(now);
         self.skip_settled();
-        let ready = self.ready.range(self.withheld + 1..);
-        if let Some(first) = ready.copied().find(|sequence| self.may_go(*sequence, &can)) {
-            let reach = first.saturating_add(limits::MAX_FRAME_MESSAGES as u64).min(self.next);
-            let last = self.waiting.range(first..reach).next_back().map_or(first, |(s, _)| *s);
-            return Some((first, last - first + 1));
+        let mut ready = self.ready.range(self.withheld + 1..).filter_map(|sequence| {
+            let waiting = self.waiting.get(sequence)?;
+            let owner = self.owner(waiting.key.as_ref());
+            let able = can(owner, u64::from(waiting.bytes));
+            (able || owner.is_none()).then_some((*sequence, able))
+        });
+        match ready.next() {
+            Some((first, true)) => {
+                let reach = first.saturating_add(limits::MAX_FRAME_MESSAGES as u64).min(self.next);
+                let last = self.waiting.range(first..reach).next_back().map_or(first, |(s, _)| *s);
+                return Some((first, last - first + 1));
+            }
+            // It is too large for what is left of anyone's credit, and would never go if smaller
+            // ones went past it.
+            Some((_, false)) => return None,
+            None => {}
         }
         let looked_at = self.held.len() + self.waiting.len();
         let room = limits::MAX_UNSETTLED.saturating_sub(looked_at) as u64;
         let last = self.cursor.head().min(self.next.saturating_add(room) - 1);
         (self.next <= last && can(None, 1)).then(|| (self.next, last - self.next + 1))
-    }
-
-    fn may_go(&self, sequence: u64, can: impl Fn(Option<Holder>, u64) -> bool) -> bool {
-        let Some(waiting) = self.waiting.get(&sequence) else { return false };
-        can(self.owner(waiting.key.as_ref()), u64::from(waiting.bytes))
     }
 
     /// Who has the messages of a key.
@@ -256,8 +264,10 @@ impl Competing {
             return None;
         }
         let waiting = self.waiting.get(&sequence)?;
-        let holder = choose(self.owner(waiting.key.as_ref()), u64::from(waiting.bytes))?;
-        let Waiting { bytes, key, .. } = self.unwait(sequence)?;
+        // One that was named by a consumer, and not looked at, has not told its size yet.
+        let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
+        let holder = choose(self.owner(waiting.key.as_ref()), u64::from(bytes))?;
+        let Waiting { key, .. } = self.unwait(sequence)?;
         self.put_held(sequence, Held { holder, bytes, key });
         Some((holder, self.cursor.failures(sequence).saturating_add(1)))
     }
@@ -339,15 +349,13 @@ impl Competing {
     /// A consumer hands messages back. Answers what is taken back from it, where there is an order:
     /// what comes after them of the same keys, and themselves, since it may have received them again
     /// before this nack of an earlier showing was heard.
-    pub fn nack(&mut self, holder: Holder, nacks: &[Nack], now: Instant) -> Vec<Rewound> {
-        let mut rewound = Vec::new();
+    pub fn nack(&mut self, holder: Holder, nacks: &[Nack], now: Instant) -> Option<Rewound> {
+        let mut taken_back = Sequences::new();
         for nack in nacks {
-            let taken_back = self.fail(holder, nack, false, now);
-            if !taken_back.is_empty() {
-                rewound.push(Rewound { from: nack.sequence, generation: 0, taken_back });
-            }
+            taken_back.extend(self.fail(holder, nack, false, now));
         }
-        rewound
+        let from = *taken_back.first()?.start();
+        Some(Rewound { from, generation: 0, taken_back })
     }
 
     /// `returning`: the consumer says what it handed back before its connection was lost, of which
@@ -376,20 +384,16 @@ impl Competing {
 
     /// What a consumer holds that must not be processed before a message that it has handed back.
     fn held_after(&self, holder: Holder, sequence: u64, key: Option<&Key>) -> Vec<u64> {
-        if let Some(key) = key {
-            let lane = self.lanes.get(key);
-            return lane
-                .into_iter()
-                .flat_map(|lane| lane.held.range(sequence + 1..))
-                .copied()
-                .collect();
-        }
-        if self.order == Order::None || sequence < self.next {
+        let keyless = key.is_none() && sequence < self.next;
+        if self.order == Order::None || keyless {
             return Vec::new();
         }
-        // Its key is not known, nor are those of what was not looked at.
-        let unknown = self.held.range(sequence + 1..).filter(|(_, held)| held.holder == holder);
-        unknown.map(|(sequence, _)| *sequence).collect()
+        let lane = key.and_then(|key| self.lanes.get(key));
+        let of_key = lane.into_iter().flat_map(|lane| lane.held.range(sequence + 1..)).copied();
+        // What was not looked at may be of the same key.
+        let unknown = self.held.range(self.next.max(sequence + 1)..);
+        let unknown = unknown.filter(|(_, held)| held.holder == holder);
+        of_key.chain(unknown.map(|(sequence, _)| *sequence)).collect()
     }
 
     /// Makes a message wait that is held, or that nothing is known of. Answers its key.
@@ -421,8 +425,10 @@ impl Competing {
     /// Messages below `first` are gone. Answers what the consumers are to be told, if it is news.
     /// The floor waits until one knows.
     pub fn lose_below(&mut self, first: u64) -> Option<(u64, u64)> {
-        let first = first.min(self.cursor.head() + 1);
-        if first <= self.lost_below {
+        let first = first.min(self.cursor.head() + 1).max(self.lost_below);
+        // What is handed back of it is lost, too.
+        let handed_back = self.waiting.first_key_value().is_some_and(|(waits, _)| *waits < first);
+        if first == self.lost_below && !handed_back {
             return None;
         }
         self.lost_below = first;

@@ -79,17 +79,6 @@ impl Delivery {
         }
     }
 
-    /// What is with all consumers.
-    pub fn all_held(&self) -> Out {
-        match self {
-            Self::Exclusive(delivery) => delivery.out(),
-            Self::Competing(delivery) => {
-                let zero = Out::default();
-                delivery.all_out().fold(zero, |all, (_, out)| all.and(out))
-            }
-        }
-    }
-
     /// What is with one consumer.
     pub fn out(&self, holder: Holder) -> Out {
         match self {
@@ -155,9 +144,9 @@ impl Delivery {
     }
 
     /// A consumer hands messages back. Answers what it has to take back with them.
-    pub fn nack(&mut self, holder: Holder, nacks: &[Nack], now: Instant) -> Vec<Rewound> {
+    pub fn nack(&mut self, holder: Holder, nacks: &[Nack], now: Instant) -> Option<Rewound> {
         match self {
-            Self::Exclusive(delivery) => delivery.nack(nacks, now).into_iter().collect(),
+            Self::Exclusive(delivery) => delivery.nack(nacks, now),
             Self::Competing(delivery) => delivery.nack(holder, nacks, now),
         }
     }
@@ -229,7 +218,7 @@ impl Delivery {
                 } else if delivery.is_full() {
                     Some(format!("{unacked} messages are unacked and {waiting} wait; no more can"))
                 } else {
-                    let seconds = until(delivery.ready_at()?);
+                    let seconds = until(delivery.ready_at(now)?);
                     Some(format!("{waiting} messages wait; a failed one comes in {seconds:.1} s"))
                 }
             }
@@ -240,7 +229,7 @@ impl Delivery {
     pub fn ready_at(&self, now: Instant) -> Option<Instant> {
         match self {
             Self::Exclusive(delivery) => delivery.ready_at(now),
-            Self::Competing(delivery) => delivery.ready_at(),
+            Self::Competing(delivery) => delivery.ready_at(now),
         }
     }
 
@@ -288,7 +277,8 @@ pub struct Rewound {
     pub from: u64,
     /// The generation of what follows.
     pub generation: u32,
-    /// Where only some messages after it are: these. The generation means nothing then.
+    /// Where only some messages are: these, and `from` is the first of them. The generation means
+    /// nothing then.
     pub taken_back: Sequences,
 }
 
