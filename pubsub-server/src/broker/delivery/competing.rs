@@ -186,10 +186,12 @@ impl Competing {
         let claimed = claim.held.iter().flat_map(Clone::clone);
         let count = claim.held.iter().map(|range| range.end() - range.start() + 1).sum::<u64>();
         let each = u32::try_from(claim.held_bytes / count.max(1)).unwrap_or(u32::MAX);
-        // Bounded: a claim names no more than can be out.
         for sequence in claimed {
             let others = self.held.get(&sequence).map(|held| held.holder != holder);
-            if sequence > head || self.cursor.is_done(sequence) || others == Some(true) {
+            // No more than could be out before, whatever is claimed.
+            let too_many = others.is_none() && self.is_full();
+            let another = others == Some(true);
+            if sequence > head || self.cursor.is_done(sequence) || another || too_many {
                 dropped.insert(sequence..=sequence);
             } else if others.is_none() {
                 let known = self.unwait(sequence);

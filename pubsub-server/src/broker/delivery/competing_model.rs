@@ -486,6 +486,16 @@ fn what_may_be_of_the_same_key_is_taken_back_too() {
 }
 
 #[test]
+fn consumers_cannot_claim_more_than_there_can_be() {
+    let most = crate::limits::MAX_UNSETTLED as u64;
+    let mut delivery = Competing::new(CursorRecord::default(), 2 * most, Order::None);
+    let claim = Claim { held: Sequences::from_iter([1..=2 * most]), ..Claim::default() };
+    let dropped = delivery.attach(holder(1), &claim, true, Instant::now());
+    assert_eq!(dropped, Sequences::from_iter([most + 1..=2 * most]));
+    assert_eq!(delivery.held() as u64, most);
+}
+
+#[test]
 fn what_is_handed_back_of_a_gap_is_part_of_it() {
     let now = Instant::now();
     let mut delivery = sent(Order::None, 10, 2);
