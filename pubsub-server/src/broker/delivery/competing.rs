@@ -449,13 +449,8 @@ impl Competing {
         if from > to {
             return None;
         }
-        let mut known = self.cursor.record().done.clone();
-        known.extend(self.held.range(from..=to).map(|(sequence, _)| *sequence..=*sequence));
-        let range = from..=to;
-        let mut missing = known.gaps(&range);
-        let first = missing.next()?;
-        let last = missing.last().unwrap_or_else(|| first.clone());
-        Some((*first.start(), *last.end()))
+        let held = self.held.range(from..=to).map(|(sequence, _)| *sequence);
+        self.cursor.missing(&(from..=to), held)
     }
 
     fn put_held(&mut self, sequence: u64, held: Held) {

@@ -1,5 +1,7 @@
 //! The position of one subscription in one topic: what is dealt with, whoever had it. Pure.
 
+use std::ops::RangeInclusive;
+
 use crate::limits;
 use crate::record::{CursorRecord, Release, Sequences};
 
@@ -195,6 +197,20 @@ impl Cursor {
             self.settle(first, last);
         }
         self.limit_ranges();
+    }
+
+    /// The first and the last of these that are neither done nor held.
+    pub(super) fn missing(
+        &self,
+        range: &RangeInclusive<u64>,
+        held: impl Iterator<Item = u64>,
+    ) -> Option<(u64, u64)> {
+        let mut known = self.record.done.clone();
+        known.extend(held.map(|sequence| sequence..=sequence));
+        let mut missing = known.gaps(range);
+        let first = missing.next()?;
+        let last = missing.last().unwrap_or_else(|| first.clone());
+        Some((*first.start(), *last.end()))
     }
 
     /// What is known about a message.

@@ -242,13 +242,8 @@ impl Exclusive {
             return None;
         }
         self.next = first;
-        let mut known = self.cursor.record().done.clone();
-        known.extend(self.held.range(from..=to).map(|(sequence, _)| *sequence..=*sequence));
-        let missing = from..=to;
-        let mut missing = known.gaps(&missing);
-        let first = missing.next()?;
-        let last = missing.last().unwrap_or_else(|| first.clone());
-        Some((*first.start(), *last.end()))
+        let held = self.held.range(from..=to).map(|(sequence, _)| *sequence);
+        self.cursor.missing(&(from..=to), held)
     }
 }
 
