@@ -19,7 +19,8 @@ use super::{
 use crate::env::SharedEnv;
 use crate::limits;
 use crate::record::{
-    CursorRecord, Departed, Epoch, StoredMessage, SubscriptionRecord, Timestamp, TopicRecord, Uuid,
+    CursorRecord, Departed, Epoch, NewMessage, StoredMessage, SubscriptionRecord, Timestamp,
+    TopicRecord, Uuid,
 };
 
 /// The engine.
@@ -108,7 +109,11 @@ impl Memory {
     }
 
     /// Runs one write, or fails it.
-    fn write<T>(&self, promise: Promise<T>, work: impl FnOnce(&mut Store, Now) -> T) {
+    fn write<T>(
+        &self,
+        promise: Promise<T>,
+        work: impl FnOnce(&mut Store, Now) -> Result<T, CommitError>,
+    ) {
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         if session.closed {
             return promise.fail(CommitError::Refused);
@@ -132,7 +137,10 @@ impl Memory {
         if fails == Some(true) {
             return self.fail(session, promise);
         }
-        promise.keep(outcome);
+        match outcome {
+            Ok(outcome) => promise.keep(outcome),
+            Err(error) => promise.fail(error),
+        }
     }
 
     fn fail<T>(&self, mut session: MutexGuard<'_, Session>, promise: Promise<T>) {
@@ -165,18 +173,7 @@ impl Store {
         let Ok(Admission { outcome, messages, keys, publisher: row }) = decided;
         topic.keys.extend(keys);
         topic.publishers.extend(publisher.zip(row));
-        let at = context.at();
-        for (message, sequence) in messages.into_iter().zip(topic.head() + 1..) {
-            topic.last_at = at;
-            topic.messages.push(StoredMessage {
-                sequence,
-                published_at: at,
-                recipients: message.recipients,
-                body: message.body,
-            });
-        }
-        let head = topic.first + topic.messages.len() as u64 - 1;
-        topic.head.send_if_modified(|known| std::mem::replace(known, head) != head);
+        topic.store(messages, context.at());
         outcome
     }
 
@@ -194,7 +191,24 @@ impl Store {
         Ok(decided)
     }
 
-    fn apply(&mut self, change: Change) {
+    fn apply(&mut self, changes: Vec<Change>, now: Now) -> Result<(), CommitError> {
+        let known = |change: &Change| match change {
+            Change::Store { topic, .. } => self.topics.contains_key(topic),
+            Change::CreateTopic(_)
+            | Change::DeleteTopic(_)
+            | Change::PutSubscription(_)
+            | Change::DeleteSubscription(_)
+            | Change::PutCursor { .. }
+            | Change::Trim { .. } => true,
+        };
+        if !changes.iter().all(known) {
+            return Err(CommitError::NoTopic);
+        }
+        changes.into_iter().for_each(|change| self.apply_one(change, now));
+        Ok(())
+    }
+
+    fn apply_one(&mut self, change: Change, now: Now) {
         match change {
             Change::CreateTopic(record) => {
                 self.topics.insert(record.epoch, Topic::new(record));
@@ -219,6 +233,11 @@ impl Store {
                     if departed.cursor.floor >= departed.head {
                         self.departed.remove(&key);
                     }
+                }
+            }
+            Change::Store { topic, message } => {
+                if let Some(topic) = self.topics.get_mut(&topic) {
+                    topic.store(vec![message], now.wall.max(topic.last_at));
                 }
             }
             Change::Trim { topic, below } => {
@@ -262,6 +281,20 @@ impl Topic {
 
     fn index(&self, sequence: u64) -> usize {
         usize::try_from(sequence - self.first).expect("messages are counted in memory")
+    }
+
+    fn store(&mut self, messages: Vec<NewMessage>, at: Timestamp) {
+        for (message, sequence) in messages.into_iter().zip(self.head() + 1..) {
+            self.last_at = at;
+            self.messages.push(StoredMessage {
+                sequence,
+                published_at: at,
+                recipients: message.recipients,
+                body: message.body,
+            });
+        }
+        let head = self.first + self.messages.len() as u64 - 1;
+        self.head.send_if_modified(|known| std::mem::replace(known, head) != head);
     }
 
     fn trim(&mut self, below: u64) {
@@ -325,19 +358,19 @@ impl Storage for Memory {
     fn append(&self, mut append: Append) -> Ticket<AppendOutcome> {
         let (promise, ticket) = ticket();
         let promise = promise.holding(append.room.take());
-        self.write(promise, |store, now| store.append(append, now, self.ordinal));
+        self.write(promise, |store, now| Ok(store.append(append, now, self.ordinal)));
         ticket
     }
 
     fn open_publisher(&self, open: OpenPublisher) -> Ticket<OpenOutcome> {
         let (promise, ticket) = ticket();
-        self.write(promise, |store, now| store.open(&open, now, self.ordinal));
+        self.write(promise, |store, now| Ok(store.open(&open, now, self.ordinal)));
         ticket
     }
 
     fn apply(&self, changes: Vec<Change>, _: Urgency) -> Ticket<()> {
         let (promise, ticket) = ticket();
-        self.write(promise, |store, _| changes.into_iter().for_each(|change| store.apply(change)));
+        self.write(promise, |store, now| store.apply(changes, now));
         ticket
     }
 

@@ -83,7 +83,9 @@ pub trait Storage: fmt::Debug + Send + Sync + 'static {
     /// is a stream that is not higher than all before it, also before a restart.
     fn open_publisher(&self, open: OpenPublisher) -> Ticket<OpenOutcome>;
 
-    /// Changes topics, subscriptions and positions, all or nothing.
+    /// Changes topics, subscriptions and positions, and stores messages with them, all or nothing.
+    /// Fails with [`CommitError::DiskFull`] or [`CommitError::NoTopic`] if a message cannot be
+    /// stored.
     fn apply(&self, changes: Vec<Change>, urgency: Urgency) -> Ticket<()>;
 
     /// The committed head of a topic, 0 while it is empty. `None` if there is no such topic; the
@@ -283,6 +285,14 @@ pub enum Change {
         /// The position.
         cursor: CursorRecord,
     },
+    /// Stores a message, behind what was accepted before. It has no identity: what makes it
+    /// happen once is the rest of the changes.
+    Store {
+        /// The topic.
+        topic: Epoch,
+        /// The message, without a key.
+        message: NewMessage,
+    },
     /// Removes the messages below a sequence, at most up to the head. The space may come back
     /// later.
     Trim {
@@ -396,6 +406,9 @@ pub enum CommitError {
     /// The disk is full; nothing was written.
     #[error("the disk is full")]
     DiskFull,
+    /// A message was to be stored in a topic that is not there, or is damaged; nothing was written.
+    #[error("there is no such topic, or it is damaged")]
+    NoTopic,
     /// The write may be durable, or not.
     #[error("the commit failed, and its outcome is not known")]
     Unknown,

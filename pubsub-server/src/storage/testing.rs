@@ -15,8 +15,8 @@ use crate::env::Env;
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName, TopicPattern};
 use crate::record::{
-    Epoch, IdempotencyKey, NewMessage, StoredMessage, SubscriptionKind, SubscriptionRecord,
-    Timestamp, TopicConfig, TopicRecord, Uuid,
+    Epoch, FailurePolicy, IdempotencyKey, NewMessage, StoredMessage, SubscriptionKind,
+    SubscriptionRecord, Timestamp, TopicConfig, TopicRecord, Uuid,
 };
 
 /// A clock that tests set and random numbers from a seed.
@@ -99,6 +99,8 @@ pub(super) fn subscription(name: &str, epoch: u64) -> SubscriptionRecord {
         name: SubscriptionName::parse(name).unwrap(),
         epoch: Epoch(epoch),
         kind: SubscriptionKind::Exclusive,
+        on_failure: FailurePolicy::Block,
+        ack_timeout: None,
         topics: vec![TopicPattern::parse("*").unwrap()],
         created_at: Timestamp(1),
         consumers: Vec::new(),

@@ -11,7 +11,7 @@ use super::testing::{
 };
 use super::{AppendRefusal, Change, CommitError, ReadError, ReadLimit, Run, Storage, Urgency};
 use crate::names::SubscriptionName;
-use crate::record::{CursorRecord, Departed, Epoch, NewMessage, Timestamp};
+use crate::record::{CursorRecord, Departed, Epoch, Failure, NewMessage, Timestamp, Verdict};
 
 use self::identity::*;
 
@@ -274,11 +274,41 @@ async fn what_a_subscription_missed_of_a_deleted_topic_stays_known(lab: &mut Lab
     assert_eq!(missed(lab).await, []);
 }
 
+async fn a_message_is_stored_together_with_changes_or_not_at_all(lab: &mut Lab) {
+    lab.storage.done(vec![Change::PutSubscription(subscription("s", 3))]).await;
+    let put = |floor| Change::PutCursor {
+        subscription: Epoch(3),
+        topic: Epoch(T),
+        cursor: CursorRecord { floor, ..CursorRecord::default() },
+    };
+    let store = |topic, body| Change::Store { topic: Epoch(topic), message: message(body) };
+    let before = lab.storage.append(anonymous(T, batch(&["a"])));
+    let stored = lab.storage.apply(vec![store(T, "b"), put(1), store(T, "c")], Urgency::Now);
+    let after = lab.storage.append(anonymous(T, batch(&["d"])));
+    before.await.unwrap().into_inner().unwrap();
+    stored.await.unwrap().into_inner();
+    assert!(lab.head() >= 3, "the head rises before the ticket resolves");
+    assert_eq!(places(&after.await.unwrap().into_inner().unwrap()), [(1, 4, false)]);
+    let changes = vec![put(2), store(T, "e"), store(99, "f")];
+    let refused = lab.storage.apply(changes, Urgency::Now).await.unwrap_err();
+    assert_eq!(refused, CommitError::NoTopic);
+    for _ in 0..2 {
+        let messages = lab.read(1).await.unwrap();
+        assert_eq!(bodies(&messages), [b"a", b"b", b"c", b"d"]);
+        let catalog = lab.storage.catalog().await.unwrap();
+        assert_eq!(catalog.subscriptions[0].cursors[0].1.floor, 1);
+        assert_eq!(lab.storage.stats(Epoch(T)).unwrap().bytes, 4);
+        lab.reopen().await;
+    }
+}
+
 async fn the_catalog_is_what_was_applied(lab: &mut Lab) {
     let mut cursor = CursorRecord { floor: 4, start: 2, generation: 9, ..CursorRecord::default() };
     cursor.done.insert(6..=8);
     cursor.received.insert(1..=8);
-    cursor.failures.insert(5, 2);
+    let verdict = Some(Verdict { at: Timestamp(8), reason: "it does not parse".to_owned() });
+    let failure = Failure { count: 2, first_at: Timestamp(7), suspect: true, verdict };
+    cursor.failures.insert(5, failure);
     let put = |cursor: &CursorRecord| Change::PutCursor {
         subscription: Epoch(3),
         topic: Epoch(T),
@@ -390,6 +420,7 @@ suite! {
     a_trim_removes_what_is_below
     a_deleted_topic_is_gone_with_everything
     what_a_subscription_missed_of_a_deleted_topic_stays_known
+    a_message_is_stored_together_with_changes_or_not_at_all
     the_catalog_is_what_was_applied
     published_at_never_decreases_and_is_searched
     every_boot_is_in_the_ledger

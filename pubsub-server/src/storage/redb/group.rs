@@ -14,7 +14,9 @@ use crate::limits;
 use crate::record::{CursorRecord, Departed, Epoch, NewMessage, TopicRecord, Uuid};
 use crate::storage::admission::{Admission, Context, KeyRow, Publisher, admit};
 use crate::storage::clock::{Age, Now};
-use crate::storage::{Append, AppendOutcome, AppendRefusal, Change, OpenOutcome, OpenPublisher};
+use crate::storage::{
+    Append, AppendOutcome, AppendRefusal, Change, CommitError, OpenOutcome, OpenPublisher,
+};
 
 /// Hashes in one row of the table of expiries.
 const KEYS_PER_EXPIRY: usize = 1_000;
@@ -139,8 +141,18 @@ impl<'t, 's> Group<'t, 's> {
             put(&mut self.tables.keys, (topic.0, wide(key)), row.encode())?;
             self.expiries.entry((row.expires, topic)).or_default().push((key, row.sequence));
         }
+        self.store_messages(topic, context, messages)?;
+        Ok(outcome)
+    }
+
+    fn store_messages(
+        &mut self,
+        topic: Epoch,
+        context: &Context,
+        messages: Vec<NewMessage>,
+    ) -> Result<(), Trouble> {
         if messages.is_empty() {
-            return Ok(outcome);
+            return Ok(());
         }
         if let Some(head) = self.state.head(topic)? {
             head.head += messages.len() as u64;
@@ -151,7 +163,7 @@ impl<'t, 's> Group<'t, 's> {
         }
         self.touch(topic);
         self.messages.entry(topic).or_default().extend(messages);
-        Ok(outcome)
+        Ok(())
     }
 
     pub(super) fn open(&mut self, open: &OpenPublisher) -> Result<OpenOutcome, ::redb::Error> {
@@ -184,13 +196,34 @@ impl<'t, 's> Group<'t, 's> {
         self.state.remember(topic, id, publisher);
     }
 
-    pub(super) fn apply(&mut self, changes: Vec<Change>) -> Result<(), ::redb::Error> {
+    pub(super) fn apply(
+        &mut self,
+        changes: Vec<Change>,
+    ) -> Result<Result<(), CommitError>, ::redb::Error> {
+        if let Err(refused) = self.check_stores(&changes) {
+            return Ok(Err(refused));
+        }
         for change in changes {
             match self.apply_one(change) {
                 Ok(()) => {}
                 // Only a trim reads, and a topic that is damaged has nothing left to trim.
                 Err(Trouble::Damaged(damaged)) => tracing::warn!(%damaged, "a change is lost"),
                 Err(Trouble::Redb(error)) => return Err(error),
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Whether the messages among the changes can be stored: all of them, or nothing happens.
+    fn check_stores(&mut self, changes: &[Change]) -> Result<(), CommitError> {
+        for change in changes {
+            let Change::Store { topic, .. } = change else { continue };
+            if self.full {
+                return Err(CommitError::DiskFull);
+            }
+            match self.state.head(*topic) {
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => return Err(CommitError::NoTopic),
             }
         }
         Ok(())
@@ -226,6 +259,11 @@ impl<'t, 's> Group<'t, 's> {
                     put(&mut self.tables.cursors, (topic.0, subscription.0), encode(&cursor))?;
                 } else {
                     self.move_departed((subscription.0, topic.0), cursor)?;
+                }
+            }
+            Change::Store { topic, message } => {
+                if let Some(context) = self.context(topic)? {
+                    self.store_messages(topic, &context, vec![message])?;
                 }
             }
             Change::Trim { topic, below } => {

@@ -28,6 +28,8 @@ const CUTS: u64 = 10_000;
 /// Cuts of one store, before a new one is begun: a small one is quick.
 const CUTS_PER_STORE: u64 = 10;
 const TOPICS: [u64; 2] = [11, 12];
+/// One that takes a message with each move of the floor.
+const GRAVES: u64 = 13;
 const SUBSCRIPTION: u64 = 5;
 
 #[test]
@@ -195,14 +197,14 @@ impl World {
             let known: Vec<_> =
                 engine.catalog().now_or_never().unwrap().unwrap().topics.into_iter().collect();
             if known.is_empty() {
-                let mut changes: Vec<_> = TOPICS
-                    .iter()
-                    .map(|epoch| Change::CreateTopic(topic(&format!("t{epoch}"), *epoch)))
+                let all = TOPICS.into_iter().chain([GRAVES]);
+                let mut changes: Vec<_> = all
+                    .map(|epoch| Change::CreateTopic(topic(&format!("t{epoch}"), epoch)))
                     .collect();
                 changes.push(Change::PutSubscription(subscription("s", SUBSCRIPTION)));
                 self.done(engine.apply(changes, Urgency::Now))?;
             }
-            assert!(known.is_empty() || known.len() == TOPICS.len(), "half a change is stored");
+            assert!(known.is_empty() || known.len() == TOPICS.len() + 1, "half a change is stored");
             self.model.created = true;
             for epoch in TOPICS {
                 self.model
@@ -339,7 +341,10 @@ impl World {
             topic: Epoch(TOPICS[0]),
             cursor: CursorRecord { floor, ..CursorRecord::default() },
         };
-        self.done(engine.apply(vec![change], Urgency::Soon))?;
+        // As a dead letter is moved: both, or nothing.
+        let buried = Change::Store { topic: Epoch(GRAVES), message: message(floor.to_le_bytes()) };
+        let order = if self.random.below(2) == 0 { [change, buried] } else { [buried, change] };
+        self.done(engine.apply(order.into(), Urgency::Soon))?;
         self.model.floor.0 = floor;
         Ok(())
     }
@@ -429,6 +434,12 @@ impl World {
         let floor = subscription.cursors.first().map_or(0, |(_, cursor)| cursor.floor);
         let (acked, asked) = self.model.floor;
         assert!((acked..=asked).contains(&floor), "{floor} is not in {acked}..={asked}");
+        let buried = engine.read(Epoch(GRAVES), 1, ALL).now_or_never().unwrap().unwrap();
+        let floors = buried.iter().map(|message| message.body.as_ref().try_into().unwrap());
+        let floors: Vec<u64> = floors.map(u64::from_le_bytes).collect();
+        assert!(floors.is_sorted_by(|a, b| a < b), "one of {floors:?} is stored twice");
+        let last = floors.last().copied().unwrap_or(0);
+        assert_eq!(last, floor, "a message is stored without its change, or the other way round");
     }
 }
 

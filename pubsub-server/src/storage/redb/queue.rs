@@ -36,10 +36,19 @@ impl Request {
             Item::Store(message) => 64 + message.body.len(),
             Item::Refuse(_) => 64,
         };
+        let change = |change: &Change| match change {
+            Change::Store { message, .. } => 64 + message.body.len(),
+            Change::CreateTopic(_)
+            | Change::DeleteTopic(_)
+            | Change::PutSubscription(_)
+            | Change::DeleteSubscription(_)
+            | Change::PutCursor { .. }
+            | Change::Trim { .. } => 256,
+        };
         match self {
             Self::Append(append, _) => 64 + append.items.iter().map(item).sum::<usize>(),
             Self::Open(..) => 64,
-            Self::Apply(changes, ..) => 256 * changes.len(),
+            Self::Apply(changes, ..) => changes.iter().map(change).sum(),
         }
     }
 

@@ -12,7 +12,7 @@ use ::redb::{
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// The version of the format. A server reads exactly one.
-pub(super) const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 2;
 
 /// Rows are bytes; their encodings are in [`super::rows`].
 pub(super) type Row = &'static [u8];

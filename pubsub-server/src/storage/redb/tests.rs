@@ -15,7 +15,7 @@ use super::directory::Directory;
 use super::disk::{Disk, HOT};
 use super::open::Opening;
 use super::simulation::{self, SimDisk};
-use super::tables::{HEADS, META, META_FORMAT, put};
+use super::tables::{FORMAT, HEADS, META, META_FORMAT, put};
 use super::{CACHE_BYTES, Options, Redb, sealed};
 use crate::env::SharedEnv;
 use crate::limits;
@@ -179,9 +179,16 @@ fn publishes_are_refused_before_the_disk_is_full() {
     assert_eq!(publish(&engine, T, vec![1]), Ok(Err(AppendRefusal::DiskFull)));
     assert_eq!(*engine.health().borrow(), Health::DiskFull);
     assert_eq!(apply(&engine, Change::PutSubscription(subscription("s", 3))), Ok(()));
+    let buried = Change::Store { topic: Epoch(T), message: message([1]) };
+    let both = || engine.apply(vec![floor(5), buried.clone()], Urgency::Now).now_or_never();
+    assert_eq!(both().unwrap().unwrap_err(), CommitError::DiskFull);
+    let catalog = || engine.catalog().now_or_never().unwrap().unwrap();
+    assert_eq!(catalog().subscriptions[0].cursors, [], "nothing of it is stored");
     disk.set_free_pages(1000);
     thread::sleep(Duration::from_millis(1100));
     publish(&engine, T, vec![1]).unwrap().unwrap();
+    both().unwrap().unwrap().into_inner();
+    assert_eq!((head(&engine, T), catalog().subscriptions[0].cursors.len()), (2, 1));
 }
 
 #[test]
@@ -520,7 +527,7 @@ fn another_format_is_refused() {
     };
     edit(9);
     let error = open(directory.path()).unwrap_err();
-    assert!(matches!(error, StorageError::Format { found: 9, supported: 1, .. }), "{error:?}");
+    assert!(matches!(error, StorageError::Format { found: 9, supported: FORMAT, .. }), "{error:?}");
     let foreign = tempfile::tempdir().unwrap();
     drop(Database::create(foreign.path().join(HOT)).unwrap());
     let error = open(foreign.path()).unwrap_err();

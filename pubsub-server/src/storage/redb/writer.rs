@@ -52,7 +52,7 @@ pub(super) struct Writer {
 enum Answer {
     Append(Promise<AppendOutcome>, AppendOutcome),
     Open(Promise<OpenOutcome>, OpenOutcome),
-    Apply(Promise<()>),
+    Apply(Promise<()>, Result<(), CommitError>),
 }
 
 impl Answer {
@@ -60,7 +60,8 @@ impl Answer {
         match self {
             Self::Append(promise, outcome) => promise.keep(outcome),
             Self::Open(promise, outcome) => promise.keep(outcome),
-            Self::Apply(promise) => promise.keep(()),
+            Self::Apply(promise, Ok(())) => promise.keep(()),
+            Self::Apply(promise, Err(error)) => promise.fail(error),
         }
     }
 }
@@ -152,8 +153,7 @@ impl Writer {
                 Request::Append(append, promise) => Answer::Append(promise, group.append(append)?),
                 Request::Open(open, promise) => Answer::Open(promise, group.open(&open)?),
                 Request::Apply(changes, _, promise) => {
-                    group.apply(changes)?;
-                    Answer::Apply(promise)
+                    Answer::Apply(promise, group.apply(changes)?)
                 }
             });
         }
