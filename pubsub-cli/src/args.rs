@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
+use pubsub_client::FailurePolicy;
 
+use crate::failure::Failure;
 use crate::values::{self, Bytes, Kind, Where};
 
 /// Publish, subscribe and administer a pubsub server.
@@ -55,6 +57,9 @@ pub(crate) enum Command {
     /// Create, list, describe, delete and move subscriptions
     #[command(subcommand, visible_aliases = ["subscriptions", "sub"])]
     Subscription(Subscription),
+    /// List, show, redrive and purge dead letters: what a subscription could not process
+    #[command(subcommand, visible_alias = "dead-letters")]
+    Dlq(Dlq),
     /// Publish messages, from arguments or standard input
     Publish(Publish),
     /// Print messages as they come
@@ -129,7 +134,8 @@ pub(crate) enum Subscription {
 Examples:
   pubsub subscription create billing orders
   pubsub subscription create audit 'orders.*' payments --from earliest
-  pubsub subscription create work jobs --kind shared")]
+  pubsub subscription create work jobs --kind shared
+  pubsub subscription create work jobs --kind shared --dead-letter jobs-dead --max-attempts 3")]
     Create(CreateSubscription),
     /// List subscriptions
     List,
@@ -165,9 +171,103 @@ pub(crate) struct CreateSubscription {
     /// How it spreads its messages over consumers
     #[arg(long, value_name = "KIND", default_value = "exclusive")]
     pub(crate) kind: Kind,
+    #[command(flatten)]
+    pub(crate) failures: Failures,
     /// Let it be if it exists already with the same settings
     #[arg(long)]
     pub(crate) if_not_exists: bool,
+}
+
+/// What becomes of messages that fail.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Failures {
+    /// Move a message that has failed too often to this topic, which must exist
+    /// [default: show it again until it is acked]
+    #[arg(long, value_name = "TOPIC", conflicts_with = "skip")]
+    dead_letter: Option<String>,
+    /// Let a message go that has failed too often
+    #[arg(long)]
+    skip: bool,
+    /// How often a message is shown before, 1 to 1000 [default: 5]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    max_attempts: Option<u32>,
+    /// How long a handler may have a message before it counts as failed, 1s to 24h
+    /// [default: no limit]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub(crate) ack_timeout: Option<Duration>,
+}
+
+impl Failures {
+    /// Whether something was asked for.
+    pub(crate) fn is_any(&self) -> bool {
+        let Self { dead_letter, skip, max_attempts, ack_timeout } = self;
+        dead_letter.is_some() || *skip || max_attempts.is_some() || ack_timeout.is_some()
+    }
+
+    /// What was asked for.
+    pub(crate) fn policy(&self) -> Result<Option<FailurePolicy>, Failure> {
+        let policy = match &self.dead_letter {
+            Some(topic) => FailurePolicy::dead_letter(topic),
+            None if self.skip => FailurePolicy::skip(),
+            None if self.max_attempts.is_some() => {
+                let text = "--max-attempts says when; --dead-letter TOPIC or --skip says what then";
+                return Err(Failure::usage(text));
+            }
+            None => return Ok(None),
+        };
+        Ok(Some(match self.max_attempts {
+            Some(attempts) => policy.after(attempts),
+            None => policy,
+        }))
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Dlq {
+    /// List the dead letters of a subscription that wait to be redriven or purged
+    List {
+        /// The subscription that could not process them
+        subscription: String,
+    },
+    /// Show one dead letter with its payload
+    Show {
+        /// The subscription that could not process it
+        subscription: String,
+        /// Its number, as `list` prints it
+        number: u64,
+    },
+    /// Send dead letters back to the topics they come from, for this subscription only
+    #[command(after_help = "\
+Each is sent back once, however often that is asked. One that fails again is a new dead letter.
+
+Examples:
+  pubsub dlq redrive work 17 18            these two
+  pubsub dlq redrive work --all --rate 50  all of them, 50 each second; Ctrl-C stops in between")]
+    Redrive {
+        #[command(flatten)]
+        which: Letters,
+        /// How many to send back each second [default: no limit]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        rate: Option<u32>,
+    },
+    /// Let dead letters go, for good; the copies stay in their topic as long as it keeps messages
+    Purge {
+        #[command(flatten)]
+        which: Letters,
+    },
+}
+
+/// Which dead letters.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Letters {
+    /// The subscription that could not process them
+    pub(crate) subscription: String,
+    /// Their numbers, as `list` prints them
+    #[arg(value_name = "NUMBER", required_unless_present = "all", conflicts_with = "all")]
+    pub(crate) numbers: Vec<u64>,
+    /// All that there are
+    #[arg(long)]
+    pub(crate) all: bool,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -252,6 +352,8 @@ pub(crate) struct Subscribe {
     /// How a new subscription spreads its messages over consumers [default: exclusive]
     #[arg(long, value_name = "KIND", requires = "subscription")]
     pub(crate) kind: Option<Kind>,
+    #[command(flatten)]
+    pub(crate) failures: Failures,
     /// Stop after this many messages
     #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) count: Option<u64>,

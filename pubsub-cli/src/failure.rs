@@ -50,6 +50,10 @@ impl Failure {
         Self::new(Exit::Failed, cause)
     }
 
+    pub(crate) fn not_found(cause: impl Into<String>) -> Self {
+        Self::new(Exit::NotFound, cause)
+    }
+
     pub(crate) fn usage(cause: impl Into<String>) -> Self {
         Self::new(Exit::Usage, cause)
     }
@@ -201,6 +205,7 @@ fn exit(reason: Reason) -> Exit {
         | Reason::BeyondHead => Exit::NotFound,
         Reason::TopicExists
         | Reason::TopicRecreated
+        | Reason::TopicInUse
         | Reason::SubscriptionExists
         | Reason::SubscriptionMismatch
         | Reason::SubscriptionBusy

@@ -5,9 +5,9 @@ use std::time::{Duration, SystemTime};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use pubsub_client::{
-    ActiveConsumer, DataLoss, Gap, GapReason, PublishReceipt, Receipt, ReceiptState,
-    ReceivedMessage, ServerInfo, SubscriptionInfo, SubscriptionKind, SubscriptionPosition,
-    TopicInfo,
+    ActiveConsumer, DataLoss, DeadLetter, FailurePolicy, Gap, GapReason, PublishReceipt, Receipt,
+    ReceiptState, ReceivedMessage, ServerInfo, SubscriptionInfo, SubscriptionKind,
+    SubscriptionPosition, TopicInfo,
 };
 use serde_json::{Value, json};
 
@@ -55,6 +55,44 @@ pub(crate) fn kind(kind: SubscriptionKind) -> &'static str {
     }
 }
 
+pub(crate) fn policy(policy: &FailurePolicy) -> String {
+    match policy {
+        FailurePolicy::Block => "show it again until it is acked".to_owned(),
+        FailurePolicy::DeadLetter { topic, max_attempts } => {
+            format!("dead letter to {topic} after {max_attempts} attempts")
+        }
+        FailurePolicy::Skip { max_attempts } => format!("skip after {max_attempts} attempts"),
+        _ => "unknown".to_owned(),
+    }
+}
+
+fn policy_value(policy: &FailurePolicy) -> Value {
+    match policy {
+        FailurePolicy::Block => json!({ "policy": "block" }),
+        FailurePolicy::DeadLetter { topic, max_attempts } => {
+            json!({ "policy": "dead_letter", "topic": topic, "max_attempts": max_attempts })
+        }
+        FailurePolicy::Skip { max_attempts } => {
+            json!({ "policy": "skip", "max_attempts": max_attempts })
+        }
+        _ => json!({ "policy": "unknown" }),
+    }
+}
+
+pub(crate) fn dead_letter(letter: &DeadLetter) -> Value {
+    json!({
+        "type": "dead_letter",
+        "number": letter.id.sequence,
+        "id": letter.id.to_string(),
+        "origin": letter.origin.to_string(),
+        "attempts": letter.attempts,
+        "reason": letter.reason,
+        "first_failure_time": time(letter.first_failure_time),
+        "last_failure_time": time(letter.last_failure_time),
+        "message": message(&letter.message),
+    })
+}
+
 pub(crate) fn gap_reason(reason: GapReason) -> &'static str {
     match reason {
         GapReason::Retention => "retention removed them",
@@ -94,6 +132,9 @@ pub(crate) fn subscription(subscription: &SubscriptionInfo) -> Value {
         "active_consumers": consumers,
         "standby_consumers": subscription.standby_consumers,
         "positions": positions,
+        "on_failure": policy_value(&subscription.on_failure),
+        "ack_timeout_seconds": subscription.ack_timeout.map(|time| time.as_secs_f64()),
+        "dead_letters": subscription.dead_letters,
     })
 }
 

@@ -5,6 +5,7 @@
 //! way to standard output.
 
 mod args;
+mod dlq;
 mod failure;
 mod format;
 mod interrupt;
@@ -60,6 +61,7 @@ async fn execute(args: Args) -> Result<Exit, Failure> {
     let done = match args.command {
         Command::Topic(command) => topic::run(command, &client, &mut output).await,
         Command::Subscription(command) => subscription::run(command, &client, &mut output).await,
+        Command::Dlq(command) => dlq::run(command, &client, &mut output).await,
         Command::Publish(command) => publish::run(command, &client, &mut output).await,
         Command::Subscribe(command) => subscribe::run(command, &client, &mut output).await,
         Command::Receipts(command) => receipts::run(command, &client, &mut output).await,

@@ -29,11 +29,20 @@ pub(crate) async fn run(
     client: &Client,
     output: &mut Output,
 ) -> Result<Exit, Failure> {
+    if args.failures.is_any() && args.subscription.is_none() {
+        let text = "a reader has no failures; name a subscription with --subscription NAME";
+        return Err(Failure::usage(text));
+    }
+    let policy = args.failures.policy()?;
     let kind = kind(&args, client).await?;
     let mut interrupt = Interrupt::new().map_err(|error| Failure::failed(error.to_string()))?;
     let mut announcer = Announcer::default();
+    let builder = builder(&args, kind, client);
+    let builder = policy.into_iter().fold(builder, SubscriberBuilder::on_failure);
+    let timeout = args.failures.ack_timeout;
+    let builder = timeout.into_iter().fold(builder, SubscriberBuilder::ack_timeout);
     let subscriber = tokio::select! {
-        opened = announcer.until(client.state(), builder(&args, kind, client).open()) => opened?,
+        opened = announcer.until(client.state(), builder.open()) => opened?,
         () = interrupt.asked() => return Ok(Exit::Interrupted),
     };
     let _announcing = announcer.go_on(subscriber.state());

@@ -37,8 +37,11 @@ async fn create(
     client: &Client,
     output: &mut Output,
 ) -> Result<(), Failure> {
-    let settings = pubsub_client::CreateSubscription::to(args.topics);
-    let settings = settings.with_start(args.from.start()).with_kind(args.kind.kind());
+    let mut settings = pubsub_client::CreateSubscription::to(args.topics)
+        .with_start(args.from.start())
+        .with_kind(args.kind.kind());
+    settings.on_failure = args.failures.policy()?;
+    settings.ack_timeout = args.failures.ack_timeout;
     let settings = if args.if_not_exists { settings.if_not_exists() } else { settings };
     let (subscription, created) = client.admin().create_subscription(args.name, settings).await?;
     if output.is_json() {
@@ -109,6 +112,13 @@ async fn seek(args: Seek, client: &Client, output: &mut Output) -> Result<(), Fa
     show(&subscription, output)
 }
 
+fn dead_letters(subscription: &SubscriptionInfo) -> String {
+    match subscription.dead_letters {
+        0 => "-".to_owned(),
+        count => format!("{count} wait; see `pubsub dlq list {}`", subscription.name),
+    }
+}
+
 fn show(subscription: &SubscriptionInfo, output: &mut Output) -> Result<(), Failure> {
     let standby = match subscription.standby_consumers.as_slice() {
         [] => "-".to_owned(),
@@ -122,6 +132,9 @@ fn show(subscription: &SubscriptionInfo, output: &mut Output) -> Result<(), Fail
             ("kind", format::kind(subscription.kind).to_owned()),
             ("topics", subscription.topics.join(", ")),
             ("created", format::time(subscription.create_time)),
+            ("on failure", format::policy(&subscription.on_failure)),
+            ("ack timeout", subscription.ack_timeout.map_or("-".to_owned(), format::duration)),
+            ("dead letters", dead_letters(subscription)),
             ("consumers", consumers(subscription)),
             ("standing by", standby),
         ],

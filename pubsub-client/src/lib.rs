@@ -44,8 +44,9 @@ mod subscriber;
 mod transport;
 
 pub use admin::{
-    ActiveConsumer, Admin, CreateSubscription, Page, Receipt, ReceiptState, ServerInfo,
-    SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo,
+    ActiveConsumer, Admin, CreateSubscription, DeadLetter, DeadLetters, Page, Purged, Receipt,
+    ReceiptState, Redriven, ServerInfo, SubscriptionInfo, SubscriptionPosition, TopicConfig,
+    TopicInfo,
 };
 pub use client::{Client, ClientBuilder, ShutdownReport};
 #[cfg(feature = "json")]
@@ -67,7 +68,7 @@ pub use publisher::{
 pub use retry::RetryPolicy;
 pub use state::{ConnectionState, StateWatch};
 pub use subscriber::{
-    Acker, DataLoss, Delivery, Drain, Event, Gap, GapReason, Nack, Position, Start, StopReport,
-    Stopper, Subscriber, SubscriberBuilder, SubscriptionKind, TopicPosition, TypedDelivery,
-    TypedEvent, TypedSubscriber,
+    Acker, DataLoss, Delivery, Drain, Event, FailurePolicy, Gap, GapReason, Nack, Position, Start,
+    StopReport, Stopper, Subscriber, SubscriberBuilder, SubscriptionKind, TopicPosition,
+    TypedDelivery, TypedEvent, TypedSubscriber,
 };

@@ -1,7 +1,11 @@
-//! What the server reads of a stored message's body, which is an encoded `pubsub.v1.Message`. The
-//! rest is the application's.
+//! What the server reads of a stored message's body, which is an encoded `pubsub.v1.Message`, and
+//! what it writes into that of a dead letter. The rest is the application's.
 
+use bytes::Bytes;
 use prost::Message as _;
+use pubsub_proto::v1;
+
+use crate::record::{Epoch, Timestamp};
 
 /// The field that orders messages, and nothing else: what is not named here is skipped.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -16,10 +20,105 @@ pub(crate) fn ordering_key(body: &[u8]) -> Option<String> {
     (!ordering_key.is_empty()).then_some(ordering_key)
 }
 
+/// Where a dead letter comes from, and why it is one. Attributes of the copy carry it, so that
+/// whoever listens to the dead-letter topic can read it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Origin {
+    /// The topic.
+    pub topic: String,
+    /// Its incarnation.
+    pub epoch: Epoch,
+    /// The message.
+    pub sequence: u64,
+    /// Who could not process it.
+    pub subscription: String,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// Why it failed for the last time, for people; may be empty.
+    pub reason: String,
+    /// When it failed for the first time.
+    pub first_failure: Timestamp,
+    /// When it failed for the last time.
+    pub last_failure: Timestamp,
+}
+
+/// The names of the attributes, in the order of the fields.
+const ATTRIBUTES: [&str; 8] = [
+    "dead-letter-topic",
+    "dead-letter-epoch",
+    "dead-letter-sequence",
+    "dead-letter-subscription",
+    "dead-letter-attempts",
+    "dead-letter-reason",
+    "dead-letter-first-failure",
+    "dead-letter-last-failure",
+];
+
+impl Origin {
+    /// The copy of a message for the dead-letter topic: for all who listen there. `None` if the
+    /// body is no message.
+    pub(crate) fn dead_letter(&self, body: &[u8]) -> Option<Bytes> {
+        let mut message = v1::Message::decode(body).ok()?;
+        message.recipients.clear();
+        let values = [
+            self.topic.clone(),
+            self.epoch.0.to_string(),
+            self.sequence.to_string(),
+            self.subscription.clone(),
+            self.attempts.to_string(),
+            self.reason.clone(),
+            rfc3339(self.first_failure),
+            rfc3339(self.last_failure),
+        ];
+        message.attributes.extend(ATTRIBUTES.map(str::to_owned).into_iter().zip(values));
+        Some(message.encode_to_vec().into())
+    }
+
+    /// What the attributes of a dead letter say; `None` if it is no dead letter.
+    pub(crate) fn of(body: &[u8]) -> Option<Self> {
+        Self::of_message(&v1::Message::decode(body).ok()?)
+    }
+
+    /// As [`of`](Self::of).
+    pub(crate) fn of_message(message: &v1::Message) -> Option<Self> {
+        let mut values = ATTRIBUTES.iter().map(|name| message.attributes.get(*name));
+        let mut next = || values.next().flatten();
+        Some(Self {
+            topic: next()?.clone(),
+            epoch: Epoch(next()?.parse().ok()?),
+            sequence: next()?.parse().ok()?,
+            subscription: next()?.clone(),
+            attempts: next()?.parse().ok()?,
+            reason: next()?.clone(),
+            first_failure: parse_rfc3339(next()?)?,
+            last_failure: parse_rfc3339(next()?)?,
+        })
+    }
+}
+
+/// The message that a dead letter is the copy of, for one recipient. `None` if it is no message.
+pub(crate) fn revived(body: &[u8], recipient: &str) -> Option<Bytes> {
+    let mut message = v1::Message::decode(body).ok()?;
+    for name in ATTRIBUTES {
+        message.attributes.remove(name);
+    }
+    message.recipients = vec![recipient.to_owned()];
+    Some(message.encode_to_vec().into())
+}
+
+fn rfc3339(at: Timestamp) -> String {
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_millis(at.0);
+    humantime::format_rfc3339_millis(time).to_string()
+}
+
+fn parse_rfc3339(text: &str) -> Option<Timestamp> {
+    let time = humantime::parse_rfc3339(text).ok()?;
+    let millis = time.duration_since(std::time::UNIX_EPOCH).ok()?.as_millis();
+    u64::try_from(millis).ok().map(Timestamp)
+}
+
 #[cfg(test)]
 mod tests {
-    use pubsub_proto::v1;
-
     use super::*;
 
     #[test]
@@ -35,5 +134,33 @@ mod tests {
         assert_eq!(ordering_key(&message("k").encode_to_vec()).as_deref(), Some("k"));
         assert_eq!(ordering_key(&message("").encode_to_vec()), None);
         assert_eq!(ordering_key(b"no message"), None);
+    }
+
+    #[test]
+    fn a_dead_letter_says_where_it_comes_from_and_can_be_revived() {
+        let message = v1::Message {
+            payload: vec![0, 255].into(),
+            attributes: [("a".to_owned(), "b".to_owned())].into(),
+            ordering_key: "k".to_owned(),
+            recipients: vec!["one".to_owned(), "two".to_owned()],
+            ..v1::Message::default()
+        };
+        let origin = Origin {
+            topic: "orders".to_owned(),
+            epoch: Epoch(u64::MAX),
+            sequence: 17,
+            subscription: "one".to_owned(),
+            attempts: 5,
+            reason: "the mail server is down".to_owned(),
+            first_failure: Timestamp(1_700_000_000_001),
+            last_failure: Timestamp(1_700_000_009_999),
+        };
+        let copy = origin.dead_letter(&message.encode_to_vec()).unwrap();
+        assert_eq!(Origin::of(&copy), Some(origin));
+        let decoded = v1::Message::decode(&*copy).unwrap();
+        assert_eq!((&*decoded.ordering_key, decoded.recipients.len()), ("k", 0));
+        let revived = v1::Message::decode(&*revived(&copy, "one").unwrap()).unwrap();
+        assert_eq!(revived, v1::Message { recipients: vec!["one".to_owned()], ..message.clone() });
+        assert_eq!(Origin::of(&message.encode_to_vec()), None);
     }
 }

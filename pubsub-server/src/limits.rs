@@ -99,6 +99,26 @@ pub const DEAD_AFTER_HEARTBEATS: f64 = 2.5;
 pub const MIN_BACKOFF: Duration = Duration::from_secs(1);
 /// The longest delay before a nacked message is shown again.
 pub const MAX_BACKOFF: Duration = Duration::from_secs(60);
+/// Attempts after which a failure policy can let a message go: more is no limit to anybody.
+pub const MAX_ATTEMPTS: u32 = 1_000;
+/// Attempts after which it does, if it is not said.
+pub const DEFAULT_ATTEMPTS: u32 = 5;
+/// Bytes of the reason that is kept of a last failure.
+pub const MAX_REASON_BYTES: usize = 512;
+/// How long a message that may have killed its consumer is watched before the next such one is
+/// shown, if nothing becomes of it: what kills does so sooner.
+pub const SUSPICION: Duration = Duration::from_secs(30);
+/// Messages of one topic that have failed too often and wait to be moved, because the dead-letter
+/// topic is full; at this number nothing more of their topic is delivered.
+pub const MAX_CONDEMNED: usize = 1_000;
+/// Dead letters that are moved in one commit.
+pub const BURIAL_MESSAGES: usize = 64;
+/// Dead letters that one call lists, redrives or purges.
+pub const MAX_DEAD_LETTERS: usize = 1_000;
+/// The shortest time that a subscription can allow a handler.
+pub const MIN_ACK_TIMEOUT: Duration = Duration::from_secs(1);
+/// The longest.
+pub const MAX_ACK_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// The lease of a pull unless it asks for another.
 pub const PULL_LEASE: Duration = Duration::from_secs(60);
 

@@ -134,6 +134,10 @@ pub struct SubscriptionRecord {
     pub epoch: Epoch,
     /// How it spreads its messages.
     pub kind: SubscriptionKind,
+    /// What becomes of messages that fail.
+    pub on_failure: FailurePolicy,
+    /// How long a message may be in a handler before it counts as failed; for ever if `None`.
+    pub ack_timeout: Option<Duration>,
     /// What it listens to.
     pub topics: Vec<TopicPattern>,
     /// When it was created.
@@ -162,6 +166,58 @@ impl fmt::Display for SubscriptionKind {
             Self::Shared => "shared",
             Self::KeyOrdered => "key-ordered",
         })
+    }
+}
+
+/// What becomes of a message that fails again and again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailurePolicy {
+    /// It is shown again until it is acked.
+    #[default]
+    Block,
+    /// A copy goes to another topic, and the subscription lets it go, in one step.
+    DeadLetter {
+        /// The other topic.
+        topic: TopicName,
+        /// How often it is shown before.
+        max_attempts: u32,
+    },
+    /// The subscription lets it go.
+    Skip {
+        /// How often it is shown before.
+        max_attempts: u32,
+    },
+}
+
+impl FailurePolicy {
+    /// How often a message is shown, if there is an end to it.
+    pub fn max_attempts(&self) -> Option<u32> {
+        match self {
+            Self::Block => None,
+            Self::DeadLetter { max_attempts, .. } | Self::Skip { max_attempts } => {
+                Some(*max_attempts)
+            }
+        }
+    }
+
+    /// The dead-letter topic, if there is one.
+    pub fn dead_letter_topic(&self) -> Option<&TopicName> {
+        match self {
+            Self::DeadLetter { topic, .. } => Some(topic),
+            Self::Block | Self::Skip { .. } => None,
+        }
+    }
+}
+
+impl fmt::Display for FailurePolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Block => f.write_str("block"),
+            Self::DeadLetter { topic, max_attempts } => {
+                write!(f, "dead letter to {topic} after {max_attempts} attempts")
+            }
+            Self::Skip { max_attempts } => write!(f, "skip after {max_attempts} attempts"),
+        }
     }
 }
 
@@ -194,8 +250,30 @@ pub struct CursorRecord {
     pub receipts_from: u64,
     /// Raised by every seek.
     pub generation: u64,
-    /// How often a message has failed.
-    pub failures: BTreeMap<u64, u32>,
+    /// What has failed and is not done.
+    pub failures: BTreeMap<u64, Failure>,
+}
+
+/// How a message has failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// How often.
+    pub count: u32,
+    /// When for the first time.
+    pub first_at: Timestamp,
+    /// Whether it was in a handler of a consumer that was lost: it may be what killed it.
+    pub suspect: bool,
+    /// How it failed for the last time, if it is to be let go.
+    pub verdict: Option<Verdict>,
+}
+
+/// The last failure of a message that is to be let go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// When.
+    pub at: Timestamp,
+    /// Why, for people.
+    pub reason: String,
 }
 
 /// What a subscription has not dealt with of a topic that was deleted: it has to be told.
@@ -218,4 +296,8 @@ pub enum Release {
     Seek,
     /// It was lost to retention, a purge or damage, and the subscription was told.
     Gap,
+    /// It failed too often, and a copy went to the dead-letter topic.
+    DeadLetter,
+    /// It failed too often, and was skipped.
+    Skip,
 }

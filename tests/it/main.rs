@@ -14,6 +14,7 @@ mod consumers;
 mod crash;
 mod disk;
 mod docs;
+mod failures;
 mod identity;
 mod lifetimes;
 mod link;

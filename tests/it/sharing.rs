@@ -336,7 +336,12 @@ fn pulls_share_with_each_other_and_with_streams() {
         // What one hands back is anybody's.
         let tokens = first.into_iter().map(|one| one.lease_token).collect();
         let delay = Some(prost_types::Duration::default());
-        let nack = NackRequest { subscription: WORK.into(), lease_tokens: tokens, delay };
+        let nack = NackRequest {
+            subscription: WORK.into(),
+            lease_tokens: tokens,
+            delay,
+            ..NackRequest::default()
+        };
         caller.nack(nack).await?;
         let back = app::next_many(&mut streaming, 2).await?;
         ensure!(app::sequences(&back) == [1, 2], "{back:?}");

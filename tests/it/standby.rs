@@ -126,6 +126,7 @@ fn who_stands_by_takes_over_when_a_pulled_message_is_handed_back() {
             subscription: SUBSCRIPTION.into(),
             lease_tokens: pulled.into_iter().map(|message| message.lease_token).collect(),
             delay: None,
+            ..NackRequest::default()
         };
         raw::subscriber(&channel).nack(nack).await?;
         turn(&mut standby).await?;

@@ -74,6 +74,8 @@ pub async fn create_subscription(channel: &Channel, name: &str, topics: &[&str])
         kind: SubscriptionKind::Exclusive.into(),
         start: earliest(),
         if_not_exists: false,
+        on_failure: None,
+        ack_timeout: None,
     };
     raw::admin(channel).create_subscription(request).await?;
     Ok(())

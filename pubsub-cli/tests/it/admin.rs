@@ -143,3 +143,45 @@ fn help_and_completions_need_no_server() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn dead_letters_are_listed_shown_redriven_and_purged() -> Result<()> {
+    let lab = Lab::with_orders(&[])?;
+    let create = "subscription create work orders --kind shared --max-attempts 2";
+    lab.run(create)?.fails(2)?;
+    lab.run(&format!("{create} --dead-letter orders-dead"))?.fails(3)?;
+    lab.run("topic create orders-dead")?.succeeds()?;
+    lab.run(&format!("{create} --dead-letter orders-dead --ack-timeout 1s"))?.succeeds()?;
+    lab.run("dlq list work")?.succeeds()?;
+    lab.run("dlq list nobody")?.fails(3)?;
+    lab.run("dlq redrive work")?.fails(2)?;
+    lab.run_args(&["publish", "orders", "one", "two", "three", "--attr", "color=green"])?
+        .succeeds()?;
+    // Nobody acks them in time.
+    let holding = lab.start("subscribe --subscription work --no-ack")?;
+    let letters = lab.eventually("dlq list work --json", |text| text.lines().count() == 3)?;
+    holding.interrupt()?;
+    let letters = json(&letters)?;
+    assert_eq!(letters[0]["reason"], "not acked within 1s");
+    assert_eq!(letters[0]["attempts"], 2);
+    let list = lab.run("dlq list work")?.succeeds()?;
+    assert!(list.contains("ATTEMPTS") && list.lines().count() == 4, "{list}");
+    let number = letters[1]["number"].to_string();
+    let shown = lab.run(&format!("dlq show work {number}"))?.succeeds()?;
+    assert!(shown.contains("color=green") && shown.contains("not acked within 1s"), "{shown}");
+    lab.run("dlq show work 99")?.fails(3)?;
+    let described = lab.run("subscription describe work")?.succeeds()?;
+    assert!(described.contains("3 wait") && described.contains("after 2 attempts"), "{described}");
+    lab.run("topic delete orders-dead")?.fails(4)?;
+
+    let redriven = lab.run(&format!("dlq redrive work {number}"))?.succeeds()?;
+    assert_eq!(redriven, "redriven 1 dead letters; 2 are left\n");
+    let again = lab.run(&format!("dlq redrive work {number} --json"))?.succeeds()?;
+    assert_eq!(json(&again)?[0]["redriven"], 0);
+    lab.run("subscribe --subscription work --count 1")?.succeeds()?;
+    let redriven = lab.run("dlq redrive work --all --rate 1")?.succeeds()?;
+    assert_eq!(redriven, "redriven 2 dead letters; 0 are left\n");
+    lab.run("subscribe --subscription work --count 2")?.succeeds()?;
+    assert_eq!(lab.run("dlq purge work --all")?.succeeds()?, "purged 0 dead letters; 0 are left\n");
+    Ok(())
+}

@@ -92,6 +92,18 @@ impl Lab {
         self.run_args(&line.split_whitespace().collect::<Vec<_>>())
     }
 
+    /// Runs a command again and again until its output is as it should be, and gives that.
+    pub(crate) fn eventually(&self, line: &str, like: impl Fn(&str) -> bool) -> Result<String> {
+        for _ in 0..100 {
+            let output = self.run(line)?.succeeds()?;
+            if like(&output) {
+                return Ok(output);
+            }
+            thread::sleep(Duration::from_millis(200));
+        }
+        anyhow::bail!("`{line}` never says what it should")
+    }
+
     pub(crate) fn run_args(&self, args: &[&str]) -> Result<Ran> {
         wait(self.command(args).spawn()?)
     }

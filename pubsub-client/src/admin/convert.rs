@@ -4,12 +4,14 @@ use pubsub_proto::v1 as pb;
 
 use super::optional;
 use super::types::{
-    ActiveConsumer, CreateSubscription, Receipt, ReceiptState, ServerInfo, SubscriptionInfo,
-    SubscriptionPosition, TopicConfig, TopicInfo,
+    ActiveConsumer, CreateSubscription, DeadLetter, DeadLetters, Receipt, ReceiptState, ServerInfo,
+    SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo,
 };
 use crate::error::AdminError;
-use crate::message::{duration, non_empty, time};
-use crate::subscriber::{kind_from_wire, kind_to_wire, start_to_wire};
+use crate::message::{MessageId, ReceivedMessage, duration, non_empty, time, wire_duration};
+use crate::subscriber::{
+    kind_from_wire, kind_to_wire, policy_from_wire, policy_to_wire, start_to_wire,
+};
 
 pub(super) fn topic_config(config: &TopicConfig) -> pb::TopicConfig {
     pb::TopicConfig {
@@ -51,6 +53,42 @@ pub(super) fn create_subscription(
         kind: kind_to_wire(settings.kind).into(),
         start: Some(start_to_wire(settings.start)),
         if_not_exists: settings.if_not_exists,
+        on_failure: settings.on_failure.as_ref().map(policy_to_wire),
+        ack_timeout: settings.ack_timeout.and_then(wire_duration),
+    }
+}
+
+pub(super) fn dead_letter(letter: pb::DeadLetter) -> Result<DeadLetter, AdminError> {
+    let id = |id: Option<pb::MessageId>| {
+        let pb::MessageId { topic, epoch, sequence } = id.ok_or_else(|| missing("id"))?;
+        Ok::<_, AdminError>(MessageId { topic: topic.into(), epoch, sequence })
+    };
+    let (copy, origin) = (id(letter.id)?, id(letter.origin)?);
+    let received = pb::ReceivedMessage {
+        sequence: copy.sequence,
+        message: letter.message,
+        publish_time: letter.publish_time,
+        attempt: 0,
+    };
+    Ok(DeadLetter {
+        message: ReceivedMessage::from_wire(copy.clone(), received),
+        id: copy,
+        origin,
+        attempts: letter.attempts,
+        reason: letter.reason,
+        first_failure_time: time(letter.first_failure_time),
+        last_failure_time: time(letter.last_failure_time),
+    })
+}
+
+/// The named sequences, and how many at most.
+pub(super) fn dead_letters(which: DeadLetters) -> (Vec<pb::SequenceRange>, u32) {
+    match which {
+        DeadLetters::Oldest(most) => (Vec::new(), most.max(1)),
+        DeadLetters::Sequences(sequences) => {
+            let each = |sequence| pb::SequenceRange { first: sequence, last: sequence };
+            (sequences.into_iter().map(each).collect(), 0)
+        }
     }
 }
 
@@ -68,6 +106,9 @@ pub(super) fn subscription(
         active_consumers: subscription.active_consumers.into_iter().map(consumer).collect(),
         standby_consumers: subscription.standby_consumers,
         positions: subscription.positions.into_iter().map(position).collect(),
+        on_failure: policy_from_wire(subscription.on_failure),
+        ack_timeout: duration(subscription.ack_timeout),
+        dead_letters: subscription.dead_letters,
     })
 }
 

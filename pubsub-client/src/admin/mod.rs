@@ -9,8 +9,9 @@ use std::sync::Arc;
 use pubsub_proto::v1 as pb;
 
 pub use self::types::{
-    ActiveConsumer, CreateSubscription, Page, Receipt, ReceiptState, ServerInfo, SubscriptionInfo,
-    SubscriptionPosition, TopicConfig, TopicInfo,
+    ActiveConsumer, CreateSubscription, DeadLetter, DeadLetters, Page, Purged, Receipt,
+    ReceiptState, Redriven, ServerInfo, SubscriptionInfo, SubscriptionPosition, TopicConfig,
+    TopicInfo,
 };
 use crate::client::Shared;
 use crate::error::AdminError;
@@ -246,6 +247,82 @@ impl Admin {
             })
             .await?;
         convert::subscription(response.subscription)
+    }
+
+    /// Lists the dead letters of a subscription that wait to be redriven or purged, the oldest
+    /// first, from the first page (`None`) or the one after another.
+    ///
+    /// # Errors
+    ///
+    /// There is no such subscription, or it has no dead-letter topic
+    /// ([`Reason::InvalidArgument`](crate::Reason::InvalidArgument)).
+    pub async fn dead_letters(
+        &self,
+        subscription: impl Into<String>,
+        after: Option<String>,
+    ) -> Result<Page<DeadLetter>, AdminError> {
+        let request = pb::ListDeadLettersRequest {
+            subscription: subscription.into(),
+            page_size: 0,
+            page_token: after.unwrap_or_default(),
+        };
+        let response = self
+            .call(call::Again::Always, request, |mut client, request| async move {
+                client.list_dead_letters(request).await
+            })
+            .await?;
+        let items = response.dead_letters.into_iter().map(convert::dead_letter);
+        Ok(Page::new(items.collect::<Result<_, _>>()?, response.next_page_token))
+    }
+
+    /// Sends dead letters back to the topics that they come from, at their tails. They are
+    /// received by the subscription that could not process them, and no other.
+    ///
+    /// Each dead letter is sent back once, however often that is asked: a call that failed can be
+    /// made again. One that fails again becomes a new dead letter.
+    ///
+    /// # Errors
+    ///
+    /// There is no such subscription, it has no dead-letter topic, or a topic is full
+    /// ([`Reason::TopicFull`](crate::Reason::TopicFull)).
+    pub async fn redrive(
+        &self,
+        subscription: impl Into<String>,
+        which: DeadLetters,
+    ) -> Result<Redriven, AdminError> {
+        let (sequences, max_messages) = convert::dead_letters(which);
+        let subscription = subscription.into();
+        let request = pb::RedriveDeadLettersRequest { subscription, sequences, max_messages };
+        let response = self
+            .call(call::Again::IfUnsent, request, |mut client, request| async move {
+                client.redrive_dead_letters(request).await
+            })
+            .await?;
+        let pb::RedriveDeadLettersResponse { redriven, homeless, left } = response;
+        Ok(Redriven { redriven, homeless, left })
+    }
+
+    /// Lets dead letters go, for good. Their copies stay in the dead-letter topic as long as its
+    /// retention says.
+    ///
+    /// # Errors
+    ///
+    /// There is no such subscription, or it has no dead-letter topic.
+    pub async fn purge_dead_letters(
+        &self,
+        subscription: impl Into<String>,
+        which: DeadLetters,
+    ) -> Result<Purged, AdminError> {
+        let (sequences, max_messages) = convert::dead_letters(which);
+        let subscription = subscription.into();
+        let request = pb::PurgeDeadLettersRequest { subscription, sequences, max_messages };
+        let response = self
+            .call(call::Again::IfUnsent, request, |mut client, request| async move {
+                client.purge_dead_letters(request).await
+            })
+            .await?;
+        let pb::PurgeDeadLettersResponse { purged, left } = response;
+        Ok(Purged { purged, left })
     }
 
     /// Tells which subscriptions have received a message: all that listen to the topic, or one.

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::subscriber::{Start, SubscriptionKind};
+use crate::message::{MessageId, ReceivedMessage};
+use crate::subscriber::{FailurePolicy, Start, SubscriptionKind};
 
 /// The settings of a topic. What is not set has the server's default.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -83,6 +84,10 @@ pub struct CreateSubscription {
     pub topics: Vec<String>,
     /// How it spreads its messages.
     pub kind: SubscriptionKind,
+    /// What becomes of messages that fail; [`FailurePolicy::Block`] if it is not said.
+    pub on_failure: Option<FailurePolicy>,
+    /// How long a message may be in a handler, 1 s to 24 h; for ever if it is not said.
+    pub ack_timeout: Option<Duration>,
     /// Where it starts.
     pub start: Start,
     /// Answer with the existing subscription, if its settings are the same.
@@ -99,6 +104,20 @@ impl CreateSubscription {
     #[must_use]
     pub fn with_kind(mut self, kind: SubscriptionKind) -> Self {
         self.kind = kind;
+        self
+    }
+
+    /// Sets what becomes of messages that fail.
+    #[must_use]
+    pub fn with_on_failure(mut self, policy: FailurePolicy) -> Self {
+        self.on_failure = Some(policy);
+        self
+    }
+
+    /// Sets how long a message may be in a handler before it counts as failed.
+    #[must_use]
+    pub fn with_ack_timeout(mut self, timeout: Duration) -> Self {
+        self.ack_timeout = Some(timeout);
         self
     }
 
@@ -138,6 +157,66 @@ pub struct SubscriptionInfo {
     pub standby_consumers: Vec<String>,
     /// Its positions.
     pub positions: Vec<SubscriptionPosition>,
+    /// What becomes of messages that fail.
+    pub on_failure: FailurePolicy,
+    /// How long a message may be in a handler; for ever if nothing is said.
+    pub ack_timeout: Option<Duration>,
+    /// How many dead letters wait to be redriven or purged.
+    pub dead_letters: u64,
+}
+
+/// A message that a subscription could not process.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct DeadLetter {
+    /// The copy in the dead-letter topic, whose id names the dead letter.
+    pub id: MessageId,
+    /// The message that it is a copy of.
+    pub origin: MessageId,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// Why it failed for the last time, as the consumer or the server said.
+    pub reason: String,
+    /// When it failed for the first time.
+    pub first_failure_time: SystemTime,
+    /// When it failed for the last time.
+    pub last_failure_time: SystemTime,
+    /// The copy. Its attributes say all of the above as well, in names that begin with
+    /// `dead-letter-`, for whoever subscribes to the dead-letter topic.
+    pub message: ReceivedMessage,
+}
+
+/// Which dead letters are meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeadLetters {
+    /// The oldest ones, up to so many; 1,000 at most in one call.
+    Oldest(u32),
+    /// Those with these sequences in the dead-letter topic; 1,000 at most in one call.
+    Sequences(Vec<u64>),
+}
+
+/// What a call has done with dead letters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Redriven {
+    /// How many were sent back.
+    pub redriven: u64,
+    /// How many could not be: the subscription listens to no topic of the name that they come
+    /// from.
+    pub homeless: u64,
+    /// How many dead letters are left.
+    pub left: u64,
+}
+
+/// What a call has done with dead letters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Purged {
+    /// How many were let go.
+    pub purged: u64,
+    /// How many dead letters are left.
+    pub left: u64,
 }
 
 /// A consumer that has a place in a subscription.
@@ -196,7 +275,7 @@ pub enum ReceiptState {
     NotAddressed,
     /// It was let go without an ack.
     Released {
-        /// How: a seek, a purge, a gap.
+        /// How: a seek, a purge, a gap, a dead letter, a skip.
         by: String,
     },
     /// It is so old that nothing is known any more.

@@ -93,6 +93,8 @@ reasons! {
     BeyondHead = "BEYOND_HEAD",
     /// The result of a publish from so long ago is not kept any more.
     ResultExpired = "RESULT_EXPIRED",
+    /// The topic holds the dead letters of a subscription; the metadata `subscription` names it.
+    TopicInUse = "TOPIC_IN_USE",
 }
 
 impl Reason {
@@ -175,6 +177,7 @@ impl ServerError {
             | Reason::DataLoss
             | Reason::BeyondHead
             | Reason::ResultExpired
+            | Reason::TopicInUse
             | Reason::Other => false,
         }
     }

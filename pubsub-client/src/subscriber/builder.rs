@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use super::Subscriber;
 use super::core::Core;
+use super::failure::FailurePolicy;
 use super::session;
 use crate::client::Shared;
 use crate::error::SubscribeError;
@@ -64,6 +65,10 @@ pub(super) struct Settings {
     pub(super) topics: Vec<String>,
     /// Nothing: that of the subscription.
     pub(super) kind: Option<SubscriptionKind>,
+    /// Nothing: that of the subscription.
+    pub(super) on_failure: Option<FailurePolicy>,
+    /// Nothing: that of the subscription.
+    pub(super) ack_timeout: Option<Duration>,
     pub(super) start: Start,
     pub(super) must_exist: bool,
     pub(super) max_messages: u32,
@@ -80,6 +85,8 @@ impl Settings {
             subscription,
             topics: Vec::new(),
             kind: None,
+            on_failure: None,
+            ack_timeout: None,
             start: Start::default(),
             must_exist: false,
             max_messages: limits::OUTSTANDING_MESSAGES,
@@ -151,6 +158,30 @@ impl SubscriberBuilder {
     /// its messages with nobody, and has none.
     pub fn kind(mut self, kind: SubscriptionKind) -> Self {
         self.settings.kind = Some(kind);
+        self
+    }
+
+    /// Sets what becomes of messages that fail in a new subscription. By default that is what an
+    /// existing one does, and [`FailurePolicy::Block`] for a new one.
+    ///
+    /// With another policy than the existing subscription has, opening is refused. A reader has no
+    /// failures.
+    pub fn on_failure(mut self, policy: FailurePolicy) -> Self {
+        self.settings.on_failure = Some(policy);
+        self
+    }
+
+    /// Sets how long a new subscription lets a message be in the application's hands, 1 s to 24 h;
+    /// for ever by default.
+    ///
+    /// The server takes back what is not acked in time: that is a failed attempt, and the message
+    /// comes again after the backoff, perhaps to another consumer. The older delivery can still
+    /// ack it. With another timeout than an existing subscription has, opening is refused.
+    ///
+    /// [`max_processing`](Self::max_processing) is the same on this side of the connection, and of
+    /// no use to a process that hangs as a whole.
+    pub fn ack_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.ack_timeout = Some(timeout);
         self
     }
 

@@ -10,6 +10,7 @@ use pubsub_proto::v1::subscribe_request::Frame;
 use super::buffer::Item;
 use super::builder::{Settings, Start, SubscriptionKind};
 use super::core::Core;
+use super::failure::FailurePolicy;
 use super::nacks::Nacked;
 use super::order::Order;
 use super::resume::TopicBatch;
@@ -29,6 +30,8 @@ pub(super) fn hello(core: &Core) -> pb::SubscribeRequest {
     let settings = &core.settings;
     // A reader shares its messages with nobody.
     let kind = settings.kind.filter(|_| !settings.is_reader()).map(kind).unwrap_or_default();
+    let on_failure = settings.on_failure.as_ref().filter(|_| !settings.is_reader()).map(policy);
+    let ack_timeout = settings.ack_timeout.filter(|_| !settings.is_reader());
     let positions = inner.resume.hello().into_iter().map(position).collect();
     request(Frame::Hello(pb::SubscribeHello {
         protocol: pubsub_proto::PROTOCOL_VERSION,
@@ -49,7 +52,35 @@ pub(super) fn hello(core: &Core) -> pb::SubscribeRequest {
         client: crate::client::VERSION.to_owned(),
         heartbeat_interval: wire_duration(settings.heartbeat),
         boot_id: inner.boot.clone(),
+        on_failure,
+        ack_timeout: ack_timeout.and_then(wire_duration),
     }))
+}
+
+pub(crate) fn policy(policy: &FailurePolicy) -> pb::FailurePolicy {
+    use pb::failure_policy::Policy;
+    let policy = match policy {
+        FailurePolicy::Block => Policy::Block(pb::BlockPolicy {}),
+        FailurePolicy::DeadLetter { topic, max_attempts } => {
+            let (topic, max_attempts) = (topic.clone(), *max_attempts);
+            Policy::DeadLetter(pb::DeadLetterPolicy { topic, max_attempts })
+        }
+        FailurePolicy::Skip { max_attempts } => {
+            Policy::Skip(pb::SkipPolicy { max_attempts: *max_attempts })
+        }
+    };
+    pb::FailurePolicy { policy: Some(policy) }
+}
+
+pub(crate) fn policy_from_wire(policy: Option<pb::FailurePolicy>) -> FailurePolicy {
+    use pb::failure_policy::Policy;
+    match policy.and_then(|policy| policy.policy) {
+        None | Some(Policy::Block(_)) => FailurePolicy::Block,
+        Some(Policy::DeadLetter(pb::DeadLetterPolicy { topic, max_attempts })) => {
+            FailurePolicy::DeadLetter { topic, max_attempts }
+        }
+        Some(Policy::Skip(pb::SkipPolicy { max_attempts })) => FailurePolicy::Skip { max_attempts },
+    }
 }
 
 pub(crate) fn kind(kind: SubscriptionKind) -> pb::SubscriptionKind {
@@ -92,6 +123,7 @@ fn position(position: Position) -> pb::TopicPosition {
         nacked: position.nacked.into_iter().map(nack).collect(),
         missed: ranges(position.missed),
         last_received: position.last_received,
+        started: ranges(position.started),
     }
 }
 
@@ -113,6 +145,7 @@ fn nack((sequence, nacked): (u64, Nacked)) -> pb::NackItem {
         attempt: nacked.attempt,
         delay: nacked.delay.and_then(|delay| wire_duration(delay.min(limits::NACK_DELAY))),
         reason: nacked.reason,
+        for_good: nacked.for_good,
     }
 }
 
@@ -124,6 +157,7 @@ pub(super) fn acks(number: u64, topics: Vec<TopicBatch>) -> pb::SubscribeRequest
         acked: ranges(topic.unsent.acks),
         nacked: topic.unsent.nacks.into_iter().map(nack).collect(),
         missed: ranges(topic.unsent.missed),
+        started: ranges(topic.unsent.started),
     };
     let topics = topics.into_iter().map(topic).collect();
     request(Frame::Acks(pb::AckBatch { number, topics }))

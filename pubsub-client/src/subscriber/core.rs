@@ -149,6 +149,8 @@ impl Core {
             inner.consumer = Some(context.waker().clone());
             return Poll::Pending;
         };
+        // Before the handler that gets it can kill the process.
+        inner.urgent |= inner.resume.reports_started();
         self.after_change(inner, before);
         self.changed.notify_waiters();
         Poll::Ready(Some(Ok(self.event(shown))))
@@ -209,11 +211,9 @@ impl Core {
 
     /// Says whether the message was still the handle's to hand back.
     pub(super) fn nack(&self, handle: Handle, nack: Nack) -> bool {
-        let Nack { delay, reason } = nack;
-        self.hand_back(
-            handle,
-            Nacked { attempt: handle.attempt, delay, reason, showing: handle.showing },
-        )
+        let Nack { delay, reason, for_good } = nack;
+        let Handle { attempt, showing, .. } = handle;
+        self.hand_back(handle, Nacked { attempt, delay, reason, for_good, showing })
     }
 
     pub(super) fn release(&self, handle: Handle) {
@@ -223,6 +223,7 @@ impl Core {
                 attempt: 0,
                 delay: Some(limits::RELEASE_DELAY),
                 reason: "released".to_owned(),
+                for_good: false,
                 showing: handle.showing,
             },
         );

@@ -167,6 +167,7 @@ impl Drop for Acker {
 pub struct Nack {
     pub(super) delay: Option<Duration>,
     pub(super) reason: String,
+    pub(super) for_good: bool,
 }
 
 impl Nack {
@@ -183,10 +184,17 @@ impl Nack {
 
     /// The message comes again after this delay; a server waits for 60 s at most.
     pub fn after(delay: Duration) -> Self {
-        Self { delay: Some(delay), reason: String::new() }
+        Self { delay: Some(delay), ..Self::default() }
     }
 
-    /// Says why, in 1 KiB at most: the rest is cut off.
+    /// Another attempt would be of no use: the message goes to the dead-letter topic at once, or
+    /// is skipped, as the [policy](crate::FailurePolicy) of the subscription says. Where that is to
+    /// show it until it is acked, it comes again as after any other nack.
+    pub fn for_good() -> Self {
+        Self { for_good: true, ..Self::default() }
+    }
+
+    /// Says why, in 1 KiB at most: the rest is cut off. A dead letter carries the first 512 bytes.
     #[must_use]
     pub fn because(mut self, reason: impl Into<String>) -> Self {
         self.reason = reason.into();

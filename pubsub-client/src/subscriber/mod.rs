@@ -6,6 +6,7 @@ mod convert;
 mod core;
 mod dedup;
 mod delivery;
+mod failure;
 mod nacks;
 mod order;
 mod resume;
@@ -28,9 +29,13 @@ use std::time::Duration;
 use futures_util::Stream;
 
 pub use self::builder::{Start, SubscriberBuilder, SubscriptionKind};
-pub(crate) use self::convert::{kind as kind_to_wire, kind_from_wire, start as start_to_wire};
+pub(crate) use self::convert::{
+    kind as kind_to_wire, kind_from_wire, policy as policy_to_wire, policy_from_wire,
+    start as start_to_wire,
+};
 pub(crate) use self::core::Core;
 pub use self::delivery::{Acker, Delivery, Nack};
+pub use self::failure::FailurePolicy;
 pub use self::stop::{Drain, StopReport, Stopper};
 pub use self::typed::{TypedDelivery, TypedEvent, TypedSubscriber};
 use crate::error::SubscribeError;

@@ -13,8 +13,18 @@ pub(super) struct Nacked {
     pub(super) attempt: u32,
     pub(super) delay: Option<Duration>,
     pub(super) reason: String,
+    /// Another attempt would be of no use.
+    pub(super) for_good: bool,
     /// Tells this nack from an earlier one of the same message.
     pub(super) showing: u64,
+}
+
+#[cfg(test)]
+impl Nacked {
+    /// Of this attempt in this showing, with nothing else to say.
+    pub(super) fn of(attempt: u32, showing: u64) -> Self {
+        Self { attempt, delay: None, reason: String::new(), for_good: false, showing }
+    }
 }
 
 /// The unconfirmed nacks of a topic, by the sequences of their messages.

@@ -78,6 +78,8 @@ pub(super) struct Resume<M> {
     /// A reader has no acks: taking a message is all there is.
     reader: bool,
     order: Order,
+    /// Whether the server wants to know what is in the application's hands.
+    report_started: bool,
     topics: BTreeMap<TopicKey, Topic<M>>,
     by_number: BTreeMap<u32, TopicKey>,
     /// By name and epoch, those that are not deleted.
@@ -101,6 +103,7 @@ impl<M> Resume<M> {
         Self {
             reader,
             order: Order::Topic,
+            report_started: false,
             topics: BTreeMap::new(),
             by_number: BTreeMap::new(),
             present: BTreeMap::new(),
@@ -125,14 +128,25 @@ impl<M> Resume<M> {
         self.sent.clear();
         let mut topics = Vec::new();
         let mut positions = Vec::new();
+        let started = self.report_started;
         for (key, topic) in self.topics.iter_mut().filter(|(_, topic)| !topic.left) {
-            let position = if self.reader { topic.reader_position() } else { topic.position() };
+            let position =
+                if self.reader { topic.reader_position() } else { topic.position(started) };
             topics.push((*key, position.sent()));
             positions.push(position);
         }
         self.sent.push_back(SentBatch { number: 0, topics });
         self.refresh_all();
         positions
+    }
+
+    /// The server says whether it wants to know what is in the application's hands.
+    pub(super) fn report_started(&mut self, wanted: bool) {
+        self.report_started = wanted && !self.reader;
+    }
+
+    pub(super) fn reports_started(&self) -> bool {
+        self.report_started
     }
 
     /// The server took the hello in: what it carried is confirmed.
@@ -401,10 +415,15 @@ impl<M> Resume<M> {
         self.showings += 1;
         let showing = self.showings;
         let next = topic.take(turn, showing, now, self.reader)?;
+        if let Next::Message { sequence, .. } = &next
+            && self.report_started
+        {
+            topic.report(*sequence);
+        }
         let (name, epoch) = (Arc::clone(&topic.name), topic.epoch);
         self.served = key;
         self.queued += usize::from(match next {
-            Next::Message { .. } => self.reader,
+            Next::Message { .. } => self.reader || self.report_started,
             Next::Gap(_) => true,
             Next::DataLoss(_) => false,
         });

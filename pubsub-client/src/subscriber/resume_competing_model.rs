@@ -477,7 +477,7 @@ impl World {
         let handle = self.handles.swap_remove(nth % self.handles.len());
         let Handle { sequence, showing, attempt, .. } = handle;
         let attempt = if release { 0 } else { attempt };
-        let nacked = Nacked { attempt, delay: None, reason: String::new(), showing };
+        let nacked = Nacked::of(attempt, showing);
         if self.client.nack(handle, nacked) {
             let mut back = self.server.lane_mates(sequence);
             back.retain(|mate| *mate > sequence && !self.acked.contains(mate));
@@ -566,7 +566,7 @@ fn deliver(resume: &mut Resume<u64>, first: u64, messages: &[(u64, &str)]) {
 
 fn nack(resume: &mut Resume<u64>, handle: Handle) -> bool {
     let Handle { attempt, showing, .. } = handle;
-    resume.nack(handle, Nacked { attempt, delay: None, reason: String::new(), showing })
+    resume.nack(handle, Nacked::of(attempt, showing))
 }
 
 fn take_all(resume: &mut Resume<u64>) -> Vec<u64> {

@@ -356,7 +356,7 @@ impl World {
 
     fn hand_back(&mut self, handle: Handle) {
         let Handle { sequence, showing, attempt, topic } = handle;
-        let nacked = Nacked { attempt, delay: None, reason: String::new(), showing };
+        let nacked = Nacked::of(attempt, showing);
         if self.client.nack(handle, nacked) {
             // From here on everything comes again, but what is acked.
             let (_, seen) = self.seen.get_mut(&topic.0).unwrap();
@@ -539,7 +539,7 @@ fn nothing_is_shown_between_a_nack_and_its_rewind() {
     deliver(&mut resume, 1, 1..=3);
     let handle = take(&mut resume).unwrap();
     let showing = handle.showing;
-    let nacked = Nacked { attempt: 1, delay: None, reason: String::new(), showing };
+    let nacked = Nacked::of(1, showing);
     assert!(resume.nack(handle, nacked.clone()));
     assert!(!resume.nack(handle, nacked), "a handle can nack once");
     assert!(take(&mut resume).is_none());
@@ -560,7 +560,7 @@ fn an_older_handle_acks_a_message_that_comes_again_before_it_is_shown() {
     resume.deliver(1, 3, 1, items.into_iter()).unwrap();
     resume.ack(first);
     assert_eq!(take(&mut resume).unwrap().sequence, 2);
-    let nacked = Nacked { attempt: 1, delay: None, reason: String::new(), showing: second.showing };
+    let nacked = Nacked::of(1, second.showing);
     assert!(!resume.nack(second, nacked), "it was taken back");
 }
 
@@ -581,7 +581,7 @@ fn a_message_is_overdue_once_and_an_ack_by_its_older_handle_wins() {
     assert_eq!(overdue(&resume, 7), [(first, 7 * SECOND), (second, 6 * SECOND)]);
     assert!(resume.overdue(start + 7 * SECOND, Duration::MAX).is_empty());
     let showing = first.showing;
-    let nacked = Nacked { attempt: 1, delay: None, reason: String::new(), showing };
+    let nacked = Nacked::of(1, showing);
     assert!(resume.nack(first, nacked.clone()));
     assert_eq!(overdue(&resume, 6), []);
     // Before the nack is sent: then it never is.
@@ -691,7 +691,7 @@ fn nothing_is_caught_up_between_a_nack_and_its_showing() {
     let caught_up = |resume: &Resume<u64>| resume.topics().all(|topic| topic.caught_up());
     let handle = take(&mut resume).unwrap();
     let showing = handle.showing;
-    let nacked = Nacked { attempt: 1, delay: None, reason: String::new(), showing };
+    let nacked = Nacked::of(1, showing);
     assert!(resume.nack(handle, nacked));
     resume.batch().unwrap();
     resume.rewind(1, 1, 1, &[]).unwrap();
@@ -728,9 +728,7 @@ fn what_was_held_of_a_gap_and_is_handed_back_is_lost_too() {
     assert_eq!(resume.gap(1, &Missing { range: 1..=4, reason: 1 }), Ok(true));
     let handle = take(&mut resume).unwrap();
     let showing = handle.showing;
-    assert!(
-        resume.nack(handle, Nacked { attempt: 1, delay: None, reason: String::new(), showing })
-    );
+    assert!(resume.nack(handle, Nacked::of(1, showing)));
     resume.batch().unwrap();
     resume.rewind(1, 1, 1, &[]).unwrap();
     resume.confirm(1);

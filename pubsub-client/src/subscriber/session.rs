@@ -418,6 +418,7 @@ impl Session<'_> {
             inner.epoch = welcome.subscription_epoch;
             let topics = welcome.topics.into_iter().map(convert::joined).collect();
             let settled = inner.resume.welcome(order, topics);
+            inner.resume.report_started(welcome.report_started);
             inner.gate = self.gate();
             self.core.arrived(&mut inner, settled);
             self.core.welcomed(&mut inner, true);

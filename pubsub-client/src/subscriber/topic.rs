@@ -42,6 +42,7 @@ pub(super) struct Position {
     pub(super) nacked: Vec<(u64, Nacked)>,
     pub(super) missed: Vec<RangeInclusive<u64>>,
     pub(super) last_received: u64,
+    pub(super) started: Vec<RangeInclusive<u64>>,
 }
 
 impl Position {
@@ -64,6 +65,8 @@ pub(super) struct Unsent {
     pub(super) acks: Vec<RangeInclusive<u64>>,
     pub(super) nacks: Vec<(u64, Nacked)>,
     pub(super) missed: Vec<RangeInclusive<u64>>,
+    /// In the application's hands. It needs no confirmation: the next hello says it again.
+    pub(super) started: Vec<RangeInclusive<u64>>,
 }
 
 /// What it was told, and has to confirm.
@@ -155,6 +158,8 @@ pub(super) struct Topic<M> {
     acked: RangeInclusiveSet<u64>,
     acks_to_send: RangeInclusiveSet<u64>,
     nacks: Nacks,
+    /// Handed out since the server was told what is. Empty if it does not want to know.
+    started_to_send: RangeInclusiveSet<u64>,
 }
 
 impl<M> Topic<M> {
@@ -187,6 +192,7 @@ impl<M> Topic<M> {
             acked: RangeInclusiveSet::new(),
             acks_to_send: RangeInclusiveSet::new(),
             nacks: Nacks::default(),
+            started_to_send: RangeInclusiveSet::new(),
         }
     }
 
@@ -232,15 +238,17 @@ impl<M> Topic<M> {
         self.last_received = self.last_shown.max(self.start);
         self.read = self.last_received;
         self.done = Dedup::new(self.last_received);
-        self.position()
+        self.position(false)
     }
 
-    /// What the hello says. Everything unconfirmed goes with it, and counts as sent.
-    pub(super) fn position(&mut self) -> Position {
+    /// What the hello says. Everything unconfirmed goes with it, and counts as sent. `started`:
+    /// with what is in the application's hands.
+    pub(super) fn position(&mut self, started: bool) -> Position {
         self.rewind_by_nacks();
         self.number = None;
         self.acks_to_send.clear();
         self.missed_to_send.clear();
+        self.started_to_send.clear();
         // A deliberate bug, for tests of tests.
         if cfg!(pubsub_break = "acks_dropped_at_reconnect") {
             self.acked.clear();
@@ -252,6 +260,9 @@ impl<M> Topic<M> {
             held.insert(sequence..=last);
         }
         let outstanding: u64 = self.outstanding.values().map(|out| out.bytes).sum();
+        let hands =
+            self.outstanding.keys().filter(|_| started).map(|sequence| *sequence..=*sequence);
+        let started: RangeInclusiveSet<u64> = hands.collect();
         Position {
             name: Arc::clone(&self.name),
             epoch: self.epoch,
@@ -262,6 +273,7 @@ impl<M> Topic<M> {
             nacked: self.nacks.send_all(),
             missed: self.missed.iter().cloned().collect(),
             last_received: self.last_received,
+            started: started.into_iter().collect(),
         }
     }
 
@@ -388,6 +400,13 @@ impl<M> Topic<M> {
         self.damaged.filter(|(_, told)| !told).map(|(sequence, _)| sequence)
     }
 
+    /// The server is to be told that this is in the application's hands.
+    pub(super) fn report(&mut self, sequence: u64) {
+        if self.outstanding.contains_key(&sequence) {
+            self.started_to_send.insert(sequence..=sequence);
+        }
+    }
+
     /// Hands out what is next. `auto_ack`: it needs no ack by the application.
     pub(super) fn take(
         &mut self,
@@ -478,11 +497,15 @@ impl<M> Topic<M> {
             acks: std::mem::take(&mut self.acks_to_send).into_iter().collect(),
             nacks: self.nacks.send(),
             missed: std::mem::take(&mut self.missed_to_send).into_iter().collect(),
+            // What is settled already is no news; the server knows that it does not hold it.
+            started: std::mem::take(&mut self.started_to_send).into_iter().collect(),
         }
     }
 
     pub(super) fn has_unsent(&self) -> bool {
-        let nothing = self.acks_to_send.is_empty() && self.missed_to_send.is_empty();
+        let nothing = self.acks_to_send.is_empty()
+            && self.missed_to_send.is_empty()
+            && self.started_to_send.is_empty();
         !nothing || self.nacks.has_unsent()
     }
 
@@ -556,6 +579,7 @@ impl<M> Topic<M> {
         self.nacks = Nacks::default();
         self.missed.clear();
         self.missed_to_send.clear();
+        self.started_to_send.clear();
         self.outstanding.clear();
     }
 

@@ -22,6 +22,15 @@ pub(super) struct Seat {
     pub(super) grace: Option<Instant>,
 }
 
+/// How a consumer goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Parting {
+    /// As it said.
+    Goodbye,
+    /// Its grace is over.
+    Lost,
+}
+
 impl Seat {
     /// Of a consumer that is not connected.
     pub(super) fn awaited(consumer: ConsumerRecord) -> Self {
@@ -163,6 +172,14 @@ impl Subscription {
             let ConsumerRecord { id, instance, .. } = &before.consumer;
             (id, instance) == (&consumer.id, &consumer.instance)
         });
+        // A new process of the same name: the one before is gone, and did not say goodbye.
+        let crashed = before.as_ref().is_some_and(|_| !kept_place);
+        if crashed {
+            let now = self.now();
+            for topic in self.topics.values_mut() {
+                topic.delivery.crash(holder, now);
+            }
+        }
         if let Some(mut older) = before.and_then(|seat| seat.session) {
             older.tell(Event::Ended(BrokerError::Superseded(consumer.id)));
         }
@@ -176,7 +193,8 @@ impl Subscription {
         // A topic that is gone is told before its successor of the same name.
         topics.sort_by_key(|topic| !self.topics.get(&topic.epoch).is_some_and(|topic| topic.gone));
         let epoch = (self.keeper == Keeper::Server).then_some(self.record.epoch);
-        session.tell(Event::Welcome(Welcome { epoch, topics, kind: self.record.kind }));
+        let (kind, wants_started) = (self.record.kind, self.wants_started());
+        session.tell(Event::Welcome(Welcome { epoch, topics, kind, wants_started }));
         (session.acks_taken, session.acks_confirmed) = (Some(0), Some(0));
         self.tell_lost(&mut session);
         if let Some(seat) = self.seats.get_mut(&holder) {
@@ -186,14 +204,23 @@ impl Subscription {
         self.is_back(holder);
     }
 
+    /// What is in the application's hands is of use where it can fail.
+    fn wants_started(&self) -> bool {
+        let counted = self.record.on_failure.max_attempts().is_some();
+        self.keeper == Keeper::Server && (counted || self.record.ack_timeout.is_some())
+    }
+
     fn attach_topics(
         &mut self,
         holder: Holder,
         session: &mut Session,
         kept_place: bool,
     ) -> Vec<SessionTopic> {
-        let claims = std::mem::take(&mut session.claims);
-        let now = Instant::now();
+        let mut claims = std::mem::take(&mut session.claims);
+        if !self.wants_started() {
+            claims.values_mut().for_each(|claim| claim.started.clear());
+        }
+        let now = self.now();
         let mut topics = Vec::with_capacity(self.topics.len());
         for (epoch, topic) in &mut self.topics {
             let cursor_generation = topic.delivery.cursor().record().generation;
@@ -221,7 +248,7 @@ impl Subscription {
     pub(super) async fn on_goodbye(&mut self, id: SessionId) {
         self.standby.retain(|session| session.id != id);
         if let Some(holder) = self.place_of(id) {
-            self.release_place(holder).await;
+            self.release_place(holder, Parting::Goodbye).await;
         }
     }
 
@@ -236,7 +263,7 @@ impl Subscription {
 
     /// The consumer gives up its place, or its grace is over. That is durable before others get
     /// what it held: after a restart it must not count as the one who has it.
-    pub(super) async fn release_place(&mut self, holder: Holder) {
+    pub(super) async fn release_place(&mut self, holder: Holder, parting: Parting) {
         let Some(seat) = self.seats.remove(&holder) else { return };
         self.record_changed = true;
         if self.is_competing() && self.settle_saves().await.is_err() {
@@ -245,8 +272,12 @@ impl Subscription {
             self.seats.insert(holder, Seat { session: None, grace, ..seat });
             return;
         }
+        let now = self.now();
         for topic in self.topics.values_mut() {
-            topic.delivery.detach(holder);
+            match parting {
+                Parting::Goodbye => topic.delivery.detach(holder),
+                Parting::Lost => topic.delivery.crash(holder, now),
+            }
         }
         self.is_back(holder);
         self.tell_the_others();
@@ -266,7 +297,7 @@ impl Subscription {
     }
 
     pub(super) fn on_acks(&mut self, id: SessionId, batch: AckBatch) {
-        let now = Instant::now();
+        let now = self.now();
         if let Err(error) = self.check_acks(&batch) {
             if let Some(session) = self.session(id) {
                 session.tell(Event::Ended(error));
@@ -277,7 +308,7 @@ impl Subscription {
             return;
         };
         session.acks_taken = session.acks_taken.max(Some(batch.number));
-        let place = self.place_of(id);
+        let (place, wanted) = (self.place_of(id), self.wants_started());
         for acks in batch.topics {
             let epoch = self.numbers.get(&acks.topic);
             let Some(topic) = epoch.and_then(|epoch| self.topics.get_mut(epoch)) else {
@@ -290,6 +321,9 @@ impl Subscription {
             topic.delivery.miss(&acks.missed);
             // Whoever has no place can say what it has received, but moves nothing.
             let Some(holder) = place else { continue };
+            if wanted {
+                topic.delivery.start(holder, &acks.started, now.at);
+            }
             let (number, rewound) = (topic.number, topic.delivery.nack(holder, &acks.nacked, now));
             let session = self.seats.get_mut(&holder).and_then(|seat| seat.session.as_mut());
             if let (Some(rewound), Some(session)) = (rewound, session) {
@@ -348,11 +382,37 @@ impl Subscription {
         let graces = self.seats.values().filter_map(|seat| seat.grace).min();
         let others = [graces, self.unattended, self.retry_save, self.leases.next_deadline()];
         let backoffs = self.topics.values().filter_map(|topic| topic.delivery.ready_at(now));
+        let handlers = self.topics.values().filter_map(|topic| topic.delivery.started_at());
+        let timeout = self.record.ack_timeout;
+        let handlers = handlers.filter_map(|since| timeout.map(|timeout| since + timeout));
+        let burial = self.letters.as_ref().and_then(|letters| letters.retry);
+        let trials = self.topics.values().filter_map(|topic| topic.delivery.tried_until(now));
+        let backoffs = backoffs.chain(handlers).chain(trials).chain(burial);
         let retries = self.topics.values().filter_map(|topic| topic.damaged?.retry);
         let times = backoffs.chain(retries).chain(others.into_iter().flatten());
         let first = times.min().unwrap_or(now + Duration::from_secs(3600));
         let beats = self.sessions().map(|session| session.next_heartbeat).min();
         beats.map_or(first, |beat| beat.min(first))
+    }
+
+    /// What is in a handler for too long comes again, or is let go.
+    fn expire_handlers(&mut self) {
+        let Some(timeout) = self.record.ack_timeout else { return };
+        let now = self.now();
+        let Some(since) = now.at.checked_sub(timeout) else { return };
+        let reason = format!("not acked within {timeout:?}");
+        for topic in self.topics.values_mut() {
+            if topic.delivery.started_at().is_none_or(|at| at > since) {
+                continue;
+            }
+            for (holder, rewound) in topic.delivery.expire(since, &reason, now) {
+                let is_its = |seat: &Holder| holder.is_none_or(|holder| holder == *seat);
+                let seats = self.seats.iter_mut().filter(|(seat, _)| is_its(seat));
+                for session in seats.filter_map(|(_, seat)| seat.session.as_mut()) {
+                    session.tell(Event::Rewind(topic.number, rewound.clone()));
+                }
+            }
+        }
     }
 
     pub(super) async fn on_time(&mut self) {
@@ -364,8 +424,9 @@ impl Subscription {
             over.map(|(holder, seat)| (*holder, seat.consumer.id.clone())).collect::<Vec<_>>()
         {
             tracing::info!(subscription = %self.record.name, %consumer, "grace is over");
-            self.release_place(holder).await;
+            self.release_place(holder, Parting::Lost).await;
         }
+        self.expire_handlers();
         self.ended |= self.unattended.is_some_and(|until| until <= now);
         self.expire_leases(now);
     }

@@ -16,6 +16,8 @@ pub enum Code {
     TopicNotFound,
     /// The name is taken.
     TopicExists,
+    /// It cannot go while something needs it.
+    TopicInUse,
     /// The topic is another one than the client knows.
     TopicRecreated,
     /// No subscription of this name.
@@ -69,6 +71,16 @@ pub enum BrokerError {
     /// The name is taken.
     #[error("topic {0} exists already")]
     TopicExists(TopicName),
+    /// It cannot go while something needs it.
+    #[error(
+        "topic {topic} holds the dead letters of subscription {subscription}; delete that first"
+    )]
+    TopicInUse {
+        /// Which.
+        topic: TopicName,
+        /// Who needs it.
+        subscription: SubscriptionName,
+    },
     /// The topic is another one than the client knows.
     #[error("topic {0} was deleted and created again; ids of the old one have no meaning in it")]
     TopicRecreated(TopicName),
@@ -161,6 +173,7 @@ impl BrokerError {
             Self::Protocol(_) => Code::Protocol,
             Self::TopicNotFound(_) => Code::TopicNotFound,
             Self::TopicExists(_) => Code::TopicExists,
+            Self::TopicInUse { .. } => Code::TopicInUse,
             Self::TopicRecreated(_) | Self::Append(AppendRefusal::NoTopic) => Code::TopicRecreated,
             Self::SubscriptionNotFound(_) => Code::SubscriptionNotFound,
             Self::SubscriptionExists(_) => Code::SubscriptionExists,
@@ -193,6 +206,9 @@ impl BrokerError {
                 vec![("expected", expected.to_string())]
             }
             Self::LimitReached { what, .. } => vec![("limit", (*what).to_owned())],
+            Self::TopicInUse { subscription, .. } => {
+                vec![("subscription", subscription.to_string())]
+            }
             Self::TopicFull { limit, .. } => vec![("limit", limit.to_string())],
             Self::DataLoss { topic, sequence } => {
                 vec![("topic", topic.to_string()), ("sequence", sequence.to_string())]
@@ -227,6 +243,7 @@ impl BrokerError {
             | Code::Protocol
             | Code::TopicNotFound
             | Code::TopicExists
+            | Code::TopicInUse
             | Code::TopicRecreated
             | Code::SubscriptionNotFound
             | Code::SubscriptionExists
@@ -261,6 +278,7 @@ impl From<CommitError> for BrokerError {
             CommitError::Refused => Self::Unavailable("the server is stopping"),
             CommitError::Overloaded => Self::Unavailable("too many commits are waiting"),
             CommitError::DiskFull => Self::DiskFull,
+            CommitError::NoTopic => Self::Unavailable("the topic is gone, or damaged"),
             CommitError::Unknown => Self::CommitUnknown,
         }
     }

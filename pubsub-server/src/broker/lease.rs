@@ -152,7 +152,8 @@ impl Subscription {
     fn take_back(&mut self, Pulled { leased, missing }: Pulled) {
         self.leases.missing.extend(missing);
         let unread = leased.iter().map(|leased| Lease { attempt: 0, ..leased.lease });
-        self.fail_leases(&unread.collect::<Vec<_>>(), Some(Duration::ZERO), Instant::now());
+        let nack = Nack { delay: Some(Duration::ZERO), ..Nack::default() };
+        self.fail_leases(&unread.collect::<Vec<_>>(), &nack);
     }
 
     async fn take(&mut self, pull: &Pull) -> Vec<Leased> {
@@ -164,7 +165,8 @@ impl Subscription {
             false => self.take_exclusive(pull, number).await,
         };
         if !leased.is_empty() {
-            let until = Instant::now() + pull.lease;
+            let allowed = self.record.ack_timeout.unwrap_or(limits::PULL_LEASE);
+            let until = Instant::now() + pull.lease.unwrap_or(allowed);
             let messages = leased.iter().map(|leased| leased.lease).collect();
             self.leases.consumer = Some(pull.consumer.clone());
             self.leases.pulls.insert(number, PullLease { until, messages });
@@ -229,8 +231,7 @@ impl Subscription {
     }
 
     /// Hands messages back whose leases hold still.
-    pub(super) fn on_release(&mut self, leases: &[Lease], delay: Option<Duration>) {
-        let now = Instant::now();
+    pub(super) fn on_release(&mut self, leases: &[Lease], nack: &Nack) {
         let pulls = &self.leases.pulls;
         let valid: Vec<Lease> = leases
             .iter()
@@ -239,7 +240,7 @@ impl Subscription {
             })
             .copied()
             .collect();
-        self.fail_leases(&valid, delay, now);
+        self.fail_leases(&valid, nack);
     }
 
     /// Ends the leases whose time is over, as failures.
@@ -250,16 +251,19 @@ impl Subscription {
             .flat_map(|pull| pull.messages.iter().copied())
             .collect();
         self.leases.pulls.retain(|_, pull| !expired(pull));
-        self.fail_leases(&leases, None, now);
+        let reason = "its lease ended without an ack".to_owned();
+        self.fail_leases(&leases, &Nack { reason, ..Nack::default() });
     }
 
-    fn fail_leases(&mut self, leases: &[Lease], delay: Option<Duration>, now: Instant) {
+    fn fail_leases(&mut self, leases: &[Lease], how: &Nack) {
+        let now = self.now();
         for lease in leases {
             let Some(topic) = self.topics.get_mut(&lease.topic) else {
                 continue;
             };
             let Lease { sequence, attempt, pull, .. } = *lease;
-            topic.delivery.nack(Holder::Pull(pull), &[Nack { sequence, attempt, delay }], now);
+            let nack = Nack { sequence, attempt, ..how.clone() };
+            topic.delivery.nack(Holder::Pull(pull), &[nack], now);
         }
         self.leases.forget_settled(&self.topics);
         self.tell_the_others();

@@ -15,6 +15,7 @@ use crate::record::{CursorRecord, Epoch, SubscriptionRecord, Timestamp, TopicRec
 use crate::storage::{Catalog, CatalogSubscription, Health, Storage, StorageError, TopicStats};
 
 mod consumers;
+mod dead_letters;
 mod delivering;
 pub mod delivery;
 pub mod error;
@@ -30,13 +31,15 @@ pub mod subscription;
 mod subscriptions;
 mod topics;
 
+pub use dead_letters::{LetterPage, Letters};
 pub use error::{BrokerError, Code};
 pub use receipts::ReceiptAnswer;
 pub use subscriptions::{Consume, NewSubscription, Start, Stream};
 pub use topics::TopicInfo;
 
+use dead_letters::DeadLetters;
 use session::{Command, SessionId};
-use subscription::{Keeper, Subscription, TopicStart};
+use subscription::{Keeper, Subscription, TopicStart, Topics};
 
 /// The broker; cheap to clone.
 #[derive(Clone, Debug)]
@@ -74,7 +77,20 @@ struct Topic {
     /// Bytes on their way to the disk.
     uncommitted: AtomicU64,
     /// The durable floors of the subscriptions that listen.
-    floors: Mutex<BTreeMap<SubscriptionName, Arc<AtomicU64>>>,
+    floors: Mutex<Floors>,
+    /// Those of the subscriptions whose dead letters it holds.
+    letters: Mutex<Floors>,
+}
+
+type Floors = BTreeMap<SubscriptionName, Arc<AtomicU64>>;
+
+/// Whom the messages of a topic are kept for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Owed {
+    /// A subscription that listens.
+    Subscription(SubscriptionName),
+    /// Whoever looks after the dead letters of a subscription.
+    DeadLetters(SubscriptionName),
 }
 
 /// The way to a subscription's task.
@@ -126,12 +142,17 @@ impl Broker {
         });
         let topics: BTreeMap<Epoch, Arc<Topic>> = topics.collect();
         for CatalogSubscription { record, cursors, departed } in subscriptions {
-            let present = cursors.into_iter().filter_map(|(epoch, cursor)| {
-                topics.get(&epoch).map(|topic| topic.start(&record.name, cursor))
-            });
-            let gone = departed.into_iter().map(TopicStart::departed);
-            let starts = present.chain(gone).collect();
-            broker.run_subscription(record, starts);
+            let mut starts: Vec<_> = departed.into_iter().map(TopicStart::departed).collect();
+            let mut letters = None;
+            for (epoch, cursor) in cursors {
+                let Some(topic) = topics.get(&epoch) else { continue };
+                if record.on_failure.dead_letter_topic() == Some(&topic.record.name) {
+                    letters = Some(DeadLetters::new(Arc::clone(topic), &record.name, cursor));
+                } else {
+                    starts.push(topic.start(&record.name, cursor));
+                }
+            }
+            broker.run_subscription(record, Topics { starts, letters });
         }
         broker.spawn_retention();
         Ok(broker)
@@ -202,30 +223,31 @@ impl Broker {
     }
 
     fn stats(&self, topic: &Topic) -> TopicStats {
-        self.inner.storage.stats(topic.record.epoch).unwrap_or_default()
+        topic.stats(&*self.inner.storage)
     }
 
     /// Makes a topic known that is in the storage.
     fn add_topic(&self, record: TopicRecord) -> Option<Arc<Topic>> {
         let head = self.inner.storage.head(record.epoch)?;
         let uncommitted = AtomicU64::new(0);
-        let topic = Arc::new(Topic { record, head, uncommitted, floors: Mutex::default() });
+        let (floors, letters) = (Mutex::default(), Mutex::default());
+        let topic = Arc::new(Topic { record, head, uncommitted, floors, letters });
         self.state().topics.insert(topic.record.name.clone(), Arc::clone(&topic));
         Some(topic)
     }
 
     /// Starts the task of a subscription that is in the storage.
-    fn run_subscription(&self, record: SubscriptionRecord, topics: Vec<TopicStart>) -> Handle {
+    fn run_subscription(&self, record: SubscriptionRecord, topics: Topics) -> Handle {
         let name = record.name.clone();
         let handle = self.spawn(record, Keeper::Server, topics);
         self.state().subscriptions.insert(name, handle.clone());
         handle
     }
 
-    fn spawn(&self, record: SubscriptionRecord, keeper: Keeper, topics: Vec<TopicStart>) -> Handle {
+    fn spawn(&self, record: SubscriptionRecord, keeper: Keeper, topics: Topics) -> Handle {
         let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
-        let storage = Arc::clone(&self.inner.storage);
-        let task = Subscription::new(record.clone(), keeper, storage, topics);
+        let (storage, env) = (Arc::clone(&self.inner.storage), Arc::clone(&self.inner.env));
+        let task = Subscription::new(record.clone(), keeper, (storage, env), topics);
         let departed = Arc::clone(&task.departed);
         let handle = Handle { record: Arc::new(record), commands, departed };
         self.inner.tasks.spawn(task.run(receiver));
@@ -269,15 +291,28 @@ impl Topic {
         TopicStart { name, epoch, cursor, head, floor, gone: false }
     }
 
-    fn floors(&self) -> MutexGuard<'_, BTreeMap<SubscriptionName, Arc<AtomicU64>>> {
+    fn stats(&self, storage: &dyn Storage) -> TopicStats {
+        storage.stats(self.record.epoch).unwrap_or_default()
+    }
+
+    fn floors(&self) -> MutexGuard<'_, Floors> {
         self.floors.lock().expect("no holder of this lock panics")
     }
 
+    fn letters(&self) -> MutexGuard<'_, Floors> {
+        self.letters.lock().expect("no holder of this lock panics")
+    }
+
     /// The lowest floor, with whose it is.
-    fn lowest_floor(&self) -> Option<(SubscriptionName, u64)> {
-        let floors = self.floors();
-        let floors = floors.iter().map(|(name, floor)| (floor.load(Ordering::Acquire), name));
-        floors.min().map(|(floor, name)| (name.clone(), floor))
+    fn lowest_floor(&self) -> Option<(Owed, u64)> {
+        let lowest = |floors: &Floors| {
+            let all = floors.iter().map(|(name, floor)| (floor.load(Ordering::Acquire), name));
+            all.min().map(|(floor, name)| (floor, name.clone()))
+        };
+        let listener =
+            lowest(&self.floors()).map(|(floor, name)| (floor, Owed::Subscription(name)));
+        let letters = lowest(&self.letters()).map(|(floor, name)| (floor, Owed::DeadLetters(name)));
+        listener.into_iter().chain(letters).min().map(|(floor, owed)| (owed, floor))
     }
 }
 

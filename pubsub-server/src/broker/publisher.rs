@@ -15,8 +15,8 @@ use crate::limits;
 use crate::names::TopicName;
 use crate::record::{Epoch, NewMessage, Uuid};
 use crate::storage::{
-    self, Append, AppendOutcome, Health, Item, OpenPublisher, PublisherRef, Refusal, RefusalReason,
-    Run, Ticket,
+    self, Append, AppendOutcome, Item, OpenPublisher, PublisherRef, Refusal, RefusalReason, Run,
+    Ticket,
 };
 
 /// A publisher wants to open a stream.
@@ -118,39 +118,12 @@ impl Broker {
     ) -> Result<(Epoch, Vec<Run>), BrokerError> {
         let topic = self.topic(topic)?;
         let batch = Batch { first_sequence: 1, resolved_below: 0, items };
-        self.check_room(&topic, &batch)?;
+        topic.check_room(&*self.inner.storage, batch.bytes())?;
         let semaphore = Arc::clone(&self.inner.uncommitted);
         let permit = semaphore.acquire_many_owned(batch.permits()).await;
         let permit = permit.expect("it is never closed");
         let runs = self.append(&topic, None, batch, permit).await?;
         Ok((topic.record.epoch, runs))
-    }
-
-    /// Whether a batch can be taken now.
-    fn check_room(&self, topic: &Topic, batch: &Batch) -> Result<(), BrokerError> {
-        match &*self.inner.storage.health().borrow() {
-            Health::Ok => {}
-            Health::DiskFull => return Err(BrokerError::DiskFull),
-            Health::Failed(_) => return Err(BrokerError::Unavailable("the storage has failed")),
-        }
-        let stats = self.stats(topic);
-        let limit = topic.record.config.max_bytes;
-        // As long as there is any room the whole batch goes in: one that is larger than the
-        // topic would wait for ever.
-        let held = stats.bytes + topic.uncommitted.load(Ordering::Relaxed);
-        if held < limit || batch.bytes() == 0 {
-            return Ok(());
-        }
-        let cause = match topic.lowest_floor() {
-            Some((name, floor)) if floor < stats.head => {
-                let behind = stats.head - floor;
-                format!("subscription {name} has not acked {behind} messages")
-            }
-            Some(_) | None => "old messages are being removed".to_owned(),
-        };
-        self.trim_for_space(topic);
-        let topic = topic.record.name.clone();
-        Err(BrokerError::TopicFull { topic, limit, cause })
     }
 
     /// Hands a batch to the log.
@@ -232,7 +205,7 @@ impl Publisher {
         if self.last_sequence.is_some_and(|decided| last <= decided) {
             return Ok(());
         }
-        self.broker.check_room(&self.topic, batch)
+        self.topic.check_room(&*self.broker.inner.storage, batch.bytes())
     }
 
     /// Says that the stream is in use, to be called every [`limits::SESSION_TOUCH`] at least:

@@ -67,6 +67,14 @@ impl Subscription {
                 changes.push(Change::PutCursor { subscription, topic: *epoch, cursor });
             }
         }
+        if let Some(letters) = &mut self.letters
+            && letters.cursor.take_dirty()
+        {
+            let (subscription, topic) = (self.record.epoch, letters.epoch());
+            let cursor = letters.cursor.record().clone();
+            floors.push((topic, cursor.floor));
+            changes.push(Change::PutCursor { subscription, topic, cursor });
+        }
         (changes, floors)
     }
 
@@ -74,11 +82,7 @@ impl Subscription {
         let Some(save) = self.save.take() else { return };
         match result {
             Ok(_committed) => {
-                for (epoch, floor) in save.floors {
-                    if let Some(topic) = self.topics.get(&epoch) {
-                        topic.floor.store(floor, Ordering::Release);
-                    }
-                }
+                self.show_floors(save.floors);
                 self.confirm(&save.confirms);
                 answer(save.waiters, Ok(()));
                 self.leave_departed();
@@ -94,12 +98,25 @@ impl Subscription {
         }
     }
 
+    fn show_floors(&self, floors: Vec<(Epoch, u64)>) {
+        for (epoch, floor) in floors {
+            let letters = self.letters.as_ref().filter(|letters| letters.epoch() == epoch);
+            let shown = self.topics.get(&epoch).map(|topic| &topic.floor);
+            if let Some(shown) = shown.or(letters.map(|letters| &letters.floor)) {
+                shown.store(floor, Ordering::Release);
+            }
+        }
+    }
+
     /// What a failed commit may not have saved is to be saved before anything is confirmed.
     fn save_again(&mut self) {
         self.retry_save = Some(Instant::now() + SAVE_RETRY);
         self.record_changed = true;
         for topic in self.topics.values_mut() {
             topic.delivery.cursor_mut().mark_dirty();
+        }
+        if let Some(letters) = &mut self.letters {
+            letters.cursor.mark_dirty();
         }
     }
 
@@ -131,6 +148,28 @@ impl Subscription {
             failed.map_or(Ok(()), Err)?;
         }
         Ok(())
+    }
+
+    /// Commits changes with everything that has changed so far.
+    pub(super) async fn commit_with(&mut self, more: Vec<Change>) -> Result<(), CommitError> {
+        if self.save.is_some() {
+            let result = saved(&mut self.save).await;
+            let failed = result.as_ref().err().cloned();
+            self.on_saved(result);
+            failed.map_or(Ok(()), Err)?;
+        }
+        let (mut changes, floors) = self.collect_changes();
+        changes.extend(more);
+        match self.storage.apply(changes, Urgency::Now).await {
+            Ok(_committed) => {
+                self.show_floors(floors);
+                Ok(())
+            }
+            Err(error) => {
+                self.save_again();
+                Err(error)
+            }
+        }
     }
 
     /// Saves what is left, at the end.

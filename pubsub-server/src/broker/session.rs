@@ -48,7 +48,7 @@ pub enum Command {
     /// Attach a session.
     Attach(SessionId, Box<Attach>, Outlet),
     /// Acks and nacks.
-    Acks(SessionId, AckBatch),
+    Acks(SessionId, Box<AckBatch>),
     /// A sign of life, to be answered.
     Ping(SessionId, u64),
     /// The consumer leaves for good.
@@ -56,7 +56,7 @@ pub enum Command {
     /// Take messages under a lease.
     Pull(Pull, oneshot::Sender<Result<Pulled, BrokerError>>),
     /// Hand leased messages back.
-    Release(Vec<Lease>, Option<Duration>, oneshot::Sender<Result<(), BrokerError>>),
+    Release(Vec<Lease>, Nack, oneshot::Sender<Result<(), BrokerError>>),
     /// Ack outside of a session.
     Ack(BTreeMap<Epoch, Sequences>, oneshot::Sender<Result<(), BrokerError>>),
     /// Something an administrator asks.
@@ -97,6 +97,8 @@ pub struct TopicAcks {
     pub nacked: Vec<Nack>,
     /// Told to be gaps.
     pub missed: Sequences,
+    /// In the application's hands from now on.
+    pub started: Sequences,
 }
 
 /// Asks for messages under a lease.
@@ -108,8 +110,8 @@ pub struct Pull {
     pub max_messages: usize,
     /// How long to wait for the first one.
     pub wait: Duration,
-    /// For how long.
-    pub lease: Duration,
+    /// For how long; as long as the subscription allows a handler if `None`.
+    pub lease: Option<Duration>,
 }
 
 /// The right to nack a pulled message.
@@ -204,6 +206,8 @@ pub struct Welcome {
     pub topics: Vec<SessionTopic>,
     /// How the subscription spreads its messages.
     pub kind: SubscriptionKind,
+    /// Whether it wants to know what is in the application's hands.
+    pub wants_started: bool,
 }
 
 /// A topic of a session.

@@ -14,12 +14,14 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::WatchStream;
 
 use super::consumers::Seat;
+use super::dead_letters::{DeadLetters, LetterCommand};
 use super::delivering::Next;
-use super::delivery::{Delivery, Holder, Receipt};
+use super::delivery::{Cursor, Delivery, Holder, Moment, Receipt};
 use super::error::BrokerError;
 use super::lease::Leases;
 use super::saving::{Save, Waiter, saved};
 use super::session::{Command, Event, GapReason, Session, SessionId, SessionTopic, Told};
+use crate::env::SharedEnv;
 use crate::limits;
 use crate::names::{ConsumerId, SubscriptionName, TopicName};
 use crate::record::{CursorRecord, Epoch, Sequences, SubscriptionKind, SubscriptionRecord};
@@ -38,8 +40,19 @@ pub enum AdminCommand {
     Describe(oneshot::Sender<Description>),
     /// Tell what is known of a message.
     Receipt(Epoch, u64, oneshot::Sender<Result<Option<Receipt>, BrokerError>>),
+    /// What is about dead letters.
+    Letters(LetterCommand),
     /// Delete the subscription, and end.
     Delete(oneshot::Sender<Result<(), BrokerError>>),
+}
+
+/// The topics that a subscription starts with.
+#[derive(Debug, Default)]
+pub struct Topics {
+    /// Those that it listens to.
+    pub(super) starts: Vec<TopicStart>,
+    /// That of its dead letters, if it has one.
+    pub(super) letters: Option<DeadLetters>,
 }
 
 /// A topic with the position to start from.
@@ -66,6 +79,8 @@ pub struct Description {
     pub standby: Vec<ConsumerId>,
     /// Its positions.
     pub positions: Vec<Position>,
+    /// Its dead letters that wait to be redriven or purged.
+    pub dead_letters: u64,
 }
 
 /// A consumer that has a place.
@@ -134,6 +149,8 @@ pub(super) struct Subscription {
     pub(super) record: SubscriptionRecord,
     pub(super) keeper: Keeper,
     pub(super) storage: Arc<dyn Storage>,
+    env: SharedEnv,
+    pub(super) letters: Option<DeadLetters>,
     pub(super) topics: BTreeMap<Epoch, Topic>,
     /// The numbers of the topics, which sessions use instead of their names.
     pub(super) numbers: BTreeMap<u32, Epoch>,
@@ -166,10 +183,11 @@ impl Subscription {
     pub(super) fn new(
         record: SubscriptionRecord,
         keeper: Keeper,
-        storage: Arc<dyn Storage>,
-        topics: Vec<TopicStart>,
+        (storage, env): (Arc<dyn Storage>, SharedEnv),
+        topics: Topics,
     ) -> Self {
-        let gone = topics.iter().filter(|topic| topic.gone).count();
+        let Topics { starts, letters } = topics;
+        let gone = starts.iter().filter(|topic| topic.gone).count();
         let boot = storage.boot_id().0;
         let first_pull = u64::from(u32::from_le_bytes([boot[0], boot[1], boot[2], boot[3]])) << 32;
         // A reader that nobody attaches to, because its stream was lost meanwhile, ends with it.
@@ -182,6 +200,8 @@ impl Subscription {
             record,
             keeper,
             storage,
+            env,
+            letters,
             topics: BTreeMap::new(),
             numbers: BTreeMap::new(),
             heads: SelectAll::new(),
@@ -201,8 +221,12 @@ impl Subscription {
             waiters: Vec::new(),
             ended: false,
         };
-        for start in topics {
+        for start in starts {
             this.join(start);
+        }
+        if let Some(letters) = &this.letters {
+            let (epoch, head) = (letters.epoch(), letters.head());
+            this.heads.push(WatchStream::new(head).map(move |head| (epoch, head)).boxed());
         }
         this
     }
@@ -228,8 +252,12 @@ impl Subscription {
                 () = std::future::ready(()), if next == Next::Again => {}
             }
             self.promote_if_free().await;
+            let more = self.bury().await;
             self.start_save();
             next = self.deliver().await;
+            if more {
+                next = Next::Again;
+            }
         }
         self.finish().await;
     }
@@ -244,7 +272,7 @@ impl Subscription {
                 let session = Session::new(id, *attach, outlet.events.clone());
                 self.on_attach(session, outlet.gone).await;
             }
-            Command::Acks(id, batch) => self.on_acks(id, batch),
+            Command::Acks(id, batch) => self.on_acks(id, *batch),
             Command::Ping(id, nonce) => self.on_ping(id, nonce),
             Command::Goodbye(id) => self.on_goodbye(id).await,
             Command::Ack(acked, reply) => {
@@ -257,8 +285,8 @@ impl Subscription {
                 self.waiters.push(reply);
             }
             Command::Pull(pull, reply) => self.on_pull(pull, reply),
-            Command::Release(leases, delay, reply) => {
-                self.on_release(&leases, delay);
+            Command::Release(leases, nack, reply) => {
+                self.on_release(&leases, &nack);
                 self.waiters.push(reply);
             }
             Command::Admin(command) => self.on_admin(command).await,
@@ -288,6 +316,7 @@ impl Subscription {
                 let receipt = topic.map(|topic| topic.delivery.cursor().receipt(sequence));
                 let _ = reply.send(settled.map(|()| receipt));
             }
+            AdminCommand::Letters(command) => self.on_letters(command).await,
             AdminCommand::Delete(reply) => {
                 let _ = reply.send(self.delete().await);
             }
@@ -313,7 +342,9 @@ impl Subscription {
     fn join(&mut self, start: TopicStart) -> Epoch {
         let TopicStart { name, epoch, cursor, head, floor, gone } = start;
         floor.store(cursor.floor, Ordering::Release);
-        let mut delivery = Delivery::new(self.record.kind, cursor, *head.borrow());
+        let max_attempts = self.record.on_failure.max_attempts();
+        let cursor = Cursor::new(cursor, *head.borrow(), max_attempts);
+        let mut delivery = Delivery::new(self.record.kind, cursor);
         if !self.awaited.is_empty() {
             delivery.withhold();
         }
@@ -346,6 +377,10 @@ impl Subscription {
         self.leases.forget_settled(&self.topics);
     }
 
+    pub(super) fn now(&self) -> Moment {
+        Moment { at: Instant::now(), wall: self.env.now() }
+    }
+
     pub(super) fn name(&self) -> &SubscriptionName {
         &self.record.name
     }
@@ -365,7 +400,20 @@ impl Subscription {
                 .collect(),
             positions: (self.topics.iter())
                 .map(|(epoch, topic)| topic.position(*epoch, now))
+                .map(|position| self.why_it_waits(position))
                 .collect(),
+            dead_letters: self.letters.as_ref().map_or(0, DeadLetters::waiting),
+        }
+    }
+
+    /// What waits for the dead-letter topic says so.
+    fn why_it_waits(&self, position: Position) -> Position {
+        let topic = self.topics.get(&position.epoch);
+        let condemned = topic.is_some_and(|t| !t.delivery.cursor().condemned().is_empty());
+        let cause = self.letters.as_ref().and_then(|letters| letters.waits_for.clone());
+        match cause.filter(|_| condemned) {
+            Some(cause) => Position { waits_for: Some(cause), ..position },
+            None => position,
         }
     }
 

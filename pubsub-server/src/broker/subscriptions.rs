@@ -8,14 +8,17 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::delivery::{Claim, starting_at};
+use super::dead_letters::DeadLetters;
+use super::delivery::{Claim, Nack, starting_at};
 use super::error::BrokerError;
 use super::session::{Attach, Command, Event, Lease, Outlet, Pull, Pulled, SessionId};
-use super::subscription::{AdminCommand, Description, Keeper, TopicStart};
+use super::subscription::{AdminCommand, Description, Keeper, TopicStart, Topics};
 use super::{Broker, Handle, Topic};
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName, TopicPattern};
-use crate::record::{Epoch, Sequences, SubscriptionKind, SubscriptionRecord, Timestamp, Uuid};
+use crate::record::{
+    Epoch, FailurePolicy, Sequences, SubscriptionKind, SubscriptionRecord, Timestamp, Uuid,
+};
 use crate::storage::{Change, Urgency};
 
 /// Where a new subscription or reader starts.
@@ -40,6 +43,10 @@ pub struct NewSubscription {
     pub topics: Vec<TopicPattern>,
     /// How it spreads its messages; as it does already, or exclusive, if that is not said.
     pub kind: Option<SubscriptionKind>,
+    /// What becomes of messages that fail; as it is already, or nothing, if that is not said.
+    pub on_failure: Option<FailurePolicy>,
+    /// How long a handler may take; as it is already, or for ever, if that is not said.
+    pub ack_timeout: Option<Duration>,
     /// Where it starts.
     pub start: Start,
 }
@@ -53,6 +60,10 @@ pub struct Consume {
     pub topics: Vec<TopicPattern>,
     /// How it spreads its messages; as it does already, or exclusive, if that is not said.
     pub kind: Option<SubscriptionKind>,
+    /// What becomes of messages that fail; as it is already, or nothing, if that is not said.
+    pub on_failure: Option<FailurePolicy>,
+    /// How long a handler may take; as it is already, or for ever, if that is not said.
+    pub ack_timeout: Option<Duration>,
     /// Where it starts, if it is new.
     pub start: Start,
     /// Whether it may be created.
@@ -111,10 +122,11 @@ impl Broker {
     ) -> Result<(Handle, bool), BrokerError> {
         let _admin = self.inner.admin.lock().await;
         if let Some(handle) = self.find(&new.name) {
-            handle.check_same(&new.topics, new.kind)?;
+            handle.check_same(new)?;
             return Ok((handle, false));
         }
         self.check_patterns(&new.topics)?;
+        let letters = self.check_failures(new)?;
         if self.state().subscriptions.len() >= limits::MAX_SUBSCRIPTIONS {
             let limit = limits::MAX_SUBSCRIPTIONS as u64;
             return Err(BrokerError::LimitReached { what: "subscriptions", limit });
@@ -124,6 +136,8 @@ impl Broker {
             name: new.name.clone(),
             epoch: env.epoch(),
             kind: new.kind.unwrap_or(SubscriptionKind::Exclusive),
+            on_failure: new.on_failure.clone().unwrap_or_default(),
+            ack_timeout: new.ack_timeout,
             topics: new.topics.clone(),
             created_at: env.now(),
             consumers: Vec::new(),
@@ -137,10 +151,43 @@ impl Broker {
             changes.push(Change::PutCursor { subscription, topic: epoch, cursor: cursor.clone() });
             starts.push((topic, cursor));
         }
+        let letters = letters.map(|topic| {
+            // What is there already is not this subscription's.
+            let cursor = starting_at(self.stats(&topic).head + 1);
+            (topic, cursor)
+        });
+        if let Some((topic, cursor)) = &letters {
+            let (subscription, topic) = (record.epoch, topic.record.epoch);
+            changes.push(Change::PutCursor { subscription, topic, cursor: cursor.clone() });
+        }
         self.inner.storage.apply(changes, Urgency::Now).await?.into_inner();
         let name = &record.name;
         let starts = starts.into_iter().map(|(topic, cursor)| topic.start(name, cursor)).collect();
-        Ok((self.run_subscription(record, starts), true))
+        let letters = letters.map(|(topic, cursor)| DeadLetters::new(topic, name, cursor));
+        Ok((self.run_subscription(record, Topics { starts, letters }), true))
+    }
+
+    /// Whether messages can fail like that; and the topic of the dead letters.
+    fn check_failures(&self, new: &NewSubscription) -> Result<Option<Arc<Topic>>, BrokerError> {
+        let allowed = limits::MIN_ACK_TIMEOUT..=limits::MAX_ACK_TIMEOUT;
+        if new.ack_timeout.is_some_and(|timeout| !allowed.contains(&timeout)) {
+            return Err(BrokerError::Invalid("ack_timeout must be 1 s to 24 h".to_owned()));
+        }
+        let policy = new.on_failure.clone().unwrap_or_default();
+        let most = limits::MAX_ATTEMPTS;
+        if policy.max_attempts().is_some_and(|attempts| !(1..=most).contains(&attempts)) {
+            return Err(BrokerError::Invalid(format!("max_attempts must be 1 to {most}")));
+        }
+        let Some(name) = policy.dead_letter_topic() else { return Ok(None) };
+        if let Some(own) = new.topics.iter().find(|pattern| pattern.matches(name)) {
+            let text = format!(
+                "dead-letter topic {name} is one of the subscription's own topics ({own}): what \
+                 fails would come back for ever; choose a topic that it does not listen to",
+                own = own.as_str(),
+            );
+            return Err(BrokerError::Invalid(text));
+        }
+        self.topic(name).map(Some)
     }
 
     /// Every name must exist, or a typing error would wait for ever; a pattern may match nothing
@@ -156,7 +203,7 @@ impl Broker {
         Ok(())
     }
 
-    fn matching(&self, patterns: &[TopicPattern]) -> Vec<Arc<Topic>> {
+    pub(super) fn matching(&self, patterns: &[TopicPattern]) -> Vec<Arc<Topic>> {
         let state = self.state();
         let topics = state.topics.values();
         topics
@@ -239,22 +286,14 @@ impl Broker {
         let first_time = consume.attach.known_epoch.is_none();
         match self.find(name) {
             Some(handle) => {
-                handle.check_same(&consume.topics, consume.kind)?;
+                handle.check_same(&consume.to_new(name))?;
                 Ok(handle)
             }
             None if !first_time => Err(BrokerError::SubscriptionDeleted(name.clone())),
             None if consume.must_exist || consume.topics.is_empty() => {
                 Err(BrokerError::SubscriptionNotFound(name.clone()))
             }
-            None => {
-                let new = NewSubscription {
-                    name: name.clone(),
-                    topics: consume.topics.clone(),
-                    kind: consume.kind,
-                    start: consume.start,
-                };
-                Ok(self.find_or_create(new).await?.0)
-            }
+            None => Ok(self.find_or_create(consume.to_new(name)).await?.0),
         }
     }
 
@@ -268,6 +307,8 @@ impl Broker {
             name: SubscriptionName::parse("reader").expect("it is a valid name"),
             epoch: env.epoch(),
             kind: SubscriptionKind::Exclusive,
+            on_failure: FailurePolicy::Block,
+            ack_timeout: None,
             topics: consume.topics.clone(),
             created_at: env.now(),
             consumers: Vec::new(),
@@ -283,7 +324,7 @@ impl Broker {
             };
             starts.push(topic.reader_start(starting_at(first)));
         }
-        let handle = self.spawn(record, Keeper::Client, starts);
+        let handle = self.spawn(record, Keeper::Client, Topics { starts, letters: None });
         let mut state = self.state();
         state.readers.retain(|_, reader| !reader.commands.is_closed());
         state.readers.insert(id, handle.clone());
@@ -343,9 +384,9 @@ impl Broker {
         &self,
         name: &SubscriptionName,
         leases: Vec<Lease>,
-        delay: Option<Duration>,
+        nack: Nack,
     ) -> Result<(), BrokerError> {
-        self.existing(name)?.ask(|reply| Command::Release(leases, delay, reply)).await?
+        self.existing(name)?.ask(|reply| Command::Release(leases, nack, reply)).await?
     }
 
     /// Moves a subscription, in one topic or in all.
@@ -405,6 +446,7 @@ impl Broker {
         };
         for topic in topics {
             topic.floors().remove(name);
+            topic.letters().remove(name);
         }
         Ok(())
     }
@@ -451,19 +493,38 @@ impl Broker {
     }
 }
 
+impl Consume {
+    /// The subscription that is meant, if it has to be created.
+    fn to_new(&self, name: &SubscriptionName) -> NewSubscription {
+        NewSubscription {
+            name: name.clone(),
+            topics: self.topics.clone(),
+            kind: self.kind,
+            on_failure: self.on_failure.clone(),
+            ack_timeout: self.ack_timeout,
+            start: self.start,
+        }
+    }
+}
+
 impl Handle {
     /// Refuses settings that differ from those of the subscription; no topics mean those it has.
-    fn check_same(
-        &self,
-        topics: &[TopicPattern],
-        kind: Option<SubscriptionKind>,
-    ) -> Result<(), BrokerError> {
+    fn check_same(&self, new: &NewSubscription) -> Result<(), BrokerError> {
+        let NewSubscription { topics, kind, on_failure, ack_timeout, .. } = new;
         let mismatch = |field, present| {
             let name = self.record.name.clone();
             Err(BrokerError::SubscriptionMismatch { name, field, present })
         };
         if kind.is_some_and(|kind| kind != self.record.kind) {
             return mismatch("kind", self.record.kind.to_string());
+        }
+        if on_failure.as_ref().is_some_and(|policy| *policy != self.record.on_failure) {
+            return mismatch("on_failure", self.record.on_failure.to_string());
+        }
+        let present = self.record.ack_timeout;
+        if ack_timeout.is_some_and(|timeout| Some(timeout) != present) {
+            let present = present.map_or("none".to_owned(), |timeout| format!("{timeout:?}"));
+            return mismatch("ack_timeout", present);
         }
         let sorted = |topics: &[TopicPattern]| {
             let mut texts: Vec<String> = topics.iter().map(|t| t.as_str().to_owned()).collect();
@@ -497,6 +558,8 @@ mod tests {
             subscription: None,
             topics: vec![TopicPattern::parse("t").unwrap()],
             kind: None,
+            on_failure: None,
+            ack_timeout: None,
             start: Start::Earliest,
             must_exist: false,
             known_boot: None,

@@ -95,6 +95,9 @@ impl Broker {
         let _admin = self.inner.admin.lock().await;
         let topic = self.topic(name)?;
         let epoch = topic.record.epoch;
+        if let Some(subscription) = self.dead_letters_go_to(name) {
+            return Err(BrokerError::TopicInUse { topic: name.clone(), subscription });
+        }
         let listeners = self.listeners(name);
         let untold = |(listener, _): &(Handle, bool)| listener.departed.load(Ordering::Relaxed);
         if listeners.iter().map(untold).max() >= Some(limits::MAX_DEPARTED) {
@@ -108,6 +111,14 @@ impl Broker {
             let _ = listener.commands.send(Command::Admin(AdminCommand::TopicDeleted(epoch))).await;
         }
         Ok(())
+    }
+
+    /// A subscription whose dead letters a topic holds.
+    fn dead_letters_go_to(&self, name: &TopicName) -> Option<SubscriptionName> {
+        let state = self.state();
+        let mut records = state.subscriptions.values().map(|handle| &handle.record);
+        let uses = records.find(|record| record.on_failure.dead_letter_topic() == Some(name));
+        uses.map(|record| record.name.clone())
     }
 
     /// Describes a topic.

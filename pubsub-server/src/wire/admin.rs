@@ -8,7 +8,9 @@ use pubsub_proto::v1::{
     DeleteSubscriptionRequest, DeleteSubscriptionResponse, DeleteTopicRequest, DeleteTopicResponse,
     GetReceiptsRequest, GetReceiptsResponse, GetServerRequest, GetServerResponse,
     GetSubscriptionRequest, GetSubscriptionResponse, GetTopicRequest, GetTopicResponse,
-    ListSubscriptionsRequest, ListSubscriptionsResponse, ListTopicsRequest, ListTopicsResponse,
+    ListDeadLettersRequest, ListDeadLettersResponse, ListSubscriptionsRequest,
+    ListSubscriptionsResponse, ListTopicsRequest, ListTopicsResponse, PurgeDeadLettersRequest,
+    PurgeDeadLettersResponse, RedriveDeadLettersRequest, RedriveDeadLettersResponse,
     SeekSubscriptionRequest, SeekSubscriptionResponse,
 };
 use tonic::{Request, Response, Status};
@@ -97,6 +99,8 @@ impl AdminService for Service {
             name: convert::parse_subscription(&request.name)?,
             topics: convert::parse_patterns(&request.topics)?,
             kind: convert::parse_kind(request.kind)?,
+            on_failure: convert::parse_policy(request.on_failure)?,
+            ack_timeout: convert::parse_duration("ack_timeout", request.ack_timeout)?,
             start: convert::parse_start(request.start)?,
         };
         let create = self.0.broker.create_subscription(new, request.if_not_exists);
@@ -157,6 +161,48 @@ impl AdminService for Service {
         let description = self.0.broker.seek(&name, topic.as_ref(), to).await.map_err(refuse)?;
         let subscription = Some(convert::subscription(description));
         Ok(Response::new(SeekSubscriptionResponse { subscription }))
+    }
+
+    async fn list_dead_letters(
+        &self,
+        request: Request<ListDeadLettersRequest>,
+    ) -> Result<Response<ListDeadLettersResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_subscription(&request.subscription)?;
+        let after = match request.page_token.as_str() {
+            "" => 0,
+            token => token.parse().map_err(|_| invalid("page_token is not one of this server"))?,
+        };
+        let page = self.0.broker.dead_letters(&name, after, page(request.page_size));
+        let page = page.await.map_err(refuse)?;
+        let last = page.letters.last().filter(|_| page.more);
+        let next_page_token = last.map(|last| last.sequence.to_string()).unwrap_or_default();
+        let dead_letters = convert::dead_letters(&page)?;
+        Ok(Response::new(ListDeadLettersResponse { dead_letters, next_page_token }))
+    }
+
+    async fn redrive_dead_letters(
+        &self,
+        request: Request<RedriveDeadLettersRequest>,
+    ) -> Result<Response<RedriveDeadLettersResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_subscription(&request.subscription)?;
+        let which = convert::parse_letters(&request.sequences, request.max_messages)?;
+        let settled = self.0.broker.redrive(&name, which).await.map_err(refuse)?;
+        let (redriven, homeless, left) = (settled.settled, settled.homeless, settled.left);
+        Ok(Response::new(RedriveDeadLettersResponse { redriven, homeless, left }))
+    }
+
+    async fn purge_dead_letters(
+        &self,
+        request: Request<PurgeDeadLettersRequest>,
+    ) -> Result<Response<PurgeDeadLettersResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_subscription(&request.subscription)?;
+        let which = convert::parse_letters(&request.sequences, request.max_messages)?;
+        let settled = self.0.broker.purge_dead_letters(&name, which).await.map_err(refuse)?;
+        let (purged, left) = (settled.settled, settled.left);
+        Ok(Response::new(PurgeDeadLettersResponse { purged, left }))
     }
 
     async fn get_receipts(

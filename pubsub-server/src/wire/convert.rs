@@ -12,12 +12,13 @@ use super::status::{self, invalid};
 use crate::broker::delivery::{Claim, Nack, Receipt};
 use crate::broker::session::{self, GapReason, Lease, Leased, Missing, TopicAcks};
 use crate::broker::subscription::{ActiveConsumer, Description, Position};
-use crate::broker::{ReceiptAnswer, Start, TopicInfo};
+use crate::broker::{LetterPage, Letters, ReceiptAnswer, Start, TopicInfo};
+use crate::envelope::Origin;
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName, TopicPattern};
 use crate::record::{
-    Epoch, IdempotencyKey, NewMessage, Release, Sequences, StoredMessage, SubscriptionKind,
-    Timestamp, TopicConfig, Uuid,
+    Epoch, FailurePolicy, IdempotencyKey, NewMessage, Release, Sequences, StoredMessage,
+    SubscriptionKind, Timestamp, TopicConfig, Uuid,
 };
 use crate::storage::{Fate, Item, Refusal, RefusalReason, Run};
 
@@ -107,6 +108,40 @@ pub(super) fn parse_kind(kind: i32) -> Result<Option<SubscriptionKind>, Status> 
         Ok(v1::SubscriptionKind::KeyOrdered) => Ok(Some(SubscriptionKind::KeyOrdered)),
         Err(_) => Err(invalid(format!("kind {kind} is not known to this server"))),
     }
+}
+
+/// What becomes of messages that fail; `None` if it is left to the server.
+pub(super) fn parse_policy(
+    policy: Option<v1::FailurePolicy>,
+) -> Result<Option<FailurePolicy>, Status> {
+    use v1::failure_policy::Policy;
+    let attempts = |attempts| if attempts == 0 { limits::DEFAULT_ATTEMPTS } else { attempts };
+    Ok(match policy.and_then(|policy| policy.policy) {
+        None => None,
+        Some(Policy::Block(_)) => Some(FailurePolicy::Block),
+        Some(Policy::DeadLetter(v1::DeadLetterPolicy { topic, max_attempts })) => {
+            let (topic, max_attempts) = (parse_topic(&topic)?, attempts(max_attempts));
+            Some(FailurePolicy::DeadLetter { topic, max_attempts })
+        }
+        Some(Policy::Skip(v1::SkipPolicy { max_attempts })) => {
+            Some(FailurePolicy::Skip { max_attempts: attempts(max_attempts) })
+        }
+    })
+}
+
+pub(super) fn policy(policy: &FailurePolicy) -> v1::FailurePolicy {
+    use v1::failure_policy::Policy;
+    let policy = match policy {
+        FailurePolicy::Block => Policy::Block(v1::BlockPolicy {}),
+        FailurePolicy::DeadLetter { topic, max_attempts } => {
+            let (topic, max_attempts) = (topic.to_string(), *max_attempts);
+            Policy::DeadLetter(v1::DeadLetterPolicy { topic, max_attempts })
+        }
+        FailurePolicy::Skip { max_attempts } => {
+            Policy::Skip(v1::SkipPolicy { max_attempts: *max_attempts })
+        }
+    };
+    v1::FailurePolicy { policy: Some(policy) }
 }
 
 pub(super) fn parse_start(start: Option<v1::StartPosition>) -> Result<Start, Status> {
@@ -245,6 +280,7 @@ pub(super) fn parse_claim(position: &v1::TopicPosition) -> Result<Claim, Status>
         acked: parse_ranges(&position.acked)?,
         nacked: position.nacked.iter().map(parse_nack).collect::<Result<_, _>>()?,
         missed: parse_ranges(&position.missed)?,
+        started: bounded("started", parse_ranges(&position.started)?)?,
         cursor_generation: position.cursor_generation,
     })
 }
@@ -264,7 +300,15 @@ fn parse_nack(item: &v1::NackItem) -> Result<Nack, Status> {
         return Err(invalid("nack of sequence 0: sequences start at 1"));
     }
     let delay = parse_duration("nack delay", item.delay)?;
-    Ok(Nack { sequence: item.sequence, attempt: item.attempt, delay })
+    let (sequence, attempt, for_good) = (item.sequence, item.attempt, item.for_good);
+    Ok(Nack { sequence, attempt, delay, reason: short_reason(&item.reason), for_good })
+}
+
+/// As much of a reason as is kept.
+pub(super) fn short_reason(reason: &str) -> String {
+    let most = reason.len().min(limits::MAX_REASON_BYTES);
+    let end = (0..=most).rev().find(|end| reason.is_char_boundary(*end)).unwrap_or(0);
+    reason[..end].to_owned()
 }
 
 pub(super) fn parse_acks(batch: v1::AckBatch) -> Result<session::AckBatch, Status> {
@@ -275,6 +319,7 @@ pub(super) fn parse_acks(batch: v1::AckBatch) -> Result<session::AckBatch, Statu
             acked: parse_ranges(&acks.acked)?,
             nacked: acks.nacked.iter().map(parse_nack).collect::<Result<_, _>>()?,
             missed: parse_ranges(&acks.missed)?,
+            started: bounded("started", parse_ranges(&acks.started)?)?,
         })
     };
     let topics = batch.topics.into_iter().map(parse).collect::<Result<_, Status>>()?;
@@ -409,7 +454,7 @@ pub(super) fn topic(info: TopicInfo) -> v1::Topic {
 }
 
 pub(super) fn subscription(description: Description) -> v1::Subscription {
-    let Description { record, consumers, standby, positions } = description;
+    let Description { record, consumers, standby, positions, dead_letters } = description;
     v1::Subscription {
         name: record.name.to_string(),
         epoch: record.epoch.0,
@@ -419,6 +464,9 @@ pub(super) fn subscription(description: Description) -> v1::Subscription {
         active_consumers: consumers.into_iter().map(active_consumer).collect(),
         standby_consumers: standby.iter().map(ToString::to_string).collect(),
         positions: positions.into_iter().map(position).collect(),
+        on_failure: Some(policy(&record.on_failure)),
+        ack_timeout: record.ack_timeout.and_then(duration),
+        dead_letters,
     }
 }
 
@@ -447,6 +495,8 @@ pub(super) fn receipt(answer: ReceiptAnswer) -> v1::Receipt {
         Receipt::NotAddressed => (v1::ReceiptState::NotAddressed, "", 0),
         Receipt::Released(Release::Seek) => (v1::ReceiptState::Released, "seek", 0),
         Receipt::Released(Release::Gap) => (v1::ReceiptState::Released, "gap", 0),
+        Receipt::Released(Release::DeadLetter) => (v1::ReceiptState::Released, "dead letter", 0),
+        Receipt::Released(Release::Skip) => (v1::ReceiptState::Released, "skip", 0),
         Receipt::Trimmed { oldest } => (v1::ReceiptState::Trimmed, "", oldest),
     };
     v1::Receipt {
@@ -455,4 +505,38 @@ pub(super) fn receipt(answer: ReceiptAnswer) -> v1::Receipt {
         released_by: released_by.to_owned(),
         oldest_answerable,
     }
+}
+
+pub(super) fn dead_letters(page: &LetterPage) -> Result<Vec<v1::DeadLetter>, Status> {
+    let letter = |copy: &StoredMessage| {
+        let received = received(copy.clone(), 0)?;
+        let origin = received.message.as_ref().and_then(Origin::of_message);
+        let origin = origin.ok_or_else(|| Status::internal("a dead letter has no origin"))?;
+        let (topic, epoch) = (page.topic.to_string(), page.epoch.0);
+        Ok(v1::DeadLetter {
+            id: Some(v1::MessageId { topic, epoch, sequence: copy.sequence }),
+            origin: Some(v1::MessageId {
+                topic: origin.topic,
+                epoch: origin.epoch.0,
+                sequence: origin.sequence,
+            }),
+            attempts: origin.attempts,
+            reason: origin.reason,
+            first_failure_time: timestamp(origin.first_failure),
+            last_failure_time: timestamp(origin.last_failure),
+            message: received.message,
+            publish_time: received.publish_time,
+        })
+    };
+    page.letters.iter().map(letter).collect()
+}
+
+/// Which dead letters are meant; the oldest if none are named.
+pub(super) fn parse_letters(ranges: &[v1::SequenceRange], most: u32) -> Result<Letters, Status> {
+    let named = parse_ranges(ranges)?;
+    let most = match usize::try_from(most).unwrap_or(usize::MAX) {
+        0 => limits::MAX_DEAD_LETTERS,
+        most => most.min(limits::MAX_DEAD_LETTERS),
+    };
+    Ok(if named.is_empty() { Letters::Oldest(most) } else { Letters::These(named) })
 }

@@ -65,6 +65,7 @@ pub(super) fn reason(code: Code) -> ErrorReason {
         Code::Protocol => ErrorReason::ProtocolViolation,
         Code::TopicNotFound => ErrorReason::TopicNotFound,
         Code::TopicExists => ErrorReason::TopicExists,
+        Code::TopicInUse => ErrorReason::TopicInUse,
         Code::TopicRecreated => ErrorReason::TopicRecreated,
         Code::SubscriptionNotFound => ErrorReason::SubscriptionNotFound,
         Code::SubscriptionExists => ErrorReason::SubscriptionExists,
@@ -93,6 +94,7 @@ fn grpc_code(code: Code) -> GrpcCode {
         Code::TopicExists | Code::SubscriptionExists => GrpcCode::AlreadyExists,
         Code::BeyondHead => GrpcCode::OutOfRange,
         Code::TopicRecreated
+        | Code::TopicInUse
         | Code::SubscriptionMismatch
         | Code::SubscriptionDeleted
         | Code::SubscriptionBusy

@@ -21,6 +21,7 @@ use super::stream::{
     End, Frames, Outbound, dead_after, drain, first_frame, heartbeat_interval, unreadable,
 };
 use super::{Context, turned};
+use crate::broker::delivery::Nack;
 use crate::broker::session::{Attach, Command, Credit, Deliver, Event, Pull, Told, Welcome};
 use crate::broker::{BrokerError, Consume, Stream};
 use crate::limits;
@@ -82,7 +83,9 @@ impl SubscriberService for Service {
         let tokens = request.lease_tokens.iter();
         let leases = tokens.map(|token| convert::parse_lease(token)).collect::<Result<_, _>>()?;
         let delay = convert::parse_duration("delay", request.delay)?;
-        self.0.broker.release(&name, leases, delay).await.map_err(|error| status(&error))?;
+        let (reason, for_good) = (convert::short_reason(&request.reason), request.for_good);
+        let nack = Nack { delay, reason, for_good, ..Nack::default() };
+        self.0.broker.release(&name, leases, nack).await.map_err(|error| status(&error))?;
         Ok(tonic::Response::new(NackResponse {}))
     }
 }
@@ -112,8 +115,8 @@ fn parse_pull(request: &PullRequest) -> Result<Pull, Status> {
     };
     let consumer = ConsumerId::parse(consumer).map_err(|error| invalid(error.to_string()))?;
     let wait = convert::parse_duration("wait", request.wait)?.unwrap_or_default();
-    let lease = convert::parse_duration("lease", request.lease)?.unwrap_or(limits::PULL_LEASE);
-    if !LEASE.contains(&lease) {
+    let lease = convert::parse_duration("lease", request.lease)?;
+    if lease.is_some_and(|lease| !LEASE.contains(&lease)) {
         return Err(invalid("lease must be 1 s to 10 min"));
     }
     Ok(Pull { consumer, max_messages, wait: wait.min(MAX_WAIT), lease })
@@ -171,6 +174,8 @@ fn parse_hello(hello: SubscribeHello) -> Result<Consume, Status> {
         subscription,
         topics: convert::parse_patterns(&hello.topics)?,
         kind: convert::parse_kind(hello.kind)?,
+        on_failure: convert::parse_policy(hello.on_failure)?,
+        ack_timeout: convert::parse_duration("ack_timeout", hello.ack_timeout)?,
         start: convert::parse_start(hello.start)?,
         must_exist: hello.must_exist,
         known_boot: convert::parse_optional_uuid("boot_id", &hello.boot_id)?,
@@ -234,7 +239,9 @@ async fn run(
 async fn on_frame(stream: &Stream, frame: SubscribeRequest) -> Result<(), End> {
     let id = stream.id;
     let (command, last) = match frame.frame {
-        Some(Request::Acks(acks)) => (Command::Acks(id, convert::parse_acks(acks)?), false),
+        Some(Request::Acks(acks)) => {
+            (Command::Acks(id, Box::new(convert::parse_acks(acks)?)), false)
+        }
         Some(Request::Ping(ping)) => (Command::Ping(id, ping.nonce), false),
         Some(Request::Goodbye(_)) => (Command::Goodbye(id), true),
         Some(Request::Hello(_)) => return Err(protocol("a second hello").into()),
@@ -301,6 +308,7 @@ fn welcome(context: &Context, welcome: Welcome, heartbeat: Duration) -> v1::Subs
         grace: convert::duration(limits::GRACE),
         topics: welcome.topics.into_iter().map(convert::session_topic).collect(),
         kind: convert::kind(welcome.kind).into(),
+        report_started: welcome.wants_started,
     }
 }
 

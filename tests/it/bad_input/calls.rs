@@ -180,6 +180,7 @@ fn bad_pulls_acks_and_nacks_are_refused() {
             subscription: SUBSCRIPTION.into(),
             lease_tokens: vec!["garbage".into()],
             delay: None,
+            ..NackRequest::default()
         });
         findings.expect("a lease token", "INVALID_ARGUMENT", raw::refusal(answer.await));
         findings.verdict(&channel).await

@@ -13,10 +13,11 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::{Claim, Cursor, Holder, Nack, Out, Rewound, backoff};
+use super::started::Started;
+use super::{Claim, Cursor, Holder, Moment, Out};
 use crate::limits;
 use crate::names::SubscriptionName;
-use crate::record::{CursorRecord, Sequences, StoredMessage};
+use crate::record::{Sequences, StoredMessage};
 
 /// An ordering key.
 pub type Key = Arc<str>;
@@ -34,18 +35,25 @@ pub enum Order {
 #[derive(Debug)]
 pub struct Competing {
     pub(super) cursor: Cursor,
-    order: Order,
+    pub(super) order: Order,
     /// The first message that was not looked at since the start. Beyond it there may be messages
     /// that are held or waiting all the same: consumers that came back named them.
-    next: u64,
-    held: BTreeMap<u64, Held>,
+    pub(super) next: u64,
+    pub(super) held: BTreeMap<u64, Held>,
     waiting: BTreeMap<u64, Waiting>,
     /// Of the waiting ones, those that could go now if someone had room.
     ready: BTreeSet<u64>,
     /// Of the waiting ones, those that have to wait for a moment.
     due: BTreeSet<(Instant, u64)>,
-    lanes: BTreeMap<Key, Lane>,
+    pub(super) lanes: BTreeMap<Key, Lane>,
     out: BTreeMap<Holder, Out>,
+    pub(super) started: Started,
+    /// Of the suspects, those that are held.
+    suspects_out: usize,
+    /// When one was given out last, unless that is so long ago that it kills nobody.
+    suspect_at: Option<Instant>,
+    /// When it was asked last what is to be shown.
+    asked_at: Option<Instant>,
     /// Messages up to here may be with consumers that have not come back since the start.
     withheld: u64,
     /// Messages below are gone, if nobody holds them.
@@ -53,10 +61,12 @@ pub struct Competing {
 }
 
 #[derive(Debug)]
-struct Held {
-    holder: Holder,
+pub(super) struct Held {
+    pub(super) holder: Holder,
     bytes: u32,
     key: Option<Key>,
+    /// Whether it was a suspect when it was given out.
+    suspect: bool,
 }
 
 #[derive(Debug, Default)]
@@ -67,17 +77,17 @@ struct Waiting {
 }
 
 #[derive(Debug, Default)]
-struct Lane {
-    held: BTreeSet<u64>,
+pub(super) struct Lane {
+    pub(super) held: BTreeSet<u64>,
     waiting: BTreeSet<u64>,
 }
 
 impl Competing {
-    /// Goes on where `cursor` says, in a topic with this head.
-    pub fn new(cursor: CursorRecord, head: u64, order: Order) -> Self {
-        let next = cursor.floor + 1;
+    /// Goes on at a position.
+    pub fn new(cursor: Cursor, order: Order) -> Self {
+        let next = cursor.floor() + 1;
         Self {
-            cursor: Cursor::new(cursor, head),
+            cursor,
             order,
             next,
             held: BTreeMap::new(),
@@ -86,6 +96,10 @@ impl Competing {
             due: BTreeSet::new(),
             lanes: BTreeMap::new(),
             out: BTreeMap::new(),
+            started: Started::default(),
+            suspects_out: 0,
+            suspect_at: None,
+            asked_at: None,
             withheld: 0,
             lost_below: 0,
         }
@@ -133,7 +147,9 @@ impl Competing {
 
     /// Whether so many messages are unacked that no more are looked at.
     pub fn is_full(&self) -> bool {
+        let condemned = self.cursor.condemned().len();
         self.held.len() + self.waiting.len() >= limits::MAX_UNSETTLED
+            || condemned >= limits::MAX_CONDEMNED
     }
 
     /// When the next of the waiting messages may be shown that have to wait for a moment.
@@ -155,7 +171,7 @@ impl Competing {
         holder: Holder,
         claim: &Claim,
         kept_place: bool,
-        now: Instant,
+        now: Moment,
     ) -> Sequences {
         let generation = self.cursor.record().generation;
         if claim.cursor_generation != generation {
@@ -177,7 +193,9 @@ impl Competing {
         for sequence in lost.collect::<Vec<_>>() {
             self.hand_back(sequence, None);
         }
-        self.hold(holder, claim)
+        let dropped = self.hold(holder, claim);
+        self.start(holder, &claim.started, now.at);
+        dropped
     }
 
     fn hold(&mut self, holder: Holder, claim: &Claim) -> Sequences {
@@ -197,7 +215,7 @@ impl Competing {
                 let known = self.unwait(sequence);
                 let Waiting { bytes, key, .. } = known.unwrap_or_default();
                 let bytes = if bytes == 0 { each } else { bytes };
-                self.put_held(sequence, Held { holder, bytes, key });
+                self.give(sequence, holder, bytes, key);
             }
         }
         dropped
@@ -220,7 +238,12 @@ impl Competing {
     ) -> Option<(u64, u64)> {
         self.tick(now);
         self.skip_settled();
+        self.suspect_at = self.suspect_at.filter(|at| now < *at + limits::SUSPICION);
+        self.asked_at = Some(now);
         let mut ready = self.ready.range(self.withheld + 1..).filter_map(|sequence| {
+            if self.waits_for_another_suspect(*sequence) {
+                return None;
+            }
             let waiting = self.waiting.get(sequence)?;
             let owner = self.owner(waiting.key.as_ref());
             let able = can(owner, u64::from(waiting.bytes));
@@ -243,6 +266,21 @@ impl Competing {
         (self.next <= last && can(None, 1)).then(|| (self.next, last - self.next + 1))
     }
 
+    /// Of the suspects one at a time is tried.
+    fn waits_for_another_suspect(&self, sequence: u64) -> bool {
+        self.is_suspect_tried() && self.cursor.suspects().contains(&sequence)
+    }
+
+    fn is_suspect_tried(&self) -> bool {
+        self.suspects_out > 0 && self.suspect_at.is_some()
+    }
+
+    /// When the next suspect may be shown, if some wait for another one.
+    pub fn tried_until(&self) -> Option<Instant> {
+        let wait = self.is_suspect_tried() && self.cursor.suspects().len() > self.suspects_out;
+        self.suspect_at.filter(|_| wait).map(|at| at + limits::SUSPICION)
+    }
+
     /// Who has the messages of a key.
     fn owner(&self, key: Option<&Key>) -> Option<Holder> {
         let held = &self.lanes.get(key?)?.held;
@@ -262,7 +300,10 @@ impl Competing {
         if sequence == self.next {
             self.look_at(message, key, me);
         }
-        if sequence <= self.withheld || !self.ready.contains(&sequence) {
+        if sequence <= self.withheld
+            || !self.ready.contains(&sequence)
+            || self.waits_for_another_suspect(sequence)
+        {
             return None;
         }
         let waiting = self.waiting.get(&sequence)?;
@@ -270,7 +311,7 @@ impl Competing {
         let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
         let holder = choose(self.owner(waiting.key.as_ref()), u64::from(bytes))?;
         let Waiting { key, .. } = self.unwait(sequence)?;
-        self.put_held(sequence, Held { holder, bytes, key });
+        self.give(sequence, holder, bytes, key);
         Some((holder, self.cursor.failures(sequence).saturating_add(1)))
     }
 
@@ -288,8 +329,10 @@ impl Competing {
         }
         let key = key.filter(|_| self.order == Order::Key);
         let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
+        let since = self.started.since(sequence);
         if let Some(held) = self.take_held(sequence) {
             self.put_held(sequence, Held { bytes, key, ..held });
+            since.into_iter().for_each(|since| self.started.start(sequence, since));
         } else {
             let early = self.unwait(sequence).unwrap_or_default();
             self.put_waiting(sequence, Waiting { bytes, key, ..early });
@@ -339,7 +382,7 @@ impl Competing {
     }
 
     /// What is done is neither held nor waited for.
-    fn let_go(&mut self, first: u64, last: u64) {
+    pub(super) fn let_go(&mut self, first: u64, last: u64) {
         let held = self.held.range(first..=last).map(|(sequence, _)| *sequence);
         let waiting = self.waiting.range(first..=last).map(|(sequence, _)| *sequence);
         for sequence in held.chain(waiting).collect::<Vec<_>>() {
@@ -348,58 +391,8 @@ impl Competing {
         }
     }
 
-    /// A consumer hands messages back. Answers what is taken back from it, where there is an order:
-    /// what comes after them of the same keys, and themselves, since it may have received them again
-    /// before this nack of an earlier showing was heard.
-    pub fn nack(&mut self, holder: Holder, nacks: &[Nack], now: Instant) -> Option<Rewound> {
-        let mut taken_back = Sequences::new();
-        for nack in nacks {
-            taken_back.extend(self.fail(holder, nack, false, now));
-        }
-        let from = *taken_back.first()?.start();
-        Some(Rewound { from, generation: 0, taken_back })
-    }
-
-    /// `returning`: the consumer says what it handed back before its connection was lost, of which
-    /// this side may know nothing.
-    fn fail(&mut self, holder: Holder, nack: &Nack, returning: bool, now: Instant) -> Sequences {
-        let sequence = nack.sequence;
-        let current = self.held.get(&sequence).map(|held| held.holder);
-        let free = returning && current.is_none() && !self.is_full();
-        if sequence > self.cursor.head()
-            || self.cursor.is_done(sequence)
-            || !(current == Some(holder) || free)
-        {
-            return Sequences::new();
-        }
-        let failures = self.cursor.fail(nack);
-        let delay = nack.delay.unwrap_or_else(|| backoff(failures)).min(limits::MAX_BACKOFF);
-        let key = self.hand_back(sequence, (!delay.is_zero()).then(|| now + delay));
-        let after = self.held_after(holder, sequence, key.as_ref());
-        for sequence in &after {
-            self.hand_back(*sequence, None);
-        }
-        let has_lane = key.is_some() || self.order == Order::Key && sequence >= self.next;
-        let itself = has_lane.then_some(sequence);
-        itself.into_iter().chain(after).map(|sequence| sequence..=sequence).collect()
-    }
-
-    /// What a consumer holds that must not be processed before a message that it has handed back.
-    fn held_after(&self, holder: Holder, sequence: u64, key: Option<&Key>) -> Vec<u64> {
-        let keyless = key.is_none() && sequence < self.next;
-        if self.order == Order::None || keyless {
-            return Vec::new();
-        }
-        let lane = key.and_then(|key| self.lanes.get(key));
-        let of_key = lane.into_iter().flat_map(|lane| lane.held.range(sequence + 1..)).copied();
-        // What was not looked at may be of the same key.
-        let unknown = self.held.range(self.next.max(sequence + 1)..);
-        let unknown = unknown.filter(|(_, held)| held.holder == holder);
-        of_key.chain(unknown.map(|(sequence, _)| *sequence)).collect()
-    }
-
     /// Makes a message wait that is held, or that nothing is known of. Answers its key.
-    fn hand_back(&mut self, sequence: u64, at: Option<Instant>) -> Option<Key> {
+    pub(super) fn hand_back(&mut self, sequence: u64, at: Option<Instant>) -> Option<Key> {
         let (bytes, key) = match self.take_held(sequence) {
             Some(Held { bytes, key, .. }) => (bytes, key),
             None => {
@@ -420,6 +413,7 @@ impl Competing {
         self.due.clear();
         self.lanes.clear();
         self.out.clear();
+        (self.started, self.suspects_out, self.suspect_at) = (Started::default(), 0, None);
         self.next = self.cursor.floor() + 1;
         (self.withheld, self.lost_below) = (0, 0);
     }
@@ -453,7 +447,16 @@ impl Competing {
         self.cursor.missing(&(from..=to), held)
     }
 
+    fn give(&mut self, sequence: u64, holder: Holder, bytes: u32, key: Option<Key>) {
+        let suspect = self.cursor.suspects().contains(&sequence);
+        if suspect {
+            self.suspect_at = self.asked_at;
+        }
+        self.put_held(sequence, Held { holder, bytes, key, suspect });
+    }
+
     fn put_held(&mut self, sequence: u64, held: Held) {
+        self.suspects_out += usize::from(held.suspect);
         let out = self.out.entry(held.holder).or_default();
         out.messages += 1;
         out.bytes += u64::from(held.bytes);
@@ -465,6 +468,8 @@ impl Competing {
 
     fn take_held(&mut self, sequence: u64) -> Option<Held> {
         let held = self.held.remove(&sequence)?;
+        self.started.end(sequence);
+        self.suspects_out -= usize::from(held.suspect);
         if let Some(out) = self.out.get_mut(&held.holder) {
             out.messages -= 1;
             out.bytes -= u64::from(held.bytes);
@@ -520,7 +525,8 @@ impl Competing {
         let could = self.waiting.get(&sequence).is_some_and(|waiting| {
             let lane = waiting.key.as_ref().and_then(|key| self.lanes.get(key));
             let first = lane.is_none_or(|lane| lane.waiting.first() == Some(&sequence));
-            sequence < self.next && waiting.at.is_none() && first
+            let condemned = self.cursor.condemned().contains(&sequence);
+            sequence < self.next && waiting.at.is_none() && first && !condemned
         });
         if could {
             self.ready.insert(sequence);

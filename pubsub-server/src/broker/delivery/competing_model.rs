@@ -8,7 +8,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use tokio::time::Instant;
 
-use super::{Claim, Competing, Holder, Key, Nack, Order};
+use super::{Claim, Competing, Cursor, Holder, Key, Moment, Nack, Order};
 use crate::names::SubscriptionName;
 use crate::record::{CursorRecord, Sequences, StoredMessage, Timestamp};
 
@@ -115,7 +115,7 @@ impl World {
     fn new(order: Order) -> Self {
         let mut world = Self {
             order,
-            delivery: Competing::new(CursorRecord::default(), 0, order),
+            delivery: Competing::new(Cursor::new(CursorRecord::default(), 0, None), order),
             head: 0,
             now: Instant::now(),
             consumers: Default::default(),
@@ -211,8 +211,8 @@ impl World {
             return;
         }
         let delay = Some(Duration::from_secs(seconds));
-        let nack = Nack { sequence, attempt, delay };
-        let rewound = self.delivery.nack(holder(consumer), &[nack], self.now);
+        let nack = Nack { sequence, attempt, delay, ..Nack::default() };
+        let rewound = self.delivery.nack(holder(consumer), &[nack], at(self.now));
         let taken_back = rewound.map(|rewound| rewound.taken_back).unwrap_or_default();
         self.failures.insert(sequence, attempt);
         self.not_before.insert(sequence, self.now + Duration::from_secs(seconds));
@@ -260,6 +260,7 @@ impl World {
             sequence: *sequence,
             attempt: *attempt,
             delay: Some(Duration::ZERO),
+            ..Nack::default()
         };
         let claim = Claim {
             held: set(hands.iter().copied()),
@@ -267,7 +268,7 @@ impl World {
             cursor_generation: self.delivery.cursor.record().generation,
             ..Claim::default()
         };
-        let dropped = self.delivery.attach(holder(consumer), &claim, seated, self.now);
+        let dropped = self.delivery.attach(holder(consumer), &claim, seated, at(self.now));
         assert!(dropped.is_empty(), "{dropped:?} of {hands:?} is dropped");
         for (sequence, attempt) in unsent {
             if seated && !self.is_settled(sequence) {
@@ -289,7 +290,7 @@ impl World {
 
     fn restart(&mut self) {
         let record = self.delivery.cursor.record().clone();
-        self.delivery = Competing::new(record, self.head, self.order);
+        self.delivery = Competing::new(Cursor::new(record, self.head, None), self.order);
         for consumer in &mut self.consumers {
             // What was on its way is lost.
             consumer.connected = false;
@@ -456,13 +457,17 @@ fn one(_: Option<Holder>, _: u64) -> Option<Holder> {
     Some(holder(1))
 }
 
+fn at(now: Instant) -> Moment {
+    Moment { at: now, wall: Timestamp(1) }
+}
+
 fn nack(sequence: u64, seconds: u64) -> Nack {
-    Nack { sequence, attempt: 1, delay: Some(Duration::from_secs(seconds)) }
+    Nack { sequence, attempt: 1, delay: Some(Duration::from_secs(seconds)), ..Nack::default() }
 }
 
 /// A topic of which one consumer was sent the first messages.
 fn sent(order: Order, head: u64, messages: u64) -> Competing {
-    let mut delivery = Competing::new(CursorRecord::default(), head, order);
+    let mut delivery = Competing::new(Cursor::new(CursorRecord::default(), head, None), order);
     for sequence in 1..=messages {
         delivery.route(&message(sequence), key(sequence), &me(), one);
     }
@@ -472,15 +477,15 @@ fn sent(order: Order, head: u64, messages: u64) -> Competing {
 #[test]
 fn what_may_be_of_the_same_key_is_taken_back_too() {
     let now = Instant::now();
-    let mut delivery = Competing::new(CursorRecord::default(), 10, Order::Key);
+    let mut delivery = Competing::new(Cursor::new(CursorRecord::default(), 10, None), Order::Key);
     let claim = Claim { held: set([1, 9]), ..Claim::default() };
-    delivery.attach(holder(1), &claim, true, now);
+    delivery.attach(holder(1), &claim, true, at(now));
     // The key of 9 is not known yet.
     for sequence in 1..=2 {
         delivery.route(&message(sequence), key(sequence), &me(), one);
     }
     assert_eq!(key(1), key(9));
-    let rewound = delivery.nack(holder(1), &[nack(1, 0)], now).unwrap();
+    let rewound = delivery.nack(holder(1), &[nack(1, 0)], at(now)).unwrap();
     assert_eq!(rewound.taken_back, set([1, 9]));
     assert!(!delivery.holds(9, holder(1)));
 }
@@ -488,9 +493,10 @@ fn what_may_be_of_the_same_key_is_taken_back_too() {
 #[test]
 fn consumers_cannot_claim_more_than_there_can_be() {
     let most = crate::limits::MAX_UNSETTLED as u64;
-    let mut delivery = Competing::new(CursorRecord::default(), 2 * most, Order::None);
+    let mut delivery =
+        Competing::new(Cursor::new(CursorRecord::default(), 2 * most, None), Order::None);
     let claim = Claim { held: Sequences::from_iter([1..=2 * most]), ..Claim::default() };
-    let dropped = delivery.attach(holder(1), &claim, true, Instant::now());
+    let dropped = delivery.attach(holder(1), &claim, true, at(Instant::now()));
     assert_eq!(dropped, Sequences::from_iter([most + 1..=2 * most]));
     assert_eq!(delivery.held() as u64, most);
 }
@@ -501,7 +507,7 @@ fn what_is_handed_back_of_a_gap_is_part_of_it() {
     let mut delivery = sent(Order::None, 10, 2);
     assert_eq!(delivery.lose_below(8), Some((3, 7)));
     assert_eq!(delivery.lose_below(8), None, "it is told");
-    delivery.nack(holder(1), &[nack(2, 0)], now);
+    delivery.nack(holder(1), &[nack(2, 0)], at(now));
     assert_eq!(delivery.lose_below(8), Some((2, 7)));
     assert_eq!(delivery.wants(now, |_, _| true), Some((8, 3)));
     delivery.miss(&set(2..=7));
@@ -512,7 +518,7 @@ fn what_is_handed_back_of_a_gap_is_part_of_it() {
 fn a_moment_that_has_passed_is_waited_for_no_more() {
     let now = Instant::now();
     let mut delivery = sent(Order::None, 1, 1);
-    delivery.nack(holder(1), &[nack(1, 5)], now);
+    delivery.nack(holder(1), &[nack(1, 5)], at(now));
     assert_eq!(delivery.ready_at(now), Some(now + Duration::from_secs(5)));
     assert_eq!(delivery.ready_at(now + Duration::from_secs(5)), None);
 }
@@ -520,7 +526,8 @@ fn a_moment_that_has_passed_is_waited_for_no_more() {
 #[test]
 fn a_message_that_is_too_large_for_now_is_not_overtaken_by_smaller_ones() {
     let now = Instant::now();
-    let mut delivery = Competing::new(CursorRecord::default(), 100_000, Order::None);
+    let mut delivery =
+        Competing::new(Cursor::new(CursorRecord::default(), 100_000, None), Order::None);
     // Somebody has room for three bytes, and each message has four.
     let fits = |bytes| bytes <= 3;
     assert_eq!(delivery.wants(now, |_, bytes| fits(bytes)).map(|(from, _)| from), Some(1));

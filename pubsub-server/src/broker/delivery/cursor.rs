@@ -1,9 +1,10 @@
 //! The position of one subscription in one topic: what is dealt with, whoever had it. Pure.
 
+use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 
 use crate::limits;
-use crate::record::{CursorRecord, Release, Sequences};
+use crate::record::{CursorRecord, Failure, Release, Sequences, Timestamp, Verdict};
 
 use super::{Nack, Receipt};
 
@@ -11,17 +12,31 @@ use super::{Nack, Receipt};
 ///
 /// What is **done** is acked, let go, or not for this subscription; the floor has passed all of it
 /// up to the first hole.
-#[derive(Debug)]
+///
+/// What has failed as often as it may is **condemned**: it is not shown any more, and waits to be
+/// let go. What was in a handler of a consumer that was lost is a **suspect**.
+#[derive(Clone, Debug)]
 pub struct Cursor {
     record: CursorRecord,
     head: u64,
     dirty: bool,
+    /// How often a message may fail, if there is an end to it.
+    max_attempts: Option<u32>,
+    condemned: BTreeSet<u64>,
+    suspects: BTreeSet<u64>,
 }
 
 impl Cursor {
-    pub(super) fn new(record: CursorRecord, head: u64) -> Self {
+    /// A position in a topic with this head.
+    pub fn new(record: CursorRecord, head: u64, max_attempts: Option<u32>) -> Self {
         debug_assert!(record.floor <= head, "a cursor is never ahead of its topic");
-        Self { record, head, dirty: false }
+        let which = |is: fn(&Failure) -> bool| {
+            let failed = record.failures.iter().filter(|(_, failure)| is(failure));
+            failed.map(|(sequence, _)| *sequence).collect()
+        };
+        let condemned = which(|failure| failure.verdict.is_some());
+        let suspects = which(|failure| failure.suspect);
+        Self { record, head, dirty: false, max_attempts, condemned, suspects }
     }
 
     /// The durable part.
@@ -72,7 +87,7 @@ impl Cursor {
     }
 
     /// The first message from here on that is not in a run of done ones that begins here.
-    pub(super) fn after_done(&self, sequence: u64) -> u64 {
+    pub fn after_done(&self, sequence: u64) -> u64 {
         if sequence <= self.record.floor {
             return self.after_done(self.record.floor + 1);
         }
@@ -81,19 +96,56 @@ impl Cursor {
 
     /// How often a message has failed.
     pub(super) fn failures(&self, sequence: u64) -> u32 {
-        self.record.failures.get(&sequence).copied().unwrap_or(0)
+        self.record.failures.get(&sequence).map_or(0, |failure| failure.count)
     }
 
     /// Counts a failure. By the attempt's number: a nack that arrives twice counts once, and an
     /// attempt that was never made cannot have failed. Answers how often it has failed by now.
-    pub(super) fn fail(&mut self, nack: &Nack) -> u32 {
-        if nack.attempt > 0 {
-            let failed = self.record.failures.entry(nack.sequence).or_default();
-            let attempt = nack.attempt.min(failed.saturating_add(1));
-            self.dirty |= *failed < attempt;
-            *failed = (*failed).max(attempt);
+    pub(super) fn fail(&mut self, nack: &Nack, now: Timestamp) -> u32 {
+        if nack.attempt == 0 {
+            return self.failures(nack.sequence);
         }
-        self.failures(nack.sequence)
+        let first = Failure { count: 0, first_at: now, suspect: false, verdict: None };
+        let failure = self.record.failures.entry(nack.sequence).or_insert(first);
+        let attempt = nack.attempt.min(failure.count.saturating_add(1));
+        self.dirty |= failure.count < attempt;
+        failure.count = failure.count.max(attempt);
+        let over = self.max_attempts.is_some_and(|max| failure.count >= max || nack.for_good);
+        if over && failure.verdict.is_none() {
+            failure.verdict = Some(Verdict { at: now, reason: nack.reason.clone() });
+            self.condemned.insert(nack.sequence);
+            self.dirty = true;
+        }
+        failure.count
+    }
+
+    /// A message that has failed was in the handler of a consumer that was lost.
+    pub(super) fn suspect(&mut self, sequence: u64) {
+        if let Some(failure) = self.record.failures.get_mut(&sequence) {
+            failure.suspect = true;
+            self.suspects.insert(sequence);
+            self.dirty = true;
+        }
+    }
+
+    /// What has failed as often as it may.
+    pub fn condemned(&self) -> &BTreeSet<u64> {
+        &self.condemned
+    }
+
+    /// What was in a handler of a consumer that was lost. Of these one at a time is shown, so that
+    /// the others do not fail along with the one that kills.
+    pub(super) fn suspects(&self) -> &BTreeSet<u64> {
+        &self.suspects
+    }
+
+    /// Lets a message go without an ack.
+    pub fn release(&mut self, sequence: u64, how: Release) {
+        if !self.is_done(sequence) {
+            self.record.released.insert(sequence..=sequence, how);
+            self.settle(sequence, sequence);
+            self.limit_ranges();
+        }
     }
 
     /// These are received. They need not have been delivered, by this session or at all; beyond
@@ -115,12 +167,17 @@ impl Cursor {
     }
 
     /// Marks messages as dealt with and moves the floor as far as it goes.
-    pub(super) fn settle(&mut self, first: u64, last: u64) {
+    pub fn settle(&mut self, first: u64, last: u64) {
         let first = first.max(self.record.floor + 1);
         if first > last {
             return;
         }
-        self.record.failures.retain(|sequence, _| !(first..=last).contains(sequence));
+        let failed = self.record.failures.range(first..=last).map(|(sequence, _)| *sequence);
+        for sequence in failed.collect::<Vec<_>>() {
+            self.record.failures.remove(&sequence);
+            self.condemned.remove(&sequence);
+            self.suspects.remove(&sequence);
+        }
         self.dirty |= self.record.done.gaps(&(first..=last)).next().is_some();
         self.record.done.insert(first..=last);
         if let Some(range) = self.record.done.get(&(self.record.floor + 1)).cloned() {
@@ -177,6 +234,8 @@ impl Cursor {
         self.record.floor = to - 1;
         self.record.done.clear();
         self.record.failures.clear();
+        self.condemned.clear();
+        self.suspects.clear();
         self.record.generation += 1;
         self.dirty = true;
     }

@@ -8,10 +8,11 @@ use std::collections::BTreeMap;
 
 use tokio::time::Instant;
 
-use super::{Claim, Cursor, Nack, Out, Rewound, backoff};
+use super::started::Started;
+use super::{Claim, Cursor, LOST, Moment, Nack, Out, Rewound, backoff};
 use crate::limits;
 use crate::names::SubscriptionName;
-use crate::record::{CursorRecord, Sequences, StoredMessage};
+use crate::record::{Sequences, StoredMessage};
 
 /// The delivery of one topic to one exclusive subscription.
 #[derive(Debug)]
@@ -19,23 +20,28 @@ pub struct Exclusive {
     pub(super) cursor: Cursor,
     held: BTreeMap<u64, u32>,
     held_bytes: u64,
+    started: Started,
     /// No message below is to be shown in this session, but for those in `not_before`'s way.
     next: u64,
     generation: u32,
     not_before: BTreeMap<u64, Instant>,
+    /// When a suspect was given out last.
+    suspect_at: Option<Instant>,
 }
 
 impl Exclusive {
-    /// Goes on where `cursor` says, in a topic with this head.
-    pub fn new(cursor: CursorRecord, head: u64) -> Self {
-        let next = cursor.floor + 1;
+    /// Goes on at a position.
+    pub fn new(cursor: Cursor) -> Self {
+        let next = cursor.floor() + 1;
         Self {
-            cursor: Cursor::new(cursor, head),
+            cursor,
             held: BTreeMap::new(),
             held_bytes: 0,
+            started: Started::default(),
             next,
             generation: 0,
             not_before: BTreeMap::new(),
+            suspect_at: None,
         }
     }
 
@@ -66,7 +72,8 @@ impl Exclusive {
 
     /// A consumer takes over, or comes back. Answers what it claims to hold and is not wanted any
     /// more.
-    pub fn attach(&mut self, claim: &Claim, now: Instant) -> Sequences {
+    pub fn attach(&mut self, claim: &Claim, now: Moment) -> Sequences {
+        let before = std::mem::take(&mut self.started);
         self.detach();
         self.generation = 0;
         if claim.cursor_generation != self.cursor.record().generation {
@@ -77,7 +84,13 @@ impl Exclusive {
         for nack in &claim.nacked {
             self.fail(nack, now);
         }
-        self.hold(claim)
+        let dropped = self.hold(claim);
+        for sequence in claim.started.iter().flat_map(Clone::clone) {
+            if self.held.contains_key(&sequence) {
+                self.started.start(sequence, before.since(sequence).unwrap_or(now.at));
+            }
+        }
+        dropped
     }
 
     fn hold(&mut self, claim: &Claim) -> Sequences {
@@ -109,7 +122,46 @@ impl Exclusive {
     pub fn detach(&mut self) {
         self.held.clear();
         self.held_bytes = 0;
+        self.started = Started::default();
         self.next = self.cursor.floor() + 1;
+    }
+
+    /// The consumer is lost.
+    pub fn crash(&mut self, now: Moment) {
+        let held = self.held.keys().copied();
+        for sequence in held.filter(|held| self.started.contains(*held)).collect::<Vec<_>>() {
+            let nack = self.failure(sequence, LOST);
+            self.fail(&nack, now);
+            self.cursor.suspect(sequence);
+        }
+        self.detach();
+    }
+
+    /// The present attempt of a message has failed.
+    fn failure(&self, sequence: u64, reason: &str) -> Nack {
+        let attempt = self.cursor.failures(sequence).saturating_add(1);
+        Nack { sequence, attempt, reason: reason.to_owned(), ..Nack::default() }
+    }
+
+    /// The consumer has these in its handlers.
+    pub fn start(&mut self, started: &Sequences, now: Instant) {
+        for range in started.iter() {
+            for (sequence, _) in self.held.range(range.clone()) {
+                self.started.start(*sequence, now);
+            }
+        }
+    }
+
+    /// The moment since which a message is in a handler, of all the earliest.
+    pub fn started_at(&self) -> Option<Instant> {
+        self.started.earliest()
+    }
+
+    /// What is in a handler for so long has failed.
+    pub fn expire(&mut self, since: Instant, reason: &str, now: Moment) -> Option<Rewound> {
+        let overdue = self.started.since_before(since).into_iter();
+        let nacks: Vec<Nack> = overdue.map(|sequence| self.failure(sequence, reason)).collect();
+        self.nack(&nacks, now)
     }
 
     /// The next message to read, if one may be shown now, and how many may be from there on: all
@@ -122,8 +174,34 @@ impl Exclusive {
         if let Some((held_back, _)) = later.find(|(_, at)| **at > now) {
             last = last.min(held_back - 1);
         }
+        if let Some(condemned) = self.cursor.condemned().range(self.next..).next() {
+            last = last.min(condemned - 1);
+        }
+        last = self.stop_at_suspect(last, now);
         let ready = self.next <= last && self.ready_at(now).is_none();
-        ready.then(|| (self.next, last - self.next + 1))
+        if !ready {
+            return None;
+        }
+        if self.cursor.suspects().contains(&self.next) {
+            self.suspect_at = Some(now);
+        }
+        Some((self.next, last - self.next + 1))
+    }
+
+    /// A suspect goes alone, and while no other one is out.
+    fn stop_at_suspect(&self, last: u64, now: Instant) -> u64 {
+        match self.cursor.suspects().range(self.next..).next() {
+            Some(suspect) if *suspect > self.next => last.min(suspect - 1),
+            Some(suspect) if self.is_suspect_tried(now) => suspect - 1,
+            Some(suspect) => last.min(*suspect),
+            None => last,
+        }
+    }
+
+    /// Whether a suspect is out, and may still kill its consumer.
+    fn is_suspect_tried(&self, now: Instant) -> bool {
+        self.suspect_at.is_some_and(|at| now < at + limits::SUSPICION)
+            && self.cursor.suspects().iter().any(|suspect| self.held.contains_key(suspect))
     }
 
     /// All messages up to here were sent in this session, or are not for it.
@@ -133,8 +211,14 @@ impl Exclusive {
 
     /// When a message that is held back by a backoff may be shown.
     pub fn ready_at(&self, now: Instant) -> Option<Instant> {
-        let (_, at) = self.not_before.range(..=self.next).next()?;
-        (*at > now).then_some(*at)
+        let held_back = self.not_before.range(..=self.next).next().map(|(_, at)| *at);
+        held_back.filter(|at| *at > now)
+    }
+
+    /// When the next suspect may be shown, if it waits for another one.
+    pub fn tried_until(&self, now: Instant) -> Option<Instant> {
+        let waits = self.cursor.suspects().contains(&self.next) && self.is_suspect_tried(now);
+        self.suspect_at.filter(|_| waits).map(|at| at + limits::SUSPICION)
     }
 
     fn skip_settled(&mut self) {
@@ -185,8 +269,9 @@ impl Exclusive {
     }
 
     /// What is done is held no more.
-    fn let_go(&mut self, settled: &Sequences) {
+    pub(super) fn let_go(&mut self, settled: &Sequences) {
         for range in settled.iter() {
+            self.started.end_all(range.clone());
             let held = self.held.range(range.clone()).map(|(sequence, _)| *sequence);
             for sequence in held.collect::<Vec<_>>() {
                 self.held_bytes -= u64::from(self.held.remove(&sequence).unwrap_or(0));
@@ -197,28 +282,29 @@ impl Exclusive {
 
     /// Messages are handed back: the first of them and everything after it is shown again, in
     /// order, skipping what is done. `None` if all are done already.
-    pub fn nack(&mut self, nacks: &[Nack], now: Instant) -> Option<Rewound> {
+    pub fn nack(&mut self, nacks: &[Nack], now: Moment) -> Option<Rewound> {
         let failed = nacks.iter().filter(|nack| self.fail(nack, now)).map(|nack| nack.sequence);
         let first = failed.collect::<Vec<_>>().into_iter().min()?;
         Some(self.rewind(first))
     }
 
-    fn fail(&mut self, nack: &Nack, now: Instant) -> bool {
+    fn fail(&mut self, nack: &Nack, now: Moment) -> bool {
         let sequence = nack.sequence;
         // Nobody can have more than this in hand, and what fails has to be remembered.
         let last = self.cursor.floor().saturating_add(limits::MAX_OUTSTANDING_MESSAGES.into());
         if sequence > self.cursor.head().min(last) || self.cursor.is_done(sequence) {
             return false;
         }
-        let failures = self.cursor.fail(nack);
+        let failures = self.cursor.fail(nack, now.wall);
         let delay = nack.delay.unwrap_or_else(|| backoff(failures));
-        self.not_before.insert(sequence, now + delay.min(limits::MAX_BACKOFF));
+        self.not_before.insert(sequence, now.at + delay.min(limits::MAX_BACKOFF));
         true
     }
 
     /// Everything from `from` on that is not done is shown again.
     fn rewind(&mut self, from: u64) -> Rewound {
         let taken_back = self.held.split_off(&from);
+        self.started.end_all(from..=u64::MAX);
         self.held_bytes -= taken_back.values().map(|bytes| u64::from(*bytes)).sum::<u64>();
         self.next = self.next.min(from).max(self.cursor.floor() + 1);
         self.generation += 1;
@@ -257,10 +343,14 @@ mod tests {
 
     use super::super::Receipt;
     use super::*;
-    use crate::record::{Release, Timestamp};
+    use crate::record::{CursorRecord, Release, Timestamp};
 
     fn rewound(from: u64) -> Rewound {
         Rewound { from, generation: 1, taken_back: Sequences::new() }
+    }
+
+    fn at(now: Instant) -> Moment {
+        Moment { at: now, wall: Timestamp(1) }
     }
 
     fn me() -> SubscriptionName {
@@ -297,7 +387,7 @@ mod tests {
     }
 
     fn check(head: u64, act: impl FnOnce(&mut Exclusive, Instant)) -> Exclusive {
-        let mut delivery = Exclusive::new(CursorRecord::default(), head);
+        let mut delivery = Exclusive::new(Cursor::new(CursorRecord::default(), head, None));
         act(&mut delivery, Instant::now());
         delivery
     }
@@ -306,8 +396,9 @@ mod tests {
     fn nack_of_the_first_of_three_shows_all_three_again_but_for_what_is_acked() {
         check(3, |delivery, now| {
             assert_eq!(pump(delivery, 100, now), [(1, 1), (2, 1), (3, 1)]);
-            let nack = Nack { sequence: 1, attempt: 1, delay: Some(Duration::ZERO) };
-            assert_eq!(delivery.nack(std::slice::from_ref(&nack), now), Some(rewound(1)));
+            let nack =
+                Nack { sequence: 1, attempt: 1, delay: Some(Duration::ZERO), ..Nack::default() };
+            assert_eq!(delivery.nack(std::slice::from_ref(&nack), at(now)), Some(rewound(1)));
             delivery.ack(&set([2]));
             assert_eq!(pump(delivery, 100, now), [(1, 2), (3, 1)]);
         });
@@ -317,20 +408,26 @@ mod tests {
     fn a_nack_that_arrives_twice_counts_once() {
         let delivery = check(1, |delivery, now| {
             pump(delivery, 100, now);
-            let nack = Nack { sequence: 1, attempt: 1, delay: Some(Duration::ZERO) };
-            delivery.nack(std::slice::from_ref(&nack), now);
+            let nack =
+                Nack { sequence: 1, attempt: 1, delay: Some(Duration::ZERO), ..Nack::default() };
+            delivery.nack(std::slice::from_ref(&nack), at(now));
             let claim = Claim { nacked: vec![nack], ..Claim::default() };
-            delivery.attach(&claim, now);
+            delivery.attach(&claim, at(now));
         });
-        assert_eq!(delivery.cursor.record().failures[&1], 1);
+        assert_eq!(delivery.cursor.failures(1), 1);
     }
 
     #[test]
     fn a_failed_message_holds_its_topic_back_until_its_time() {
         check(2, |delivery, now| {
             pump(delivery, 100, now);
-            let nack = Nack { sequence: 1, attempt: 1, delay: Some(Duration::from_secs(5)) };
-            delivery.nack(std::slice::from_ref(&nack), now);
+            let nack = Nack {
+                sequence: 1,
+                attempt: 1,
+                delay: Some(Duration::from_secs(5)),
+                ..Nack::default()
+            };
+            delivery.nack(std::slice::from_ref(&nack), at(now));
             assert_eq!(pump(delivery, 100, now + Duration::from_secs(4)), []);
             assert_eq!(pump(delivery, 100, now + Duration::from_secs(5)), [(1, 2), (2, 1)]);
         });
@@ -341,8 +438,13 @@ mod tests {
         check(4, |delivery, now| {
             pump(delivery, 100, now);
             let delays = [(2, Duration::ZERO), (3, Duration::from_secs(5))];
-            let nack = |(sequence, delay)| Nack { sequence, attempt: 1, delay: Some(delay) };
-            let back = delivery.nack(&delays.map(nack), now);
+            let nack = |(sequence, delay)| Nack {
+                sequence,
+                attempt: 1,
+                delay: Some(delay),
+                ..Nack::default()
+            };
+            let back = delivery.nack(&delays.map(nack), at(now));
             assert_eq!(back, Some(rewound(2)), "one for both");
             assert_eq!(pump(delivery, 100, now), [(2, 2)]);
             assert_eq!(pump(delivery, 100, now + Duration::from_secs(5)), [(3, 2), (4, 1)]);
@@ -354,17 +456,18 @@ mod tests {
         let delivery = check(limits::MAX_OUTSTANDING_MESSAGES.into(), |delivery, now| {
             pump(delivery, 1, now);
             delivery.cursor.on_head(1_000_000);
-            let nack = |sequence, attempt| Nack { sequence, attempt, delay: None };
-            delivery.nack(&[nack(1, u32::MAX), nack(500_000, 1)], now);
+            let nack = |sequence, attempt| Nack { sequence, attempt, ..Nack::default() };
+            delivery.nack(&[nack(1, u32::MAX), nack(500_000, 1)], at(now));
         });
-        assert_eq!(delivery.cursor.record().failures, BTreeMap::from([(1, 1)]));
+        let failed = delivery.cursor.record().failures.iter();
+        assert_eq!(failed.map(|(n, failure)| (*n, failure.count)).collect::<Vec<_>>(), [(1, 1)]);
     }
 
     #[test]
     fn what_a_consumer_claims_to_hold_is_not_sent_again() {
         check(5, |delivery, now| {
             let claim = Claim { held: set([1, 3, 9]), acked: set([2]), ..Claim::default() };
-            assert_eq!(delivery.attach(&claim, now), set([9]), "9 lies beyond the head");
+            assert_eq!(delivery.attach(&claim, at(now)), set([9]), "9 lies beyond the head");
             assert_eq!(pump(delivery, 100, now), [(4, 1), (5, 1)]);
         });
     }
@@ -488,7 +591,7 @@ mod tests {
             steps in proptest::collection::vec(step(), 1..120),
         ) {
             let now = Instant::now();
-            let mut delivery = Exclusive::new(CursorRecord::default(), 0);
+            let mut delivery = Exclusive::new(Cursor::new(CursorRecord::default(), 0, None));
             let mut consumer = Consumer::default();
             let mut head = 0;
             let mut floor = 0;
@@ -506,13 +609,13 @@ mod tests {
                         consumer.acked.insert(sequence);
                     },
                     Step::NackNth(n) => if let Some(sequence) = nth(n) {
-                        let nack = Nack { sequence, attempt: 1, delay: Some(Duration::ZERO) };
-                        let rewound = delivery.nack(std::slice::from_ref(&nack), now).unwrap();
+                        let nack = Nack { sequence, attempt: 1, delay: Some(Duration::ZERO), ..Nack::default() };
+                        let rewound = delivery.nack(std::slice::from_ref(&nack), at(now)).unwrap();
                         consumer.rewind(rewound.from);
                     },
                     Step::Reconnect => {
                         let held = set(consumer.held.iter().copied());
-                        let dropped = delivery.attach(&Claim { held, ..Claim::default() }, now);
+                        let dropped = delivery.attach(&Claim { held, ..Claim::default() }, at(now));
                         prop_assert!(dropped.is_empty());
                         consumer.last = 0;
                     }
@@ -521,9 +624,10 @@ mod tests {
                         consumer.rewind(1);
                     }
                     Step::Restart => {
-                        delivery = Exclusive::new(delivery.cursor.record().clone(), head);
+                        let record = delivery.cursor.record().clone();
+                        delivery = Exclusive::new(Cursor::new(record, head, None));
                         let held = set(consumer.held.iter().copied());
-                        delivery.attach(&Claim { held, ..Claim::default() }, now);
+                        delivery.attach(&Claim { held, ..Claim::default() }, at(now));
                         consumer.last = 0;
                     }
                 }

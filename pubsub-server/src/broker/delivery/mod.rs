@@ -6,17 +6,28 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::limits;
-use crate::record::{CursorRecord, Release, Sequences, SubscriptionKind};
+use crate::record::{CursorRecord, Release, Sequences, SubscriptionKind, Timestamp};
 
 mod competing;
 #[cfg(test)]
 mod competing_model;
 mod cursor;
 mod exclusive;
+mod failing;
+mod started;
 
 pub use competing::{Competing, Key, Order};
 pub use cursor::Cursor;
 pub use exclusive::Exclusive;
+
+/// A moment, by the clock that measures and by the one that people read.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// For delays.
+    pub at: Instant,
+    /// For what is kept.
+    pub wall: Timestamp,
+}
 
 /// Who holds messages: a consumer that has a place in the subscription, or a pull.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -53,11 +64,11 @@ pub enum Delivery {
 }
 
 impl Delivery {
-    /// Goes on where `cursor` says, in a topic with this head.
-    pub fn new(kind: SubscriptionKind, cursor: CursorRecord, head: u64) -> Self {
-        let competing = |cursor, order| Self::Competing(Competing::new(cursor, head, order));
+    /// Goes on at a position.
+    pub fn new(kind: SubscriptionKind, cursor: Cursor) -> Self {
+        let competing = |cursor, order| Self::Competing(Competing::new(cursor, order));
         match kind {
-            SubscriptionKind::Exclusive => Self::Exclusive(Exclusive::new(cursor, head)),
+            SubscriptionKind::Exclusive => Self::Exclusive(Exclusive::new(cursor)),
             SubscriptionKind::Shared => competing(cursor, Order::None),
             SubscriptionKind::KeyOrdered => competing(cursor, Order::Key),
         }
@@ -110,7 +121,7 @@ impl Delivery {
         holder: Holder,
         claim: &Claim,
         kept_place: bool,
-        now: Instant,
+        now: Moment,
     ) -> Sequences {
         match self {
             Self::Exclusive(delivery) => delivery.attach(claim, now),
@@ -123,6 +134,60 @@ impl Delivery {
         match self {
             Self::Exclusive(delivery) => delivery.detach(),
             Self::Competing(delivery) => delivery.detach(holder),
+        }
+    }
+
+    /// A consumer is lost, and what it held is to be shown again. What it had in a handler has
+    /// failed, and may be what killed it.
+    pub fn crash(&mut self, holder: Holder, now: Moment) {
+        match self {
+            Self::Exclusive(delivery) => delivery.crash(now),
+            Self::Competing(delivery) => delivery.crash(holder, now),
+        }
+    }
+
+    /// A consumer has these in its handlers from now on.
+    pub fn start(&mut self, holder: Holder, started: &Sequences, now: Instant) {
+        match self {
+            Self::Exclusive(delivery) => delivery.start(started, now),
+            Self::Competing(delivery) => delivery.start(holder, started, now),
+        }
+    }
+
+    /// The moment since which a message is in a handler, of all the earliest.
+    pub fn started_at(&self) -> Option<Instant> {
+        match self {
+            Self::Exclusive(delivery) => delivery.started_at(),
+            Self::Competing(delivery) => delivery.started_at(),
+        }
+    }
+
+    /// What is in a handler since `since` or longer has failed. Answers what is to be taken back,
+    /// and from whom; from the only one there is if it does not say.
+    pub fn expire(
+        &mut self,
+        since: Instant,
+        reason: &str,
+        now: Moment,
+    ) -> Vec<(Option<Holder>, Rewound)> {
+        match self {
+            Self::Exclusive(delivery) => {
+                let rewound = delivery.expire(since, reason, now);
+                rewound.map(|rewound| (None, rewound)).into_iter().collect()
+            }
+            Self::Competing(delivery) => {
+                let rewound = delivery.expire(since, reason, now).into_iter();
+                rewound.map(|(holder, rewound)| (Some(holder), rewound)).collect()
+            }
+        }
+    }
+
+    /// The position has let these go.
+    pub fn let_go(&mut self, sequence: u64) {
+        let gone = Sequences::from_iter([sequence..=sequence]);
+        match self {
+            Self::Exclusive(delivery) => delivery.let_go(&gone),
+            Self::Competing(delivery) => delivery.let_go(sequence, sequence),
         }
     }
 
@@ -144,7 +209,7 @@ impl Delivery {
     }
 
     /// A consumer hands messages back. Answers what it has to take back with them.
-    pub fn nack(&mut self, holder: Holder, nacks: &[Nack], now: Instant) -> Option<Rewound> {
+    pub fn nack(&mut self, holder: Holder, nacks: &[Nack], now: Moment) -> Option<Rewound> {
         match self {
             Self::Exclusive(delivery) => delivery.nack(nacks, now),
             Self::Competing(delivery) => delivery.nack(holder, nacks, now),
@@ -206,6 +271,10 @@ impl Delivery {
     pub fn waits_for(&self, now: Instant) -> Option<String> {
         let until = |at: Instant| at.saturating_duration_since(now).as_secs_f32();
         match self {
+            _ if !self.cursor().condemned().is_empty() => {
+                let count = self.cursor().condemned().len();
+                Some(format!("{count} messages have failed too often and are to be let go"))
+            }
             Self::Exclusive(delivery) => {
                 let seconds = until(delivery.ready_at(now)?);
                 Some(format!("a failed message is shown again in {seconds:.1} s"))
@@ -233,6 +302,14 @@ impl Delivery {
         }
     }
 
+    /// When the next of the messages may be shown that may kill their consumer.
+    pub fn tried_until(&self, now: Instant) -> Option<Instant> {
+        match self {
+            Self::Exclusive(delivery) => delivery.tried_until(now),
+            Self::Competing(delivery) => delivery.tried_until().filter(|until| *until > now),
+        }
+    }
+
     /// The delivery generation of the session.
     pub fn generation(&self) -> u32 {
         match self {
@@ -255,12 +332,14 @@ pub struct Claim {
     pub nacked: Vec<Nack>,
     /// Told to be gaps, unconfirmed.
     pub missed: Sequences,
+    /// Of what it holds, what is in the application's hands.
+    pub started: Sequences,
     /// The generation of the cursor that this refers to.
     pub cursor_generation: u64,
 }
 
 /// A message is handed back.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Nack {
     /// Which.
     pub sequence: u64,
@@ -268,6 +347,10 @@ pub struct Nack {
     pub attempt: u32,
     /// How long to wait; the backoff if `None`.
     pub delay: Option<Duration>,
+    /// Why, for people.
+    pub reason: String,
+    /// Another attempt would be of no use.
+    pub for_good: bool,
 }
 
 /// A topic, or a key, is going to be shown again from a point on.
@@ -280,6 +363,12 @@ pub struct Rewound {
     /// Where only some messages are: these, and `from` is the first of them. The generation means
     /// nothing then.
     pub taken_back: Sequences,
+}
+
+impl Rewound {
+    fn nothing() -> Self {
+        Self { from: 0, generation: 0, taken_back: Sequences::new() }
+    }
 }
 
 /// What a subscription knows about the fate of a message.
@@ -311,3 +400,6 @@ fn backoff(failures: u32) -> Duration {
     let doublings = failures.saturating_sub(1).min(16);
     (limits::MIN_BACKOFF * 2_u32.pow(doublings)).min(limits::MAX_BACKOFF)
 }
+
+/// Why what was in a handler of a consumer that was lost has failed.
+const LOST: &str = "its consumer was lost while it was being processed";

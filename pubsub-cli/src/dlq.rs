@@ -1,0 +1,207 @@
+//! `pubsub dlq`.
+
+use std::time::Duration;
+
+use pubsub_client::{Client, DeadLetter, DeadLetters};
+use serde_json::json;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::args::{Dlq, Letters};
+use crate::failure::{Exit, Failure};
+use crate::format;
+use crate::interrupt::Interrupt;
+use crate::output::Output;
+
+/// Dead letters of one call.
+const BATCH: u32 = 500;
+/// What of a reason fits into a table.
+const REASON_CHARS: usize = 60;
+
+pub(crate) async fn run(
+    command: Dlq,
+    client: &Client,
+    output: &mut Output,
+) -> Result<Exit, Failure> {
+    match command {
+        Dlq::List { subscription } => list(&subscription, client, output).await?,
+        Dlq::Show { subscription, number } => show(&subscription, number, client, output).await?,
+        Dlq::Redrive { which, rate } => return redrive(which, rate, client, output).await,
+        Dlq::Purge { which } => return purge(which, client, output).await,
+    }
+    Ok(Exit::Ok)
+}
+
+async fn list(subscription: &str, client: &Client, output: &mut Output) -> Result<(), Failure> {
+    let mut rows = Vec::new();
+    let mut after = None;
+    loop {
+        let page = client.admin().dead_letters(subscription, after).await?;
+        for letter in page.items {
+            if output.is_json() {
+                output.json(&format::dead_letter(&letter))?;
+                continue;
+            }
+            let DeadLetter { id, origin, attempts, reason, last_failure_time, .. } = letter;
+            let short: String = reason.lines().next().unwrap_or_default().to_owned();
+            rows.push([
+                id.sequence.to_string(),
+                format!("{} {}", origin.topic, origin.sequence),
+                attempts.to_string(),
+                format::time(last_failure_time),
+                short.chars().take(REASON_CHARS).collect(),
+            ]);
+        }
+        after = page.next;
+        if after.is_none() {
+            break;
+        }
+    }
+    if output.is_json() {
+        return Ok(());
+    }
+    if rows.is_empty() {
+        eprintln!("pubsub: subscription {subscription} has no dead letters");
+        return Ok(());
+    }
+    output.table(["NUMBER", "MESSAGE", "ATTEMPTS", "LAST FAILURE", "REASON"], &rows)?;
+    Ok(())
+}
+
+async fn show(
+    subscription: &str,
+    number: u64,
+    client: &Client,
+    output: &mut Output,
+) -> Result<(), Failure> {
+    let after = number.checked_sub(1).map(|before| before.to_string());
+    let page = client.admin().dead_letters(subscription, after).await?;
+    let letter = page.items.into_iter().find(|letter| letter.id.sequence == number);
+    let Some(letter) = letter else {
+        return Err(Failure::not_found(format!(
+            "subscription {subscription} has no dead letter {number}; `pubsub dlq list \
+             {subscription}` shows what there is"
+        )));
+    };
+    output.fields(
+        &format::dead_letter(&letter),
+        &[
+            ("dead letter", letter.id.to_string()),
+            ("copy of", letter.origin.to_string()),
+            ("attempts", letter.attempts.to_string()),
+            ("reason", letter.reason.clone()),
+            ("first failure", format::time(letter.first_failure_time)),
+            ("last failure", format::time(letter.last_failure_time)),
+            ("ordering key", letter.message.ordering_key.clone().unwrap_or_default()),
+            ("content type", letter.message.content_type.clone().unwrap_or_default()),
+        ],
+    )?;
+    if !output.is_json() {
+        let own = letter.message.attributes.iter();
+        for (name, value) in own.filter(|(name, _)| !name.starts_with("dead-letter-")) {
+            output.line(&format!("attribute      {name}={value}"))?;
+        }
+        output.raw("\n", &letter.message.payload)?;
+    }
+    Ok(())
+}
+
+/// Sends back a few at a time, so that it can be slow, and interrupted.
+async fn redrive(
+    which: Letters,
+    rate: Option<u32>,
+    client: &Client,
+    output: &mut Output,
+) -> Result<Exit, Failure> {
+    let mut interrupt = Interrupt::new().map_err(|error| Failure::failed(error.to_string()))?;
+    let mut ticks = interval(Duration::from_secs(1));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let batch = rate.unwrap_or(BATCH).min(BATCH);
+    let mut numbers = which.numbers.as_slice();
+    let (mut redriven, mut homeless, mut left) = (0, 0, 0);
+    let exit = loop {
+        let next = if which.all {
+            DeadLetters::Oldest(batch)
+        } else {
+            let (now, later) = numbers.split_at(numbers.len().min(batch as usize));
+            numbers = later;
+            DeadLetters::Sequences(now.to_vec())
+        };
+        if rate.is_some() {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = interrupt.asked() => break Exit::Interrupted,
+            }
+        }
+        let done = client.admin().redrive(&which.subscription, next).await?;
+        redriven += done.redriven;
+        homeless += done.homeless;
+        left = done.left;
+        let over = if which.all { done.redriven == 0 || left == 0 } else { numbers.is_empty() };
+        if over {
+            break Exit::Ok;
+        }
+        if !output.is_json() {
+            eprintln!("pubsub: {redriven} redriven, {left} left");
+        }
+        if interrupt.is_asked() {
+            break Exit::Interrupted;
+        }
+    };
+    if output.is_json() {
+        output.json(&json!({
+            "type": "redriven",
+            "subscription": which.subscription,
+            "redriven": redriven,
+            "homeless": homeless,
+            "left": left,
+        }))?;
+    } else {
+        output.line(&format!("redriven {redriven} dead letters; {left} are left"))?;
+        if homeless > 0 {
+            eprintln!(
+                "pubsub: {homeless} come from topics that the subscription does not listen to \
+                 any more; `pubsub dlq show` tells which"
+            );
+        }
+    }
+    Ok(exit)
+}
+
+async fn purge(which: Letters, client: &Client, output: &mut Output) -> Result<Exit, Failure> {
+    let interrupt = Interrupt::new().map_err(|error| Failure::failed(error.to_string()))?;
+    let (mut purged, mut left) = (0, 0);
+    let mut exit = Exit::Ok;
+    let batches: Vec<DeadLetters> = match which.all {
+        true => Vec::new(),
+        false => {
+            let numbers = which.numbers.chunks(BATCH as usize);
+            numbers.map(|some| DeadLetters::Sequences(some.to_vec())).collect()
+        }
+    };
+    let mut batches = batches.into_iter();
+    while let Some(batch) =
+        if which.all { Some(DeadLetters::Oldest(BATCH)) } else { batches.next() }
+    {
+        let done = client.admin().purge_dead_letters(&which.subscription, batch).await?;
+        purged += done.purged;
+        left = done.left;
+        if which.all && (left == 0 || done.purged == 0) {
+            break;
+        }
+        if interrupt.is_asked() {
+            exit = Exit::Interrupted;
+            break;
+        }
+    }
+    if output.is_json() {
+        output.json(&json!({
+            "type": "purged",
+            "subscription": which.subscription,
+            "purged": purged,
+            "left": left,
+        }))?;
+    } else {
+        output.line(&format!("purged {purged} dead letters; {left} are left"))?;
+    }
+    Ok(exit)
+}
