@@ -57,6 +57,9 @@ pub(crate) enum Command {
     /// Create, list, describe, delete and move subscriptions
     #[command(subcommand, visible_aliases = ["subscriptions", "sub"])]
     Subscription(Subscription),
+    /// Keep the position of a subscription, to go back to it
+    #[command(subcommand, visible_alias = "snapshots")]
+    Snapshot(Snapshot),
     /// List, show, redrive and purge dead letters: what a subscription could not process
     #[command(subcommand, visible_alias = "dead-letters")]
     Dlq(Dlq),
@@ -155,7 +158,8 @@ Examples:
   pubsub subscription seek billing --to earliest     everything again
   pubsub subscription seek billing --to latest       skip what waits
   pubsub subscription seek billing --to 10m          what came in the last 10 minutes
-  pubsub subscription seek billing --to 4711 --topic orders")]
+  pubsub subscription seek billing --to 4711 --topic orders
+  pubsub subscription seek billing --snapshot before-release    as it was then")]
     Seek(Seek),
 }
 
@@ -223,6 +227,31 @@ impl Failures {
 }
 
 #[derive(Debug, Subcommand)]
+pub(crate) enum Snapshot {
+    /// Keep what a subscription has acked, and the messages that it has not
+    #[command(after_help = "\
+The messages that going back would show are kept until the snapshot is deleted.
+
+Examples:
+  pubsub snapshot create before-release billing
+  pubsub subscription seek billing --snapshot before-release
+  pubsub snapshot delete before-release")]
+    Create {
+        /// Its name, by the rules of topic names
+        name: String,
+        /// The subscription
+        subscription: String,
+    },
+    /// List snapshots
+    List,
+    /// Delete a snapshot; the messages that were kept for it can go
+    Delete {
+        /// Its name
+        name: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub(crate) enum Dlq {
     /// List the dead letters of a subscription that wait to be redriven or purged
     List {
@@ -274,11 +303,15 @@ pub(crate) struct Letters {
 pub(crate) struct Seek {
     /// Its name
     pub(crate) name: String,
-    #[arg(help = values::from_help!("Where to move it"), long, value_name = "WHERE")]
-    pub(crate) to: Where,
+    #[arg(help = values::from_help!("Where to move it"), long, value_name = "WHERE",
+        required_unless_present = "snapshot", conflicts_with = "snapshot")]
+    pub(crate) to: Option<Where>,
     /// The topic to move in [default: all of the subscription]
-    #[arg(long, value_name = "TOPIC")]
+    #[arg(long, value_name = "TOPIC", conflicts_with = "snapshot")]
     pub(crate) topic: Option<String>,
+    /// The snapshot to go back to, of this subscription or of another one
+    #[arg(long, value_name = "NAME")]
+    pub(crate) snapshot: Option<String>,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -200,6 +200,7 @@ fn exit(reason: Reason) -> Exit {
         Reason::InvalidArgument => Exit::Usage,
         Reason::TopicNotFound
         | Reason::SubscriptionNotFound
+        | Reason::SnapshotNotFound
         | Reason::SubscriptionDeleted
         | Reason::UnknownRecipient
         | Reason::BeyondHead => Exit::NotFound,
@@ -207,6 +208,7 @@ fn exit(reason: Reason) -> Exit {
         | Reason::TopicRecreated
         | Reason::TopicInUse
         | Reason::SubscriptionExists
+        | Reason::SnapshotExists
         | Reason::SubscriptionMismatch
         | Reason::SubscriptionBusy
         | Reason::Superseded

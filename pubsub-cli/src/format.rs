@@ -6,7 +6,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use pubsub_client::{
     ActiveConsumer, DataLoss, DeadLetter, FailurePolicy, Gap, GapReason, PublishReceipt, Receipt,
-    ReceiptState, ReceivedMessage, ServerInfo, SubscriptionInfo, SubscriptionKind,
+    ReceiptState, ReceivedMessage, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionKind,
     SubscriptionPosition, TopicInfo,
 };
 use serde_json::{Value, json};
@@ -77,6 +77,15 @@ fn policy_value(policy: &FailurePolicy) -> Value {
         }
         _ => json!({ "policy": "unknown" }),
     }
+}
+
+pub(crate) fn snapshot(snapshot: &SnapshotInfo) -> Value {
+    json!({
+        "name": snapshot.name,
+        "subscription": snapshot.subscription,
+        "create_time": time(snapshot.create_time),
+        "backlog": snapshot.backlog,
+    })
 }
 
 pub(crate) fn dead_letter(letter: &DeadLetter) -> Value {

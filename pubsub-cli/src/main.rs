@@ -12,6 +12,7 @@ mod interrupt;
 mod output;
 mod publish;
 mod receipts;
+mod snapshot;
 mod status;
 mod subscribe;
 mod subscription;
@@ -61,6 +62,7 @@ async fn execute(args: Args) -> Result<Exit, Failure> {
     let done = match args.command {
         Command::Topic(command) => topic::run(command, &client, &mut output).await,
         Command::Subscription(command) => subscription::run(command, &client, &mut output).await,
+        Command::Snapshot(command) => snapshot::run(command, &client, &mut output).await,
         Command::Dlq(command) => dlq::run(command, &client, &mut output).await,
         Command::Publish(command) => publish::run(command, &client, &mut output).await,
         Command::Subscribe(command) => subscribe::run(command, &client, &mut output).await,

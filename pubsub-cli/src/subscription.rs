@@ -107,8 +107,12 @@ fn consumers(subscription: &SubscriptionInfo) -> String {
 }
 
 async fn seek(args: Seek, client: &Client, output: &mut Output) -> Result<(), Failure> {
-    let to = args.to.start();
-    let subscription = client.admin().seek(args.name, args.topic.as_deref(), to).await?;
+    let admin = client.admin();
+    let subscription = match (args.to, args.snapshot) {
+        (_, Some(snapshot)) => admin.seek_to_snapshot(args.name, snapshot).await?,
+        (Some(to), None) => admin.seek(args.name, args.topic.as_deref(), to.start()).await?,
+        (None, None) => return Err(Failure::usage("say where to, with --to or --snapshot")),
+    };
     show(&subscription, output)
 }
 

@@ -45,8 +45,8 @@ mod transport;
 
 pub use admin::{
     ActiveConsumer, Admin, CreateSubscription, DeadLetter, DeadLetters, Page, Purged, Receipt,
-    ReceiptState, Redriven, ServerInfo, SubscriptionInfo, SubscriptionPosition, TopicConfig,
-    TopicInfo,
+    ReceiptState, Redriven, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionPosition,
+    TopicConfig, TopicInfo,
 };
 pub use client::{Client, ClientBuilder, ShutdownReport};
 #[cfg(feature = "json")]

@@ -9,6 +9,8 @@ pub const MAX_NAME_BYTES: usize = 128;
 pub const MAX_TOPICS: usize = 20_000;
 /// Subscriptions of one server.
 pub const MAX_SUBSCRIPTIONS: usize = 10_000;
+/// Snapshots of one server.
+pub const MAX_SNAPSHOTS: usize = 1_000;
 /// Names and patterns of one subscription, and topics of one session.
 pub const MAX_PATTERNS: usize = 1_000;
 /// Deleted topics that one subscription has not been told of; at this number no more of its

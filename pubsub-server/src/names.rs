@@ -84,6 +84,11 @@ name!(
     SubscriptionName, "subscription name"
 );
 
+name!(
+    /// The name of a snapshot of a subscription's position.
+    SnapshotName, "snapshot name"
+);
+
 /// The stable name of a consumer: any printable text, since hosts have many kinds of names.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ConsumerId(Arc<str>);

@@ -145,6 +145,8 @@ pub struct SubscriptionRecord {
     /// The consumers that were active last and have not said goodbye: they have their grace after
     /// a restart of the server. One at most if it is exclusive.
     pub consumers: Vec<ConsumerRecord>,
+    /// Of which subscription it is a snapshot: then it has positions, and nobody consumes.
+    pub snapshot_of: Option<SubscriptionName>,
 }
 
 /// How a subscription spreads its messages over consumers.

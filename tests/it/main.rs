@@ -21,6 +21,7 @@ mod link;
 mod load;
 mod outcomes;
 mod sealing;
+mod seeks;
 mod sharing;
 mod standby;
 mod tidy;

@@ -67,6 +67,30 @@ fn subscriptions_are_created_moved_and_deleted() -> Result<()> {
 }
 
 #[test]
+fn snapshots_are_made_listed_gone_back_to_and_deleted() -> Result<()> {
+    let lab = Lab::with_orders(&["a", "b", "c"])?;
+    lab.run("subscription create billing orders --from earliest")?.succeeds()?;
+    lab.run("subscribe --subscription billing --count 1")?.succeeds()?;
+    let created = lab.run("snapshot create before billing")?.succeeds()?;
+    assert_eq!(created, "created snapshot before of billing, with 2 messages unacked\n");
+    lab.run("snapshot create before billing")?.fails(4)?;
+    lab.run("snapshot create other nobody")?.fails(3)?;
+    lab.run("subscribe --subscription billing --count 2")?.succeeds()?;
+    let list = lab.run("snapshot list")?.succeeds()?;
+    assert!(list.contains("before") && list.contains("billing"), "{list}");
+    lab.run("subscription seek billing")?.fails(2)?;
+    lab.run("subscription seek billing --snapshot before --to latest")?.fails(2)?;
+    lab.run("subscription seek billing --snapshot after")?.fails(3)?;
+    lab.run("subscription seek billing --snapshot before")?.succeeds()?;
+    let again = lab.run("subscribe --subscription billing --raw --until-caught-up")?.succeeds()?;
+    assert_eq!(again, "b\nc\n");
+    lab.run("snapshot delete before")?.succeeds()?;
+    lab.run("snapshot delete before")?.fails(3)?;
+    assert_eq!(lab.run("snapshot list --json")?.succeeds()?, "");
+    Ok(())
+}
+
+#[test]
 fn receipts_tell_who_has_received_a_message() -> Result<()> {
     let lab = Lab::with_orders(&[])?;
     lab.run("subscription create billing orders")?.succeeds()?;

@@ -5,7 +5,7 @@ use pubsub_proto::v1 as pb;
 use super::optional;
 use super::types::{
     ActiveConsumer, CreateSubscription, DeadLetter, DeadLetters, Receipt, ReceiptState, ServerInfo,
-    SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo,
+    SnapshotInfo, SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo,
 };
 use crate::error::AdminError;
 use crate::message::{MessageId, ReceivedMessage, duration, non_empty, time, wire_duration};
@@ -56,6 +56,12 @@ pub(super) fn create_subscription(
         on_failure: settings.on_failure.as_ref().map(policy_to_wire),
         ack_timeout: settings.ack_timeout.and_then(wire_duration),
     }
+}
+
+pub(super) fn snapshot(snapshot: Option<pb::Snapshot>) -> Result<SnapshotInfo, AdminError> {
+    let pb::Snapshot { name, subscription, create_time, backlog } =
+        snapshot.ok_or_else(|| missing("snapshot"))?;
+    Ok(SnapshotInfo { name, subscription, create_time: time(create_time), backlog })
 }
 
 pub(super) fn dead_letter(letter: pb::DeadLetter) -> Result<DeadLetter, AdminError> {

@@ -10,8 +10,8 @@ use pubsub_proto::v1 as pb;
 
 pub use self::types::{
     ActiveConsumer, CreateSubscription, DeadLetter, DeadLetters, Page, Purged, Receipt,
-    ReceiptState, Redriven, ServerInfo, SubscriptionInfo, SubscriptionPosition, TopicConfig,
-    TopicInfo,
+    ReceiptState, Redriven, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionPosition,
+    TopicConfig, TopicInfo,
 };
 use crate::client::Shared;
 use crate::error::AdminError;
@@ -240,13 +240,98 @@ impl Admin {
             name: subscription.into(),
             topic: topic.unwrap_or_default().to_owned(),
             to: Some(start_to_wire(to)),
+            snapshot: String::new(),
         };
+        self.seek_as(request).await
+    }
+
+    /// Moves a subscription to a [snapshot](Self::create_snapshot), of its own position or of that
+    /// of another subscription, in the topics that both have: what was unacked then is shown, and
+    /// what was acked then is not. Its subscriber follows at once.
+    ///
+    /// # Errors
+    ///
+    /// There is no such subscription or snapshot
+    /// ([`Reason::SnapshotNotFound`](crate::Reason::SnapshotNotFound)), or they have no topic in
+    /// common.
+    pub async fn seek_to_snapshot(
+        &self,
+        subscription: impl Into<String>,
+        snapshot: impl Into<String>,
+    ) -> Result<SubscriptionInfo, AdminError> {
+        let request = pb::SeekSubscriptionRequest {
+            name: subscription.into(),
+            snapshot: snapshot.into(),
+            ..pb::SeekSubscriptionRequest::default()
+        };
+        self.seek_as(request).await
+    }
+
+    async fn seek_as(
+        &self,
+        request: pb::SeekSubscriptionRequest,
+    ) -> Result<SubscriptionInfo, AdminError> {
         let response = self
             .call(call::Again::IfUnsent, request, |mut client, request| async move {
                 client.seek_subscription(request).await
             })
             .await?;
         convert::subscription(response.subscription)
+    }
+
+    /// Keeps the position of a subscription under a name: what it has acked, and what not. The
+    /// messages that going back to it would show are kept as long as it is there, whatever the
+    /// retention of their topics.
+    ///
+    /// # Errors
+    ///
+    /// There is no such subscription, or a snapshot of this name
+    /// ([`Reason::SnapshotExists`](crate::Reason::SnapshotExists)).
+    pub async fn create_snapshot(
+        &self,
+        name: impl Into<String>,
+        subscription: impl Into<String>,
+    ) -> Result<SnapshotInfo, AdminError> {
+        let (name, subscription) = (name.into(), subscription.into());
+        let request = pb::CreateSnapshotRequest { name, subscription };
+        let response = self
+            .call(call::Again::IfUnsent, request, |mut client, request| async move {
+                client.create_snapshot(request).await
+            })
+            .await?;
+        convert::snapshot(response.snapshot)
+    }
+
+    /// Lists snapshots by name, from the first page (`None`) or the one after another.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached.
+    pub async fn snapshots(&self, after: Option<String>) -> Result<Page<SnapshotInfo>, AdminError> {
+        let page_token = after.unwrap_or_default();
+        let request = pb::ListSnapshotsRequest { page_size: 0, page_token };
+        let response = self
+            .call(call::Again::Always, request, |mut client, request| async move {
+                client.list_snapshots(request).await
+            })
+            .await?;
+        let items =
+            response.snapshots.into_iter().map(|snapshot| convert::snapshot(Some(snapshot)));
+        Ok(Page::new(items.collect::<Result<_, _>>()?, response.next_page_token))
+    }
+
+    /// Deletes a snapshot. The messages that were kept for it can go.
+    ///
+    /// # Errors
+    ///
+    /// There is no such snapshot.
+    pub async fn delete_snapshot(&self, name: impl Into<String>) -> Result<(), AdminError> {
+        let request = pb::DeleteSnapshotRequest { name: name.into() };
+        self.call(call::Again::IfUnsent, request, |mut client, request| async move {
+            client.delete_snapshot(request).await
+        })
+        .await?;
+        Ok(())
     }
 
     /// Lists the dead letters of a subscription that wait to be redriven or purged, the oldest

@@ -165,6 +165,21 @@ pub struct SubscriptionInfo {
     pub dead_letters: u64,
 }
 
+/// The position of a subscription that is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SnapshotInfo {
+    /// Its name.
+    pub name: String,
+    /// Whose position it is.
+    pub subscription: String,
+    /// When it was made.
+    pub create_time: SystemTime,
+    /// How many messages a subscription would have before it that went back to it now. They are
+    /// kept as long as the snapshot is there.
+    pub backlog: u64,
+}
+
 /// A message that a subscription could not process.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]

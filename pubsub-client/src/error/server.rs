@@ -93,6 +93,10 @@ reasons! {
     BeyondHead = "BEYOND_HEAD",
     /// The result of a publish from so long ago is not kept any more.
     ResultExpired = "RESULT_EXPIRED",
+    /// There is no snapshot of this name.
+    SnapshotNotFound = "SNAPSHOT_NOT_FOUND",
+    /// A snapshot of this name exists already.
+    SnapshotExists = "SNAPSHOT_EXISTS",
     /// The topic holds the dead letters of a subscription; the metadata `subscription` names it.
     TopicInUse = "TOPIC_IN_USE",
 }
@@ -178,6 +182,8 @@ impl ServerError {
             | Reason::BeyondHead
             | Reason::ResultExpired
             | Reason::TopicInUse
+            | Reason::SnapshotNotFound
+            | Reason::SnapshotExists
             | Reason::Other => false,
         }
     }

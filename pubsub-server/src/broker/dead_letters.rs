@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::delivery::Cursor;
 use super::error::BrokerError;
 use super::subscription::Subscription;
-use super::{Broker, session};
+use super::{Broker, Owed, session};
 use crate::envelope::{self, Origin};
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName};
@@ -82,8 +82,7 @@ impl DeadLetters {
         subscription: &SubscriptionName,
         cursor: CursorRecord,
     ) -> Self {
-        let floor = Arc::new(AtomicU64::new(cursor.floor));
-        topic.letters().insert(subscription.clone(), Arc::clone(&floor));
+        let floor = topic.keep_for(Owed::DeadLetters(subscription.clone()), cursor.floor);
         let looked_at = cursor.floor;
         let head = (*topic.head.borrow()).max(looked_at);
         let cursor = Cursor::new(cursor, head, None);

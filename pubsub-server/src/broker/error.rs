@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::names::{ConsumerId, SubscriptionName, TopicName};
+use crate::names::{ConsumerId, SnapshotName, SubscriptionName, TopicName};
 use crate::storage::{AppendRefusal, CommitError, ReadError};
 
 /// A closed list of reasons, one for each that a client can act on.
@@ -28,6 +28,10 @@ pub enum Code {
     SubscriptionMismatch,
     /// It is gone, or another one than the client knows.
     SubscriptionDeleted,
+    /// No snapshot of this name.
+    SnapshotNotFound,
+    /// The name is taken.
+    SnapshotExists,
     /// A newer session of the consumer took over.
     Superseded,
     /// Another consumer has it.
@@ -103,6 +107,12 @@ pub enum BrokerError {
     /// It is gone, or another one than the client knows.
     #[error("subscription {0} was deleted")]
     SubscriptionDeleted(SubscriptionName),
+    /// No snapshot of this name.
+    #[error("snapshot {0} does not exist")]
+    SnapshotNotFound(SnapshotName),
+    /// The name is taken.
+    #[error("snapshot {0} exists already")]
+    SnapshotExists(SnapshotName),
     /// A newer session of the consumer took over.
     #[error("a newer session of consumer {0} has taken over")]
     Superseded(ConsumerId),
@@ -179,6 +189,8 @@ impl BrokerError {
             Self::SubscriptionExists(_) => Code::SubscriptionExists,
             Self::SubscriptionMismatch { .. } => Code::SubscriptionMismatch,
             Self::SubscriptionDeleted(_) => Code::SubscriptionDeleted,
+            Self::SnapshotNotFound(_) => Code::SnapshotNotFound,
+            Self::SnapshotExists(_) => Code::SnapshotExists,
             Self::Superseded(_) => Code::Superseded,
             Self::SubscriptionBusy { .. } => Code::SubscriptionBusy,
             Self::Append(AppendRefusal::Fenced) => Code::Fenced,
@@ -222,6 +234,8 @@ impl BrokerError {
             | Self::SubscriptionNotFound(_)
             | Self::SubscriptionExists(_)
             | Self::SubscriptionDeleted(_)
+            | Self::SnapshotNotFound(_)
+            | Self::SnapshotExists(_)
             | Self::Superseded(_)
             | Self::SubscriptionBusy { .. }
             | Self::Append(_)
@@ -249,6 +263,8 @@ impl BrokerError {
             | Code::SubscriptionExists
             | Code::SubscriptionMismatch
             | Code::SubscriptionDeleted
+            | Code::SnapshotNotFound
+            | Code::SnapshotExists
             | Code::Superseded
             | Code::Fenced
             | Code::OutOfOrder

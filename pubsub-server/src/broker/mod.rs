@@ -10,7 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::env::SharedEnv;
 use crate::limits;
-use crate::names::{SubscriptionName, TopicName};
+use crate::names::{SnapshotName, SubscriptionName, TopicName};
 use crate::record::{CursorRecord, Epoch, SubscriptionRecord, Timestamp, TopicRecord, Uuid};
 use crate::storage::{Catalog, CatalogSubscription, Health, Storage, StorageError, TopicStats};
 
@@ -27,6 +27,7 @@ mod retention;
 mod saving;
 pub mod session;
 mod sharing;
+mod snapshots;
 pub mod subscription;
 mod subscriptions;
 mod topics;
@@ -34,6 +35,7 @@ mod topics;
 pub use dead_letters::{LetterPage, Letters};
 pub use error::{BrokerError, Code};
 pub use receipts::ReceiptAnswer;
+pub use snapshots::Snapshot;
 pub use subscriptions::{Consume, NewSubscription, Start, Stream};
 pub use topics::TopicInfo;
 
@@ -66,6 +68,7 @@ struct Inner {
 struct State {
     topics: BTreeMap<TopicName, Arc<Topic>>,
     subscriptions: BTreeMap<SubscriptionName, Handle>,
+    snapshots: BTreeMap<SnapshotName, Arc<Snapshot>>,
     readers: BTreeMap<SessionId, Handle>,
 }
 
@@ -76,13 +79,9 @@ struct Topic {
     head: watch::Receiver<u64>,
     /// Bytes on their way to the disk.
     uncommitted: AtomicU64,
-    /// The durable floors of the subscriptions that listen.
-    floors: Mutex<Floors>,
-    /// Those of the subscriptions whose dead letters it holds.
-    letters: Mutex<Floors>,
+    /// Whom its messages are kept for, and the durable floor of each: what lies beyond is.
+    floors: Mutex<BTreeMap<Owed, Arc<AtomicU64>>>,
 }
-
-type Floors = BTreeMap<SubscriptionName, Arc<AtomicU64>>;
 
 /// Whom the messages of a topic are kept for.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -91,6 +90,8 @@ enum Owed {
     Subscription(SubscriptionName),
     /// Whoever looks after the dead letters of a subscription.
     DeadLetters(SubscriptionName),
+    /// Whoever goes back to a snapshot.
+    Snapshot(SnapshotName),
 }
 
 /// The way to a subscription's task.
@@ -134,7 +135,8 @@ impl Broker {
         });
         let subscriptions = only(subscriptions, |subscription| {
             let record = &subscription.record;
-            (record.name.to_string(), (0, record.created_at))
+            let what = if record.snapshot_of.is_some() { "snapshot" } else { "subscription" };
+            (format!("{what} {}", record.name), (0, record.created_at))
         });
         let topics = topics.into_iter().filter_map(|record| {
             let topic = broker.add_topic(record)?;
@@ -142,6 +144,10 @@ impl Broker {
         });
         let topics: BTreeMap<Epoch, Arc<Topic>> = topics.collect();
         for CatalogSubscription { record, cursors, departed } in subscriptions {
+            if let Some(of) = &record.snapshot_of {
+                broker.add_snapshot(&record, of, cursors, &topics);
+                continue;
+            }
             let mut starts: Vec<_> = departed.into_iter().map(TopicStart::departed).collect();
             let mut letters = None;
             for (epoch, cursor) in cursors {
@@ -230,8 +236,7 @@ impl Broker {
     fn add_topic(&self, record: TopicRecord) -> Option<Arc<Topic>> {
         let head = self.inner.storage.head(record.epoch)?;
         let uncommitted = AtomicU64::new(0);
-        let (floors, letters) = (Mutex::default(), Mutex::default());
-        let topic = Arc::new(Topic { record, head, uncommitted, floors, letters });
+        let topic = Arc::new(Topic { record, head, uncommitted, floors: Mutex::default() });
         self.state().topics.insert(topic.record.name.clone(), Arc::clone(&topic));
         Some(topic)
     }
@@ -275,8 +280,7 @@ fn only<T>(all: Vec<T>, rank: impl Fn(&T) -> (String, (u64, Timestamp))) -> Vec<
 impl Topic {
     /// The start of a subscription in this topic.
     fn start(&self, subscription: &SubscriptionName, cursor: CursorRecord) -> TopicStart {
-        let floor = Arc::new(AtomicU64::new(cursor.floor));
-        self.floors().insert(subscription.clone(), Arc::clone(&floor));
+        let floor = self.keep_for(Owed::Subscription(subscription.clone()), cursor.floor);
         self.start_unregistered(cursor, floor)
     }
 
@@ -295,24 +299,32 @@ impl Topic {
         storage.stats(self.record.epoch).unwrap_or_default()
     }
 
-    fn floors(&self) -> MutexGuard<'_, Floors> {
+    fn floors(&self) -> MutexGuard<'_, BTreeMap<Owed, Arc<AtomicU64>>> {
         self.floors.lock().expect("no holder of this lock panics")
     }
 
-    fn letters(&self) -> MutexGuard<'_, Floors> {
-        self.letters.lock().expect("no holder of this lock panics")
+    /// Keeps what lies beyond a floor, which whoever it is kept for can raise.
+    fn keep_for(&self, whom: Owed, floor: u64) -> Arc<AtomicU64> {
+        let floor = Arc::new(AtomicU64::new(floor));
+        self.floors().insert(whom, Arc::clone(&floor));
+        floor
+    }
+
+    /// The subscriptions that listen.
+    fn subscriptions(&self) -> Vec<SubscriptionName> {
+        let floors = self.floors();
+        let name = |owed: &Owed| match owed {
+            Owed::Subscription(name) => Some(name.clone()),
+            Owed::DeadLetters(_) | Owed::Snapshot(_) => None,
+        };
+        floors.keys().filter_map(name).collect()
     }
 
     /// The lowest floor, with whose it is.
     fn lowest_floor(&self) -> Option<(Owed, u64)> {
-        let lowest = |floors: &Floors| {
-            let all = floors.iter().map(|(name, floor)| (floor.load(Ordering::Acquire), name));
-            all.min().map(|(floor, name)| (floor, name.clone()))
-        };
-        let listener =
-            lowest(&self.floors()).map(|(floor, name)| (floor, Owed::Subscription(name)));
-        let letters = lowest(&self.letters()).map(|(floor, name)| (floor, Owed::DeadLetters(name)));
-        listener.into_iter().chain(letters).min().map(|(floor, owed)| (owed, floor))
+        let floors = self.floors();
+        let floors = floors.iter().map(|(whom, floor)| (floor.load(Ordering::Acquire), whom));
+        floors.min().map(|(floor, whom)| (whom.clone(), floor))
     }
 }
 

@@ -10,9 +10,9 @@ use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::error::BrokerError;
-use super::{Broker, Topic};
+use super::{Broker, Owed, Topic};
 use crate::limits;
-use crate::names::TopicName;
+use crate::names::{SubscriptionName, TopicName};
 use crate::record::{Epoch, NewMessage, Uuid};
 use crate::storage::{
     self, Append, AppendOutcome, Item, OpenPublisher, PublisherRef, Refusal, RefusalReason, Run,
@@ -164,7 +164,9 @@ impl Broker {
             return Ok(());
         }
         let floors = topic.floors();
-        match message.recipients.iter().find(|name| !floors.contains_key(name)) {
+        let listens =
+            |name: &SubscriptionName| floors.contains_key(&Owed::Subscription(name.clone()));
+        match message.recipients.iter().find(|name| !listens(name)) {
             None => Ok(()),
             Some(unknown) => Err(Refusal {
                 reason: RefusalReason::UnknownRecipient,

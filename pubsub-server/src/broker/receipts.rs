@@ -43,7 +43,7 @@ impl Broker {
         }
         let asked = match subscription {
             Some(subscription) => vec![subscription.clone()],
-            None => topic.floors().keys().cloned().collect(),
+            None => topic.subscriptions(),
         };
         let recipients = self.recipients(&topic, sequence).await;
         let mut answers = Vec::with_capacity(asked.len());

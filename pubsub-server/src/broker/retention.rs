@@ -97,6 +97,9 @@ impl Owed {
             Self::Subscription(name) => {
                 format!("subscription {name} has not acked {messages} messages")
             }
+            Self::Snapshot(name) => {
+                format!("snapshot {name} keeps {messages} messages; delete it, and they can go")
+            }
             Self::DeadLetters(name) => format!(
                 "dead letters of subscription {name} wait to be redriven or purged, the oldest \
                  {messages} messages behind"

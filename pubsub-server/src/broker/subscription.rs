@@ -34,8 +34,10 @@ pub enum AdminCommand {
     TopicCreated(TopicStart),
     /// A topic was deleted.
     TopicDeleted(Epoch),
-    /// Move the position: by topic, the next message to be shown.
-    Seek(Vec<(Epoch, u64)>, oneshot::Sender<Result<(), BrokerError>>),
+    /// Move the position.
+    Seek(Vec<(Epoch, Target)>, oneshot::Sender<Result<(), BrokerError>>),
+    /// Tell the position, as far as it is durable.
+    Snapshot(oneshot::Sender<Result<Vec<(Epoch, Target)>, BrokerError>>),
     /// Tell how things stand.
     Describe(oneshot::Sender<Description>),
     /// Tell what is known of a message.
@@ -44,6 +46,15 @@ pub enum AdminCommand {
     Letters(LetterCommand),
     /// Delete the subscription, and end.
     Delete(oneshot::Sender<Result<(), BrokerError>>),
+}
+
+/// A position in a topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// All messages up to here are done.
+    pub floor: u64,
+    /// Beyond the floor: what is done, too.
+    pub done: Sequences,
 }
 
 /// The topics that a subscription starts with.
@@ -307,6 +318,10 @@ impl Subscription {
                 self.seek(targets);
                 self.waiters.push(reply);
             }
+            AdminCommand::Snapshot(reply) => {
+                let settled = self.settle_saves().await.map_err(BrokerError::from);
+                let _ = reply.send(settled.map(|()| self.targets()));
+            }
             AdminCommand::Describe(reply) => {
                 let _ = reply.send(self.describe());
             }
@@ -364,12 +379,21 @@ impl Subscription {
         }
     }
 
-    fn seek(&mut self, targets: Vec<(Epoch, u64)>) {
+    fn targets(&self) -> Vec<(Epoch, Target)> {
+        let present = self.topics.iter().filter(|(_, topic)| !topic.gone);
+        let target = |(epoch, topic): (&Epoch, &Topic)| {
+            let CursorRecord { floor, done, .. } = topic.delivery.cursor().record();
+            (*epoch, Target { floor: *floor, done: done.clone() })
+        };
+        present.map(target).collect()
+    }
+
+    fn seek(&mut self, targets: Vec<(Epoch, Target)>) {
         for (epoch, to) in targets {
             let Some(topic) = self.topics.get_mut(&epoch) else {
                 continue;
             };
-            topic.delivery.seek(to);
+            topic.delivery.restore(to.floor, &to.done);
             topic.damaged = None;
             let moved = topic.describe(epoch);
             self.active().for_each(|session| session.tell(Event::Repositioned(moved.clone())));

@@ -12,8 +12,8 @@ use super::dead_letters::DeadLetters;
 use super::delivery::{Claim, Nack, starting_at};
 use super::error::BrokerError;
 use super::session::{Attach, Command, Event, Lease, Outlet, Pull, Pulled, SessionId};
-use super::subscription::{AdminCommand, Description, Keeper, TopicStart, Topics};
-use super::{Broker, Handle, Topic};
+use super::subscription::{AdminCommand, Description, Keeper, Target, TopicStart, Topics};
+use super::{Broker, Handle, Owed, Topic};
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName, TopicPattern};
 use crate::record::{
@@ -141,6 +141,7 @@ impl Broker {
             topics: new.topics.clone(),
             created_at: env.now(),
             consumers: Vec::new(),
+            snapshot_of: None,
         };
         let mut changes = vec![Change::PutSubscription(record.clone())];
         let mut starts = Vec::new();
@@ -312,6 +313,7 @@ impl Broker {
             topics: consume.topics.clone(),
             created_at: env.now(),
             consumers: Vec::new(),
+            snapshot_of: None,
         };
         let mut starts: Vec<TopicStart> = Vec::new();
         for topic in self.matching(&consume.topics) {
@@ -411,7 +413,8 @@ impl Broker {
         };
         let mut targets = Vec::with_capacity(topics.len());
         for topic in topics {
-            targets.push((topic.record.epoch, self.resolve(&topic, to).await?));
+            let floor = self.resolve(&topic, to).await?.saturating_sub(1);
+            targets.push((topic.record.epoch, Target { floor, done: Sequences::new() }));
         }
         handle.ask(|reply| Command::Admin(AdminCommand::Seek(targets, reply))).await??;
         self.ask_description(&handle).await
@@ -445,8 +448,8 @@ impl Broker {
             state.topics.values().cloned().collect()
         };
         for topic in topics {
-            topic.floors().remove(name);
-            topic.letters().remove(name);
+            topic.floors().remove(&Owed::Subscription(name.clone()));
+            topic.floors().remove(&Owed::DeadLetters(name.clone()));
         }
         Ok(())
     }
@@ -480,7 +483,10 @@ impl Broker {
         descriptions
     }
 
-    async fn ask_description(&self, handle: &Handle) -> Result<Description, BrokerError> {
+    pub(super) async fn ask_description(
+        &self,
+        handle: &Handle,
+    ) -> Result<Description, BrokerError> {
         handle.ask(|reply| Command::Admin(AdminCommand::Describe(reply))).await
     }
 

@@ -149,7 +149,7 @@ impl Broker {
         TopicInfo {
             record: topic.record.clone(),
             stats: self.stats(topic),
-            subscriptions: topic.floors().keys().cloned().collect(),
+            subscriptions: topic.subscriptions(),
         }
     }
 

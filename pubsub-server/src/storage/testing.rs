@@ -99,6 +99,7 @@ pub(super) fn subscription(name: &str, epoch: u64) -> SubscriptionRecord {
         name: SubscriptionName::parse(name).unwrap(),
         epoch: Epoch(epoch),
         kind: SubscriptionKind::Exclusive,
+        snapshot_of: None,
         on_failure: FailurePolicy::Block,
         ack_timeout: None,
         topics: vec![TopicPattern::parse("*").unwrap()],

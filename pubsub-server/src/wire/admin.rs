@@ -4,11 +4,13 @@ use std::sync::atomic::Ordering;
 
 use pubsub_proto::v1::admin_service_server::AdminService;
 use pubsub_proto::v1::{
-    CreateSubscriptionRequest, CreateSubscriptionResponse, CreateTopicRequest, CreateTopicResponse,
-    DeleteSubscriptionRequest, DeleteSubscriptionResponse, DeleteTopicRequest, DeleteTopicResponse,
-    GetReceiptsRequest, GetReceiptsResponse, GetServerRequest, GetServerResponse,
-    GetSubscriptionRequest, GetSubscriptionResponse, GetTopicRequest, GetTopicResponse,
-    ListDeadLettersRequest, ListDeadLettersResponse, ListSubscriptionsRequest,
+    CreateSnapshotRequest, CreateSnapshotResponse, CreateSubscriptionRequest,
+    CreateSubscriptionResponse, CreateTopicRequest, CreateTopicResponse, DeleteSnapshotRequest,
+    DeleteSnapshotResponse, DeleteSubscriptionRequest, DeleteSubscriptionResponse,
+    DeleteTopicRequest, DeleteTopicResponse, GetReceiptsRequest, GetReceiptsResponse,
+    GetServerRequest, GetServerResponse, GetSubscriptionRequest, GetSubscriptionResponse,
+    GetTopicRequest, GetTopicResponse, ListDeadLettersRequest, ListDeadLettersResponse,
+    ListSnapshotsRequest, ListSnapshotsResponse, ListSubscriptionsRequest,
     ListSubscriptionsResponse, ListTopicsRequest, ListTopicsResponse, PurgeDeadLettersRequest,
     PurgeDeadLettersResponse, RedriveDeadLettersRequest, RedriveDeadLettersResponse,
     SeekSubscriptionRequest, SeekSubscriptionResponse,
@@ -150,6 +152,15 @@ impl AdminService for Service {
     ) -> Result<Response<SeekSubscriptionResponse>, Status> {
         let request = request.into_inner();
         let name = convert::parse_subscription(&request.name)?;
+        if !request.snapshot.is_empty() {
+            if request.to.is_some() || !request.topic.is_empty() {
+                return Err(invalid("a snapshot says where to in which topics by itself"));
+            }
+            let snapshot = convert::parse_snapshot(&request.snapshot)?;
+            let description = self.0.broker.seek_to_snapshot(&name, &snapshot).await;
+            let subscription = Some(convert::subscription(description.map_err(refuse)?));
+            return Ok(Response::new(SeekSubscriptionResponse { subscription }));
+        }
         let topic = match request.topic.as_str() {
             "" => None,
             topic => Some(convert::parse_topic(topic)?),
@@ -161,6 +172,43 @@ impl AdminService for Service {
         let description = self.0.broker.seek(&name, topic.as_ref(), to).await.map_err(refuse)?;
         let subscription = Some(convert::subscription(description));
         Ok(Response::new(SeekSubscriptionResponse { subscription }))
+    }
+
+    async fn create_snapshot(
+        &self,
+        request: Request<CreateSnapshotRequest>,
+    ) -> Result<Response<CreateSnapshotResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_snapshot(&request.name)?;
+        let subscription = convert::parse_subscription(&request.subscription)?;
+        let made = self.0.broker.create_snapshot(name, subscription).await.map_err(refuse)?;
+        let snapshot = Some(convert::snapshot(&made));
+        Ok(Response::new(CreateSnapshotResponse { snapshot }))
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<ListSnapshotsRequest>,
+    ) -> Result<Response<ListSnapshotsResponse>, Status> {
+        let request = request.into_inner();
+        let after = match request.page_token.as_str() {
+            "" => None,
+            token => Some(convert::parse_snapshot(token)?),
+        };
+        let limit = page(request.page_size);
+        let entries = self.0.broker.list_snapshots(after.as_ref(), limit);
+        let next_page_token = next_page(&entries, limit, |entry| entry.name.to_string());
+        let snapshots = entries.iter().map(|entry| convert::snapshot(entry)).collect();
+        Ok(Response::new(ListSnapshotsResponse { snapshots, next_page_token }))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<DeleteSnapshotRequest>,
+    ) -> Result<Response<DeleteSnapshotResponse>, Status> {
+        let name = convert::parse_snapshot(&request.into_inner().name)?;
+        self.0.broker.delete_snapshot(name).await.map_err(refuse)?;
+        Ok(Response::new(DeleteSnapshotResponse {}))
     }
 
     async fn list_dead_letters(

@@ -12,10 +12,10 @@ use super::status::{self, invalid};
 use crate::broker::delivery::{Claim, Nack, Receipt};
 use crate::broker::session::{self, GapReason, Lease, Leased, Missing, TopicAcks};
 use crate::broker::subscription::{ActiveConsumer, Description, Position};
-use crate::broker::{LetterPage, Letters, ReceiptAnswer, Start, TopicInfo};
+use crate::broker::{LetterPage, Letters, ReceiptAnswer, Snapshot, Start, TopicInfo};
 use crate::envelope::Origin;
 use crate::limits;
-use crate::names::{SubscriptionName, TopicName, TopicPattern};
+use crate::names::{SnapshotName, SubscriptionName, TopicName, TopicPattern};
 use crate::record::{
     Epoch, FailurePolicy, IdempotencyKey, NewMessage, Release, Sequences, StoredMessage,
     SubscriptionKind, Timestamp, TopicConfig, Uuid,
@@ -62,6 +62,10 @@ pub(super) fn parse_topic(name: &str) -> Result<TopicName, Status> {
 
 pub(super) fn parse_subscription(name: &str) -> Result<SubscriptionName, Status> {
     SubscriptionName::parse(name).map_err(|error| invalid(error.to_string()))
+}
+
+pub(super) fn parse_snapshot(name: &str) -> Result<SnapshotName, Status> {
+    SnapshotName::parse(name).map_err(|error| invalid(error.to_string()))
 }
 
 pub(super) fn parse_patterns(patterns: &[String]) -> Result<Vec<TopicPattern>, Status> {
@@ -504,6 +508,15 @@ pub(super) fn receipt(answer: ReceiptAnswer) -> v1::Receipt {
         state: state.into(),
         released_by: released_by.to_owned(),
         oldest_answerable,
+    }
+}
+
+pub(super) fn snapshot(snapshot: &Snapshot) -> v1::Snapshot {
+    v1::Snapshot {
+        name: snapshot.name.to_string(),
+        subscription: snapshot.subscription.to_string(),
+        create_time: timestamp(snapshot.created_at),
+        backlog: snapshot.backlog(),
     }
 }
 

@@ -71,6 +71,8 @@ pub(super) fn reason(code: Code) -> ErrorReason {
         Code::SubscriptionExists => ErrorReason::SubscriptionExists,
         Code::SubscriptionMismatch => ErrorReason::SubscriptionMismatch,
         Code::SubscriptionDeleted => ErrorReason::SubscriptionDeleted,
+        Code::SnapshotNotFound => ErrorReason::SnapshotNotFound,
+        Code::SnapshotExists => ErrorReason::SnapshotExists,
         Code::Superseded => ErrorReason::Superseded,
         Code::SubscriptionBusy => ErrorReason::SubscriptionBusy,
         Code::Fenced => ErrorReason::Fenced,
@@ -90,8 +92,12 @@ pub(super) fn reason(code: Code) -> ErrorReason {
 fn grpc_code(code: Code) -> GrpcCode {
     match code {
         Code::Invalid | Code::Protocol => GrpcCode::InvalidArgument,
-        Code::TopicNotFound | Code::SubscriptionNotFound => GrpcCode::NotFound,
-        Code::TopicExists | Code::SubscriptionExists => GrpcCode::AlreadyExists,
+        Code::TopicNotFound | Code::SubscriptionNotFound | Code::SnapshotNotFound => {
+            GrpcCode::NotFound
+        }
+        Code::TopicExists | Code::SubscriptionExists | Code::SnapshotExists => {
+            GrpcCode::AlreadyExists
+        }
         Code::BeyondHead => GrpcCode::OutOfRange,
         Code::TopicRecreated
         | Code::TopicInUse

@@ -133,6 +133,7 @@ fn bad_requests_about_subscriptions_are_refused() {
             name: SUBSCRIPTION.into(),
             topic: TOPIC.into(),
             to: Some(StartPosition { position: Some(Position::Sequence(99)) }),
+            ..SeekSubscriptionRequest::default()
         });
         let expected = "BEYOND_HEAD|INVALID_ARGUMENT";
         findings.expect("seek beyond the head", expected, raw::refusal(answer.await));

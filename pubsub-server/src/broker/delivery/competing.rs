@@ -404,9 +404,9 @@ impl Competing {
         key
     }
 
-    /// Moves the position: `to` is the next message to be shown.
-    pub fn seek(&mut self, to: u64) {
-        self.cursor.seek(to);
+    /// Moves the position: all up to the floor is done, and these beyond it.
+    pub fn restore(&mut self, floor: u64, done: &Sequences) {
+        self.cursor.restore(floor, done);
         self.held.clear();
         self.waiting.clear();
         self.ready.clear();

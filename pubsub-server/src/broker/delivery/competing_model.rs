@@ -306,7 +306,7 @@ impl World {
 
     fn seek(&mut self, to: u64) {
         let to = to.min(self.head + 1);
-        self.delivery.seek(to);
+        self.delivery.restore(to - 1, &Sequences::new());
         self.floor = to - 1;
         self.acked = (1..to).collect();
         self.failures.clear();

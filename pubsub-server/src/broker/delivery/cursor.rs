@@ -215,24 +215,30 @@ impl Cursor {
         self.record.released.remove(0..=up_to);
     }
 
-    /// Moves the position: `to` is the next message to be shown. What an ack has settled after it
-    /// is forgotten, but stays received.
-    pub(super) fn seek(&mut self, to: u64) {
-        let to = to.clamp(1, self.head + 1);
-        let floor = self.record.floor;
-        for range in self.record.done.gaps(&(floor + 1..=self.head.max(floor + 1))) {
-            let (first, last) = (*range.start(), (*range.end()).min(to - 1).min(self.head));
-            if first <= last {
+    /// Moves the position: all up to the floor is done, and these beyond it. What an ack has
+    /// settled otherwise is forgotten, but stays received.
+    pub(super) fn restore(&mut self, floor: u64, done: &Sequences) {
+        let head = self.head;
+        let floor = floor.min(head);
+        let mut after = Sequences::new();
+        after.extend((floor > 0).then_some(1..=floor));
+        after.extend(done.iter().filter(|range| *range.start() <= head).cloned());
+        for skipped in self.record.done.gaps(&(self.record.floor + 1..=head)) {
+            // What was to be shown and is done afterwards is let go.
+            for range in after.overlapping(&skipped) {
+                let first = (*range.start()).max(*skipped.start());
+                let last = (*range.end()).min(*skipped.end());
                 self.record.released.insert(first..=last, Release::Seek);
             }
         }
-        if to <= self.head {
-            self.record.released.remove(to..=self.head);
+        for shown in after.gaps(&(1..=head)) {
+            self.record.released.remove(shown);
         }
         self.limit_ranges();
-        self.record.start = self.record.start.min(to - 1);
-        self.record.floor = to - 1;
-        self.record.done.clear();
+        self.record.start = self.record.start.min(floor);
+        self.record.floor = floor;
+        self.record.done = after;
+        self.record.done.remove(0..=floor);
         self.record.failures.clear();
         self.condemned.clear();
         self.suspects.clear();

@@ -311,9 +311,9 @@ impl Exclusive {
         Rewound { from, generation: self.generation, taken_back: Sequences::new() }
     }
 
-    /// Moves the position: `to` is the next message to be shown.
-    pub fn seek(&mut self, to: u64) {
-        self.cursor.seek(to);
+    /// Moves the position: all up to the floor is done, and these beyond it.
+    pub fn restore(&mut self, floor: u64, done: &Sequences) {
+        self.cursor.restore(floor, done);
         self.not_before.clear();
         self.detach();
     }
@@ -483,13 +483,13 @@ mod tests {
     fn a_seek_releases_what_it_passes_and_keeps_what_was_received() {
         let mut delivery = check(6, |delivery, _| {
             delivery.ack(&set([1, 3]));
-            delivery.seek(5);
+            delivery.restore(4, &Sequences::new());
         });
         let receipt = |delivery: &Exclusive, sequence| delivery.cursor.receipt(sequence);
         assert_eq!(receipt(&delivery, 2), Receipt::Released(Release::Seek));
         assert_eq!(receipt(&delivery, 3), Receipt::Received);
         assert_eq!(receipt(&delivery, 5), Receipt::Pending);
-        delivery.seek(1);
+        delivery.restore(0, &Sequences::new());
         assert_eq!(receipt(&delivery, 2), Receipt::Pending);
         assert_eq!(receipt(&delivery, 3), Receipt::Received);
         assert_eq!(pump(&mut delivery, 100, Instant::now()).len(), 6);

@@ -216,12 +216,12 @@ impl Delivery {
         }
     }
 
-    /// Moves the position: `to` is the next message to be shown. What an ack has settled after it
-    /// is forgotten, but stays received.
-    pub fn seek(&mut self, to: u64) {
+    /// Moves the position: all up to the floor is done, and these beyond it. What an ack has
+    /// settled otherwise is forgotten, but stays received.
+    pub fn restore(&mut self, floor: u64, done: &Sequences) {
         match self {
-            Self::Exclusive(delivery) => delivery.seek(to),
-            Self::Competing(delivery) => delivery.seek(to),
+            Self::Exclusive(delivery) => delivery.restore(floor, done),
+            Self::Competing(delivery) => delivery.restore(floor, done),
         }
     }
 
