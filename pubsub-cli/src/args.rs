@@ -7,7 +7,7 @@ use clap_complete::Shell;
 use pubsub_client::FailurePolicy;
 
 use crate::failure::Failure;
-use crate::values::{self, Bytes, Kind, Where};
+use crate::values::{self, Bytes, Full, Kind, Where};
 
 /// Publish, subscribe and administer a pubsub server.
 #[derive(Debug, Parser)]
@@ -102,6 +102,33 @@ Examples:
         /// Its name
         name: String,
     },
+    /// Change settings of a topic; what is not said stays as it is
+    #[command(after_help = "\
+Examples:
+  pubsub topic update logs --retention 2days
+  pubsub topic update ticks --when-full drop-oldest --max-bytes 64MiB")]
+    Update {
+        /// Its name
+        name: String,
+        #[command(flatten)]
+        settings: TopicSettings,
+    },
+    /// Remove the oldest messages, whoever has not received them; subscribers are told
+    #[command(after_help = "\
+Examples:
+  pubsub topic purge orders --before 4711    4711 is the first one that stays
+  pubsub topic purge orders --all")]
+    Purge {
+        /// Its name
+        name: String,
+        /// The first message that stays
+        #[arg(long, value_name = "SEQUENCE", required_unless_present = "all",
+            value_parser = clap::value_parser!(u64).range(1..))]
+        before: Option<u64>,
+        /// Remove all messages
+        #[arg(long, conflicts_with = "before")]
+        all: bool,
+    },
     /// Delete a topic and all its messages
     Delete {
         /// Its name
@@ -113,21 +140,34 @@ Examples:
 pub(crate) struct CreateTopic {
     /// Its name: up to 128 letters, digits, ".", "_" and "-"
     pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) settings: TopicSettings,
+    /// Let it be if it exists already, whatever its settings
+    #[arg(long)]
+    pub(crate) if_not_exists: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct TopicSettings {
     /// How long to keep messages after every subscription has received them [default: 7days]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub(crate) retention: Option<Duration>,
+    /// How long to keep messages that a subscription has not received; then it is told of a gap.
+    /// At least 10s; 0s for ever [default: 0s]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub(crate) max_age_unacked: Option<Duration>,
     /// How much the topic may hold [default: 10GiB]
     #[arg(long, value_name = "SIZE")]
     pub(crate) max_bytes: Option<Bytes>,
+    /// What happens then, if someone is owed all of it [default: reject]
+    #[arg(long, value_name = "WHAT")]
+    pub(crate) when_full: Option<Full>,
     /// How large one message may be, up to 16MiB [default: 1MiB]
     #[arg(long, value_name = "SIZE")]
     pub(crate) max_message_bytes: Option<Bytes>,
     /// How long to remember idempotency keys, up to 7days [default: 7days]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub(crate) idempotency_window: Option<Duration>,
-    /// Let it be if it exists already, whatever its settings
-    #[arg(long)]
-    pub(crate) if_not_exists: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -177,6 +217,9 @@ pub(crate) struct CreateSubscription {
     pub(crate) kind: Kind,
     #[command(flatten)]
     pub(crate) failures: Failures,
+    /// Delete it after so long without a consumer, 10s or more [default: never]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub(crate) expires_after: Option<Duration>,
     /// Let it be if it exists already with the same settings
     #[arg(long)]
     pub(crate) if_not_exists: bool,

@@ -7,7 +7,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use pubsub_client::{
     ActiveConsumer, DataLoss, DeadLetter, FailurePolicy, Gap, GapReason, PublishReceipt, Receipt,
     ReceiptState, ReceivedMessage, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionKind,
-    SubscriptionPosition, TopicInfo,
+    SubscriptionPosition, TopicInfo, WhenFull,
 };
 use serde_json::{Value, json};
 
@@ -102,6 +102,14 @@ pub(crate) fn dead_letter(letter: &DeadLetter) -> Value {
     })
 }
 
+pub(crate) fn when_full(when_full: Option<WhenFull>) -> &'static str {
+    match when_full {
+        Some(WhenFull::Reject) => "reject",
+        Some(WhenFull::DropOldest) => "drop oldest",
+        _ => "-",
+    }
+}
+
 pub(crate) fn gap_reason(reason: GapReason) -> &'static str {
     match reason {
         GapReason::Retention => "retention removed them",
@@ -122,7 +130,9 @@ pub(crate) fn topic(topic: &TopicInfo) -> Value {
         "stored_bytes": topic.stored_bytes,
         "subscriptions": topic.subscriptions,
         "retention_seconds": topic.config.retention.map(|time| time.as_secs_f64()),
+        "max_age_unacked_seconds": topic.config.max_age_unacked.map(|time| time.as_secs_f64()),
         "max_bytes": topic.config.max_bytes,
+        "when_full": when_full(topic.config.when_full),
         "max_message_bytes": topic.config.max_message_bytes,
         "idempotency_window_seconds":
             topic.config.idempotency_window.map(|time| time.as_secs_f64()),
@@ -144,6 +154,7 @@ pub(crate) fn subscription(subscription: &SubscriptionInfo) -> Value {
         "on_failure": policy_value(&subscription.on_failure),
         "ack_timeout_seconds": subscription.ack_timeout.map(|time| time.as_secs_f64()),
         "dead_letters": subscription.dead_letters,
+        "expires_after_seconds": subscription.expires_after.map(|time| time.as_secs_f64()),
     })
 }
 

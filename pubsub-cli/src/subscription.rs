@@ -42,6 +42,7 @@ async fn create(
         .with_kind(args.kind.kind());
     settings.on_failure = args.failures.policy()?;
     settings.ack_timeout = args.failures.ack_timeout;
+    settings.expires_after = args.expires_after;
     let settings = if args.if_not_exists { settings.if_not_exists() } else { settings };
     let (subscription, created) = client.admin().create_subscription(args.name, settings).await?;
     if output.is_json() {
@@ -138,6 +139,7 @@ fn show(subscription: &SubscriptionInfo, output: &mut Output) -> Result<(), Fail
             ("created", format::time(subscription.create_time)),
             ("on failure", format::policy(&subscription.on_failure)),
             ("ack timeout", subscription.ack_timeout.map_or("-".to_owned(), format::duration)),
+            ("expires after", subscription.expires_after.map_or("-".to_owned(), format::duration)),
             ("dead letters", dead_letters(subscription)),
             ("consumers", consumers(subscription)),
             ("standing by", standby),

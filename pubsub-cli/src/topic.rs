@@ -2,10 +2,11 @@
 
 use pubsub_client::{Client, TopicConfig, TopicInfo};
 
-use crate::args::{CreateTopic, Topic};
+use crate::args::{CreateTopic, Topic, TopicSettings};
 use crate::failure::{Exit, Failure};
 use crate::format;
 use crate::output::Output;
+use crate::values::Full;
 
 pub(crate) async fn run(
     command: Topic,
@@ -16,6 +17,18 @@ pub(crate) async fn run(
         Topic::Create(args) => create(args, client, output).await?,
         Topic::List => list(client, output).await?,
         Topic::Describe { name } => show(&client.admin().topic(name).await?, output)?,
+        Topic::Update { name, settings } => {
+            show(&client.admin().update_topic(name, config(settings)).await?, output)?;
+        }
+        Topic::Purge { name, before, .. } => {
+            let purged = client.admin().purge_topic(&name, before).await?;
+            if output.is_json() {
+                let done = serde_json::json!({ "type": "purged", "topic": name, "purged": purged });
+                output.json(&done)?;
+            } else {
+                output.line(&format!("purged {purged} messages of topic {name}"))?;
+            }
+        }
         Topic::Delete { name } => {
             client.admin().delete_topic(&name).await?;
             let done = serde_json::json!({ "type": "deleted", "topic": name });
@@ -29,12 +42,19 @@ pub(crate) async fn run(
     Ok(Exit::Ok)
 }
 
-async fn create(args: CreateTopic, client: &Client, output: &mut Output) -> Result<(), Failure> {
+fn config(settings: TopicSettings) -> TopicConfig {
     let mut config = TopicConfig::new();
-    config.retention = args.retention;
-    config.max_bytes = args.max_bytes.map(|bytes| bytes.0);
-    config.max_message_bytes = args.max_message_bytes.map(|bytes| bytes.0);
-    config.idempotency_window = args.idempotency_window;
+    config.retention = settings.retention;
+    config.max_age_unacked = settings.max_age_unacked;
+    config.max_bytes = settings.max_bytes.map(|bytes| bytes.0);
+    config.when_full = settings.when_full.map(Full::when_full);
+    config.max_message_bytes = settings.max_message_bytes.map(|bytes| bytes.0);
+    config.idempotency_window = settings.idempotency_window;
+    config
+}
+
+async fn create(args: CreateTopic, client: &Client, output: &mut Output) -> Result<(), Failure> {
+    let config = config(args.settings);
     let admin = client.admin();
     let (topic, created) = if args.if_not_exists {
         admin.ensure_topic(args.name, config).await?
@@ -106,6 +126,8 @@ fn show(topic: &TopicInfo, output: &mut Output) -> Result<(), Failure> {
             ("messages", stored),
             ("subscriptions", subscriptions),
             ("retention", config.retention.map_or_else(none, format::duration)),
+            ("max age unacked", config.max_age_unacked.map_or_else(none, format::duration)),
+            ("when full", format::when_full(config.when_full).to_owned()),
             ("max bytes", config.max_bytes.map_or_else(none, format::bytes)),
             ("max message bytes", config.max_message_bytes.map_or_else(none, format::bytes)),
             ("idempotency window", config.idempotency_window.map_or_else(none, format::duration)),

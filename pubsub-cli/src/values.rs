@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::time::{Duration, SystemTime};
 
-use pubsub_client::{MessageId, Start, SubscriptionKind};
+use pubsub_client::{MessageId, Start, SubscriptionKind, WhenFull};
 
 /// The help of every option that takes a [`Where`].
 macro_rules! from_help {
@@ -34,6 +34,24 @@ impl Kind {
             Self::Exclusive => SubscriptionKind::Exclusive,
             Self::Shared => SubscriptionKind::Shared,
             Self::KeyOrdered => SubscriptionKind::KeyOrdered,
+        }
+    }
+}
+
+/// What happens when a topic is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Full {
+    /// Publishers wait, or are refused
+    Reject,
+    /// The oldest messages go; whoever was owed them is told of a gap
+    DropOldest,
+}
+
+impl Full {
+    pub(crate) fn when_full(self) -> WhenFull {
+        match self {
+            Self::Reject => WhenFull::Reject,
+            Self::DropOldest => WhenFull::DropOldest,
         }
     }
 }

@@ -46,7 +46,7 @@ mod transport;
 pub use admin::{
     ActiveConsumer, Admin, CreateSubscription, DeadLetter, DeadLetters, Page, Purged, Receipt,
     ReceiptState, Redriven, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionPosition,
-    TopicConfig, TopicInfo,
+    TopicConfig, TopicInfo, WhenFull,
 };
 pub use client::{Client, ClientBuilder, ShutdownReport};
 #[cfg(feature = "json")]

@@ -63,6 +63,10 @@ pub const MAX_IDEMPOTENCY_KEYS: u64 = 4_000_000;
 pub const IDEMPOTENCY_WINDOW: Duration = Duration::from_secs(7 * 24 * 3600);
 /// The default retention of messages that everyone has received.
 pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
+/// The shortest time after which unacked messages can be let go.
+pub const MIN_AGE_UNACKED: Duration = Duration::from_secs(10);
+/// The shortest time after which a subscription without consumers can be deleted.
+pub const MIN_EXPIRY: Duration = Duration::from_secs(10);
 /// The default for the bytes of one topic.
 pub const DEFAULT_TOPIC_BYTES: u64 = 10 * 1024 * 1024 * 1024;
 

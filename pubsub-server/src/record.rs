@@ -99,6 +99,8 @@ pub struct TopicRecord {
     pub config: TopicConfig,
     /// When it was created.
     pub created_at: Timestamp,
+    /// Messages below were purged by an operator, if they were still there.
+    pub purged: u64,
 }
 
 /// The settings of a topic.
@@ -106,18 +108,33 @@ pub struct TopicRecord {
 pub struct TopicConfig {
     /// How long messages are kept after every subscription has received them.
     pub retention: Duration,
+    /// How long messages are kept that some subscription has not received; for ever if `None`.
+    pub max_age_unacked: Option<Duration>,
     /// How many bytes it may hold.
     pub max_bytes: u64,
+    /// What happens then.
+    pub when_full: WhenFull,
     /// The largest message, as encoded.
     pub max_message_bytes: u64,
     /// How long idempotency keys are remembered.
     pub idempotency_window: Duration,
 }
 
+/// What happens when a topic holds as many bytes as it may, and someone is owed all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WhenFull {
+    /// Publishes wait, or are refused.
+    Reject,
+    /// The oldest messages go, and whoever was owed them is told of a gap.
+    DropOldest,
+}
+
 impl Default for TopicConfig {
     fn default() -> Self {
         Self {
             retention: limits::RETENTION,
+            max_age_unacked: None,
+            when_full: WhenFull::Reject,
             max_bytes: limits::DEFAULT_TOPIC_BYTES,
             max_message_bytes: limits::DEFAULT_MESSAGE_BYTES,
             idempotency_window: limits::IDEMPOTENCY_WINDOW,
@@ -138,6 +155,10 @@ pub struct SubscriptionRecord {
     pub on_failure: FailurePolicy,
     /// How long a message may be in a handler before it counts as failed; for ever if `None`.
     pub ack_timeout: Option<Duration>,
+    /// After how long without a consumer it is deleted; never if `None`.
+    pub expires_after: Option<Duration>,
+    /// When it was known to be in use last.
+    pub used_at: Timestamp,
     /// What it listens to.
     pub topics: Vec<TopicPattern>,
     /// When it was created.

@@ -20,6 +20,7 @@ mod lifetimes;
 mod link;
 mod load;
 mod outcomes;
+mod retention;
 mod sealing;
 mod seeks;
 mod sharing;

@@ -76,6 +76,7 @@ pub async fn create_subscription(channel: &Channel, name: &str, topics: &[&str])
         if_not_exists: false,
         on_failure: None,
         ack_timeout: None,
+        expires_after: None,
     };
     raw::admin(channel).create_subscription(request).await?;
     Ok(())

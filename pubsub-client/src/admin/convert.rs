@@ -5,7 +5,7 @@ use pubsub_proto::v1 as pb;
 use super::optional;
 use super::types::{
     ActiveConsumer, CreateSubscription, DeadLetter, DeadLetters, Receipt, ReceiptState, ServerInfo,
-    SnapshotInfo, SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo,
+    SnapshotInfo, SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo, WhenFull,
 };
 use crate::error::AdminError;
 use crate::message::{MessageId, ReceivedMessage, duration, non_empty, time, wire_duration};
@@ -19,6 +19,13 @@ pub(super) fn topic_config(config: &TopicConfig) -> pb::TopicConfig {
         max_bytes: config.max_bytes.unwrap_or(0),
         max_message_bytes: config.max_message_bytes.unwrap_or(0),
         idempotency_window: optional(config.idempotency_window),
+        max_age_unacked: optional(config.max_age_unacked),
+        when_full: match config.when_full {
+            None => pb::WhenFull::Unspecified,
+            Some(WhenFull::Reject) => pb::WhenFull::Reject,
+            Some(WhenFull::DropOldest) => pb::WhenFull::DropOldest,
+        }
+        .into(),
     }
 }
 
@@ -30,10 +37,16 @@ pub(super) fn topic(topic: Option<pb::Topic>) -> Result<TopicInfo, AdminError> {
         name: topic.name,
         epoch: topic.epoch,
         config: TopicConfig {
+            when_full: match config.when_full() {
+                pb::WhenFull::Unspecified => None,
+                pb::WhenFull::Reject => Some(WhenFull::Reject),
+                pb::WhenFull::DropOldest => Some(WhenFull::DropOldest),
+            },
             retention: duration(config.retention),
             max_bytes: positive(config.max_bytes),
             max_message_bytes: positive(config.max_message_bytes),
             idempotency_window: duration(config.idempotency_window),
+            max_age_unacked: duration(config.max_age_unacked),
         },
         create_time: time(topic.create_time),
         first: topic.first,
@@ -55,6 +68,7 @@ pub(super) fn create_subscription(
         if_not_exists: settings.if_not_exists,
         on_failure: settings.on_failure.as_ref().map(policy_to_wire),
         ack_timeout: settings.ack_timeout.and_then(wire_duration),
+        expires_after: settings.expires_after.and_then(wire_duration),
     }
 }
 
@@ -115,6 +129,7 @@ pub(super) fn subscription(
         on_failure: policy_from_wire(subscription.on_failure),
         ack_timeout: duration(subscription.ack_timeout),
         dead_letters: subscription.dead_letters,
+        expires_after: duration(subscription.expires_after),
     })
 }
 

@@ -11,7 +11,7 @@ use pubsub_proto::v1 as pb;
 pub use self::types::{
     ActiveConsumer, CreateSubscription, DeadLetter, DeadLetters, Page, Purged, Receipt,
     ReceiptState, Redriven, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionPosition,
-    TopicConfig, TopicInfo,
+    TopicConfig, TopicInfo, WhenFull,
 };
 use crate::client::Shared;
 use crate::error::AdminError;
@@ -128,6 +128,48 @@ impl Admin {
             .await?;
         let items = response.topics.into_iter().map(|topic| convert::topic(Some(topic)));
         Ok(Page::new(items.collect::<Result<_, _>>()?, response.next_page_token))
+    }
+
+    /// Changes settings of a topic; what is not set stays as it is. Publishers that are connected
+    /// learn of another limit when they connect again.
+    ///
+    /// # Errors
+    ///
+    /// There is no such topic, or a setting is not valid.
+    pub async fn update_topic(
+        &self,
+        name: impl Into<String>,
+        config: TopicConfig,
+    ) -> Result<TopicInfo, AdminError> {
+        let config = Some(convert::topic_config(&config));
+        let request = pb::UpdateTopicRequest { name: name.into(), config };
+        let response = self
+            .call(call::Again::Always, request, |mut client, request| async move {
+                client.update_topic(request).await
+            })
+            .await?;
+        convert::topic(response.topic)
+    }
+
+    /// Removes the messages of a topic before this sequence, or all that there are, whoever has
+    /// not received them: subscribers are told by a [`Gap`](crate::Gap). Says how many that were.
+    ///
+    /// # Errors
+    ///
+    /// There is no such topic, or the sequence lies beyond its head.
+    pub async fn purge_topic(
+        &self,
+        name: impl Into<String>,
+        before: Option<u64>,
+    ) -> Result<u64, AdminError> {
+        let before = before.map_or(0, |before| before.max(1));
+        let request = pb::PurgeTopicRequest { name: name.into(), before };
+        let response = self
+            .call(call::Again::IfUnsent, request, |mut client, request| async move {
+                client.purge_topic(request).await
+            })
+            .await?;
+        Ok(response.purged)
     }
 
     /// Deletes a topic and all its messages. Subscribers are told by a gap.

@@ -5,14 +5,33 @@ use std::time::{Duration, SystemTime};
 use crate::message::{MessageId, ReceivedMessage};
 use crate::subscriber::{FailurePolicy, Start, SubscriptionKind};
 
-/// The settings of a topic. What is not set has the server's default.
+/// What happens when a topic holds as many bytes as it may, and someone is owed all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WhenFull {
+    /// Publishers wait and say so, or are refused with
+    /// [`Reason::TopicFull`](crate::Reason::TopicFull). Nothing is lost.
+    Reject,
+    /// The oldest messages go, and whoever was owed them is told of a [`Gap`](crate::Gap). For
+    /// data that is of no use when it is late.
+    DropOldest,
+}
+
+/// The settings of a topic. What is not set has the server's default, or in
+/// [`Admin::update_topic`](crate::Admin::update_topic) stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TopicConfig {
     /// How long messages are kept after every subscription has received them: 7 days by default.
     pub retention: Option<Duration>,
+    /// How long messages are kept that some subscription has not received: for ever by default,
+    /// which [`Duration::ZERO`] brings back. At least 10 s. Older ones go, and the subscription is
+    /// told of a [`Gap`](crate::Gap).
+    pub max_age_unacked: Option<Duration>,
     /// How many bytes of messages the topic may hold: 10 GiB by default.
     pub max_bytes: Option<u64>,
+    /// What happens then: [`WhenFull::Reject`] by default.
+    pub when_full: Option<WhenFull>,
     /// The largest message, in bytes as encoded: 1 MiB by default, at most 16 MiB.
     pub max_message_bytes: Option<u64>,
     /// For how long idempotency keys are remembered: 7 days by default, and at most.
@@ -29,6 +48,20 @@ impl TopicConfig {
     #[must_use]
     pub fn with_retention(mut self, retention: Duration) -> Self {
         self.retention = Some(retention);
+        self
+    }
+
+    /// Sets how long [unacked messages](Self::max_age_unacked) are kept.
+    #[must_use]
+    pub fn with_max_age_unacked(mut self, age: Duration) -> Self {
+        self.max_age_unacked = Some(age);
+        self
+    }
+
+    /// Sets what happens [when it is full](Self::when_full).
+    #[must_use]
+    pub fn with_when_full(mut self, when_full: WhenFull) -> Self {
+        self.when_full = Some(when_full);
         self
     }
 
@@ -88,6 +121,8 @@ pub struct CreateSubscription {
     pub on_failure: Option<FailurePolicy>,
     /// How long a message may be in a handler, 1 s to 24 h; for ever if it is not said.
     pub ack_timeout: Option<Duration>,
+    /// After how long without a consumer it is deleted, 10 s or more; never if it is not said.
+    pub expires_after: Option<Duration>,
     /// Where it starts.
     pub start: Start,
     /// Answer with the existing subscription, if its settings are the same.
@@ -111,6 +146,13 @@ impl CreateSubscription {
     #[must_use]
     pub fn with_on_failure(mut self, policy: FailurePolicy) -> Self {
         self.on_failure = Some(policy);
+        self
+    }
+
+    /// Sets after how long without a consumer it is deleted.
+    #[must_use]
+    pub fn with_expiry(mut self, after: Duration) -> Self {
+        self.expires_after = Some(after);
         self
     }
 
@@ -163,6 +205,8 @@ pub struct SubscriptionInfo {
     pub ack_timeout: Option<Duration>,
     /// How many dead letters wait to be redriven or purged.
     pub dead_letters: u64,
+    /// After how long without a consumer it is deleted; never if nothing is said.
+    pub expires_after: Option<Duration>,
 }
 
 /// The position of a subscription that is kept.

@@ -1,5 +1,6 @@
 //! Moving messages from the log to those who consume, as far as their credit goes.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -162,7 +163,11 @@ impl Subscription {
             return Vec::new();
         };
         match error {
-            ReadError::Trimmed { first } => self.tell_missing(epoch, first, GapReason::Retention),
+            ReadError::Trimmed { first } => {
+                let purged = from < topic.purged.load(Ordering::Acquire);
+                let reason = if purged { GapReason::Purged } else { GapReason::Retention };
+                self.tell_missing(epoch, first, reason);
+            }
             // The broker is about to tell that the topic is gone; or the system has run short of
             // something, such as open files.
             ReadError::NoTopic | ReadError::Storage(_) => {

@@ -54,6 +54,11 @@ impl Leases {
         self.consumer.clone().filter(|_| !self.pulls.is_empty())
     }
 
+    /// Whether nobody holds leases.
+    pub(super) fn is_empty(&self) -> bool {
+        self.pulls.is_empty()
+    }
+
     /// A streaming session takes over: leases end.
     pub(super) fn clear(&mut self) {
         self.pulls.clear();

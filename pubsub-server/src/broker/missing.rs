@@ -22,7 +22,8 @@ impl TopicStart {
     pub(super) fn departed(departed: Departed) -> Self {
         let Departed { name, epoch, head, cursor } = departed;
         let head = watch::Sender::new(head).subscribe();
-        Self { name, epoch, cursor, head, floor: Arc::default(), gone: true }
+        let (floor, purged) = (Arc::default(), Arc::default());
+        Self { name, epoch, cursor, head, floor, purged, gone: true }
     }
 }
 

@@ -11,7 +11,9 @@ use tokio_util::task::TaskTracker;
 use crate::env::SharedEnv;
 use crate::limits;
 use crate::names::{SnapshotName, SubscriptionName, TopicName};
-use crate::record::{CursorRecord, Epoch, SubscriptionRecord, Timestamp, TopicRecord, Uuid};
+use crate::record::{
+    CursorRecord, Epoch, SubscriptionRecord, Timestamp, TopicConfig, TopicRecord, Uuid,
+};
 use crate::storage::{Catalog, CatalogSubscription, Health, Storage, StorageError, TopicStats};
 
 mod consumers;
@@ -75,7 +77,11 @@ struct State {
 /// A topic that exists.
 #[derive(Debug)]
 struct Topic {
+    /// As it was when the server started, or when it was created.
     record: TopicRecord,
+    config: Mutex<TopicConfig>,
+    /// Messages below were purged by an operator, if they were still there.
+    purged: Arc<AtomicU64>,
     head: watch::Receiver<u64>,
     /// Bytes on their way to the disk.
     uncommitted: AtomicU64,
@@ -236,7 +242,9 @@ impl Broker {
     fn add_topic(&self, record: TopicRecord) -> Option<Arc<Topic>> {
         let head = self.inner.storage.head(record.epoch)?;
         let uncommitted = AtomicU64::new(0);
-        let topic = Arc::new(Topic { record, head, uncommitted, floors: Mutex::default() });
+        let (config, floors) = (Mutex::new(record.config.clone()), Mutex::default());
+        let purged = Arc::new(AtomicU64::new(record.purged));
+        let topic = Arc::new(Topic { record, config, purged, head, uncommitted, floors });
         self.state().topics.insert(topic.record.name.clone(), Arc::clone(&topic));
         Some(topic)
     }
@@ -291,8 +299,23 @@ impl Topic {
 
     fn start_unregistered(&self, cursor: CursorRecord, floor: Arc<AtomicU64>) -> TopicStart {
         let name = self.record.name.clone();
-        let (epoch, head) = (self.record.epoch, self.head.clone());
-        TopicStart { name, epoch, cursor, head, floor, gone: false }
+        let (epoch, head, purged) =
+            (self.record.epoch, self.head.clone(), Arc::clone(&self.purged));
+        TopicStart { name, epoch, cursor, head, floor, purged, gone: false }
+    }
+
+    fn config(&self) -> TopicConfig {
+        self.config.lock().expect("no holder of this lock panics").clone()
+    }
+
+    fn set_config(&self, config: TopicConfig) {
+        *self.config.lock().expect("no holder of this lock panics") = config;
+    }
+
+    /// Its record as it is now.
+    fn present(&self) -> TopicRecord {
+        let purged = self.purged.load(Ordering::Acquire);
+        TopicRecord { config: self.config(), purged, ..self.record.clone() }
     }
 
     fn stats(&self, storage: &dyn Storage) -> TopicStats {

@@ -152,7 +152,7 @@ impl Broker {
     }
 
     fn check(&self, topic: &Topic, message: &NewMessage) -> Result<(), Refusal> {
-        let limit = topic.record.config.max_message_bytes;
+        let limit = topic.config().max_message_bytes;
         if message.body.len() as u64 > limit {
             let size = message.body.len();
             return Err(Refusal {
@@ -189,12 +189,12 @@ impl Publisher {
 
     /// The largest message.
     pub fn max_message_bytes(&self) -> u64 {
-        self.topic.record.config.max_message_bytes
+        self.topic.config().max_message_bytes
     }
 
     /// How long idempotency keys are remembered.
     pub fn idempotency_window(&self) -> Duration {
-        self.topic.record.config.idempotency_window
+        self.topic.config().idempotency_window
     }
 
     /// Whether a batch can be taken now. Replays always can: their answers are stored.

@@ -5,12 +5,18 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use super::error::BrokerError;
+use super::session::Command;
+use super::subscription::AdminCommand;
 use super::{Broker, Inner, Owed, Topic};
-use crate::record::Timestamp;
-use crate::storage::{Change, Health, Storage, Urgency};
+use crate::record::{Timestamp, TopicConfig, WhenFull};
+use crate::storage::{Change, Health, Storage, TopicStats, Urgency};
 
-/// How often old messages are looked for. Their age is counted in days.
-const INTERVAL: Duration = Duration::from_secs(60);
+/// How often old messages, and subscriptions that nobody uses, are looked for.
+const INTERVAL: Duration = Duration::from_secs(5);
+/// How much goes at once of a topic that drops its oldest: a part of this.
+const DROP_PART: u64 = 32;
+/// What such a topic may hold whatever its limit: space comes back by sealed files.
+const DROP_SLACK: u64 = 256 * 1024 * 1024;
 
 impl Broker {
     /// Removes messages that everyone has received once they are old enough.
@@ -25,18 +31,31 @@ impl Broker {
         let now = self.inner.env.now();
         let storage = &*self.inner.storage;
         for topic in topics {
-            if topic.owed_from(storage) <= topic.stats(storage).first {
-                continue;
+            let TopicConfig { retention, max_age_unacked, .. } = topic.config();
+            let TopicStats { first, head, .. } = topic.stats(storage);
+            let received = topic.owed_from(storage);
+            let mut below = first;
+            if received > first {
+                below = below.max(topic.young_from(storage, now, retention).await.min(received));
             }
-            let retention = topic.record.config.retention;
-            let millis = u64::try_from(retention.as_millis()).unwrap_or(u64::MAX);
-            let horizon = Timestamp(now.0.saturating_sub(millis));
-            let epoch = topic.record.epoch;
-            // A topic that cannot be read is not trimmed.
-            let Ok(young) = storage.find(epoch, horizon).await else {
-                continue;
-            };
-            topic.trim(storage, young.min(topic.owed_from(storage)));
+            if let Some(age) = max_age_unacked.filter(|_| head >= first) {
+                below = below.max(topic.young_from(storage, now, age).await);
+            }
+            topic.trim(storage, below);
+        }
+    }
+
+    /// Deletes subscriptions that were not used for as long as they say.
+    async fn expire_subscriptions(&self) {
+        let handles: Vec<_> = self.state().subscriptions.values().cloned().collect();
+        for handle in handles.into_iter().filter(|handle| handle.record.expires_after.is_some()) {
+            let _admin = self.inner.admin.lock().await;
+            let expired = handle.ask(|reply| Command::Admin(AdminCommand::Expire(reply))).await;
+            if expired.is_ok_and(|expired| expired) {
+                let name = &handle.record.name;
+                tracing::info!(subscription = %name, "deleted, since nobody used it for so long");
+                self.forget_subscription(name);
+            }
         }
     }
 }
@@ -54,11 +73,16 @@ impl Topic {
             Health::Failed(_) => return Err(BrokerError::Unavailable("the storage has failed")),
         }
         let stats = self.stats(storage);
-        let limit = self.record.config.max_bytes;
+        let TopicConfig { max_bytes: limit, when_full, .. } = self.config();
         // As long as there is any room the whole of it goes in: what is larger than the topic
         // would wait for ever.
         let held = stats.bytes + self.uncommitted.load(Ordering::Relaxed);
         if held < limit || bytes == 0 {
+            return Ok(());
+        }
+        // Up to twice the limit, or what is trimmed and not gone yet would pile up.
+        if when_full == WhenFull::DropOldest && held < limit.saturating_mul(2).max(DROP_SLACK) {
+            self.drop_oldest(storage, limit);
             return Ok(());
         }
         let cause = match self.lowest_floor() {
@@ -69,11 +93,33 @@ impl Topic {
         Err(BrokerError::TopicFull { topic: self.record.name.clone(), limit, cause })
     }
 
+    /// Removes the oldest messages, whoever has not received them, so that a part of the limit is
+    /// free. It is queued before what is stored next.
+    fn drop_oldest(&self, storage: &dyn Storage, limit: u64) {
+        let stats = self.stats(storage);
+        let live = stats.live_bytes() + self.uncommitted.load(Ordering::Relaxed);
+        let surplus = live.saturating_sub(limit - limit / DROP_PART);
+        if live < limit {
+            return;
+        }
+        let count = (stats.head + 1).saturating_sub(stats.first);
+        let average = (live / count.max(1)).max(1);
+        let some = surplus.div_ceil(average).clamp(1, count.max(1));
+        self.trim(storage, (stats.first + some).min(stats.head + 1));
+    }
+
     /// Removes the older half of what nobody is owed.
     fn trim_for_space(&self, storage: &dyn Storage) {
         let first = self.stats(storage).first;
         let owed = self.owed_from(storage);
         self.trim(storage, first + owed.saturating_sub(first).div_ceil(2));
+    }
+
+    /// The first message that is younger; of a topic that cannot be read, the first one.
+    async fn young_from(&self, storage: &dyn Storage, now: Timestamp, age: Duration) -> u64 {
+        let millis = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        let horizon = Timestamp(now.0.saturating_sub(millis));
+        storage.find(self.record.epoch, horizon).await.unwrap_or(0)
     }
 
     /// The first message that someone has not dealt with.
@@ -115,6 +161,8 @@ async fn run(broker: Weak<Inner>) {
         let Some(inner) = broker.upgrade() else {
             return;
         };
-        Broker { inner }.trim_old().await;
+        let broker = Broker { inner };
+        broker.trim_old().await;
+        broker.expire_subscriptions().await;
     }
 }

@@ -56,6 +56,7 @@ impl Subscription {
         let mut floors = Vec::new();
         let kept = self.keeper == Keeper::Server;
         if std::mem::take(&mut self.record_changed) && kept {
+            self.record.used_at = self.now().wall;
             self.record.consumers = self.seats.values().map(|seat| seat.consumer.clone()).collect();
             changes.push(Change::PutSubscription(self.record.clone()));
         }

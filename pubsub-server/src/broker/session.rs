@@ -273,6 +273,8 @@ pub enum GapReason {
     Retention,
     /// Their topic is gone.
     TopicDeleted,
+    /// An operator purged them.
+    Purged,
 }
 
 /// One attached stream, as the subscription's task sees it.

@@ -38,6 +38,8 @@ pub enum AdminCommand {
     Seek(Vec<(Epoch, Target)>, oneshot::Sender<Result<(), BrokerError>>),
     /// Tell the position, as far as it is durable.
     Snapshot(oneshot::Sender<Result<Vec<(Epoch, Target)>, BrokerError>>),
+    /// Delete the subscription, and end, if nobody has used it for as long as it says.
+    Expire(oneshot::Sender<bool>),
     /// Tell how things stand.
     Describe(oneshot::Sender<Description>),
     /// Tell what is known of a message.
@@ -75,6 +77,8 @@ pub struct TopicStart {
     pub(super) head: watch::Receiver<u64>,
     /// Where the task publishes its durable floor, for retention.
     pub(super) floor: Arc<AtomicU64>,
+    /// Messages below were purged.
+    pub(super) purged: Arc<AtomicU64>,
     /// Whether the topic was deleted.
     pub(super) gone: bool,
 }
@@ -133,6 +137,8 @@ pub(super) struct Topic {
     pub(super) delivery: Delivery,
     /// The durable floor, for retention.
     pub(super) floor: Arc<AtomicU64>,
+    /// Messages below were purged.
+    pub(super) purged: Arc<AtomicU64>,
     /// What cannot be read.
     pub(super) damaged: Option<Damage>,
     /// Why messages were lost, if any were.
@@ -161,6 +167,7 @@ pub(super) struct Subscription {
     pub(super) keeper: Keeper,
     pub(super) storage: Arc<dyn Storage>,
     env: SharedEnv,
+    started: Instant,
     pub(super) letters: Option<DeadLetters>,
     pub(super) topics: BTreeMap<Epoch, Topic>,
     /// The numbers of the topics, which sessions use instead of their names.
@@ -212,6 +219,7 @@ impl Subscription {
             keeper,
             storage,
             env,
+            started: Instant::now(),
             letters,
             topics: BTreeMap::new(),
             numbers: BTreeMap::new(),
@@ -322,6 +330,10 @@ impl Subscription {
                 let settled = self.settle_saves().await.map_err(BrokerError::from);
                 let _ = reply.send(settled.map(|()| self.targets()));
             }
+            AdminCommand::Expire(reply) => {
+                let expired = self.is_expired() && self.delete().await.is_ok();
+                let _ = reply.send(expired);
+            }
             AdminCommand::Describe(reply) => {
                 let _ = reply.send(self.describe());
             }
@@ -355,7 +367,7 @@ impl Subscription {
     }
 
     fn join(&mut self, start: TopicStart) -> Epoch {
-        let TopicStart { name, epoch, cursor, head, floor, gone } = start;
+        let TopicStart { name, epoch, cursor, head, floor, purged, gone } = start;
         floor.store(cursor.floor, Ordering::Release);
         let max_attempts = self.record.on_failure.max_attempts();
         let cursor = Cursor::new(cursor, *head.borrow(), max_attempts);
@@ -366,7 +378,8 @@ impl Subscription {
         let number = self.next_number;
         self.next_number += 1;
         self.numbers.insert(number, epoch);
-        let topic = Topic { name, number, delivery, floor, damaged: None, lost: None, gone };
+        let (damaged, lost) = (None, None);
+        let topic = Topic { name, number, delivery, floor, purged, damaged, lost, gone };
         self.topics.insert(epoch, topic);
         self.turns.push_back(epoch);
         self.heads.push(WatchStream::new(head).map(move |head| (epoch, head)).boxed());
@@ -399,6 +412,20 @@ impl Subscription {
             self.active().for_each(|session| session.tell(Event::Repositioned(moved.clone())));
         }
         self.leases.forget_settled(&self.topics);
+    }
+
+    /// Whether nobody has used it for as long as it says. Notes now and then that it is used, so
+    /// that a restart does not make it look idle.
+    fn is_expired(&mut self) -> bool {
+        let Some(after) = self.record.expires_after else { return false };
+        let now = self.now();
+        let idle = now.wall.since(self.record.used_at);
+        let used = !self.seats.is_empty() || !self.standby.is_empty() || !self.leases.is_empty();
+        if used && idle > after / 4 {
+            self.record_changed = true;
+        }
+        // Whoever was connected when the server stopped has time to come back.
+        !used && idle > after && now.at.duration_since(self.started) > after / 4
     }
 
     pub(super) fn now(&self) -> Moment {

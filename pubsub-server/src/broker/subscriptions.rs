@@ -47,6 +47,8 @@ pub struct NewSubscription {
     pub on_failure: Option<FailurePolicy>,
     /// How long a handler may take; as it is already, or for ever, if that is not said.
     pub ack_timeout: Option<Duration>,
+    /// After how long without a consumer it is deleted.
+    pub expires_after: Option<Duration>,
     /// Where it starts.
     pub start: Start,
 }
@@ -138,6 +140,8 @@ impl Broker {
             kind: new.kind.unwrap_or(SubscriptionKind::Exclusive),
             on_failure: new.on_failure.clone().unwrap_or_default(),
             ack_timeout: new.ack_timeout,
+            expires_after: new.expires_after,
+            used_at: env.now(),
             topics: new.topics.clone(),
             created_at: env.now(),
             consumers: Vec::new(),
@@ -173,6 +177,9 @@ impl Broker {
         let allowed = limits::MIN_ACK_TIMEOUT..=limits::MAX_ACK_TIMEOUT;
         if new.ack_timeout.is_some_and(|timeout| !allowed.contains(&timeout)) {
             return Err(BrokerError::Invalid("ack_timeout must be 1 s to 24 h".to_owned()));
+        }
+        if new.expires_after.is_some_and(|after| after < limits::MIN_EXPIRY) {
+            return Err(BrokerError::Invalid("expires_after must be at least 10 s".to_owned()));
         }
         let policy = new.on_failure.clone().unwrap_or_default();
         let most = limits::MAX_ATTEMPTS;
@@ -310,6 +317,8 @@ impl Broker {
             kind: SubscriptionKind::Exclusive,
             on_failure: FailurePolicy::Block,
             ack_timeout: None,
+            expires_after: None,
+            used_at: env.now(),
             topics: consume.topics.clone(),
             created_at: env.now(),
             consumers: Vec::new(),
@@ -442,6 +451,12 @@ impl Broker {
                 self.inner.storage.apply(vec![change], Urgency::Now).await?.into_inner();
             }
         }
+        self.forget_subscription(name);
+        Ok(())
+    }
+
+    /// Nothing is kept any more for a subscription that was deleted.
+    pub(super) fn forget_subscription(&self, name: &SubscriptionName) {
         let topics: Vec<_> = {
             let mut state = self.state();
             state.subscriptions.remove(name);
@@ -451,7 +466,6 @@ impl Broker {
             topic.floors().remove(&Owed::Subscription(name.clone()));
             topic.floors().remove(&Owed::DeadLetters(name.clone()));
         }
-        Ok(())
     }
 
     /// Describes a subscription.
@@ -508,6 +522,7 @@ impl Consume {
             kind: self.kind,
             on_failure: self.on_failure.clone(),
             ack_timeout: self.ack_timeout,
+            expires_after: None,
             start: self.start,
         }
     }
@@ -527,10 +542,16 @@ impl Handle {
         if on_failure.as_ref().is_some_and(|policy| *policy != self.record.on_failure) {
             return mismatch("on_failure", self.record.on_failure.to_string());
         }
+        let duration = |present: Option<Duration>| {
+            present.map_or("none".to_owned(), |duration| format!("{duration:?}"))
+        };
+        let present = self.record.expires_after;
+        if new.expires_after.is_some_and(|after| Some(after) != present) {
+            return mismatch("expires_after", duration(present));
+        }
         let present = self.record.ack_timeout;
         if ack_timeout.is_some_and(|timeout| Some(timeout) != present) {
-            let present = present.map_or("none".to_owned(), |timeout| format!("{timeout:?}"));
-            return mismatch("ack_timeout", present);
+            return mismatch("ack_timeout", duration(present));
         }
         let sorted = |topics: &[TopicPattern]| {
             let mut texts: Vec<String> = topics.iter().map(|t| t.as_str().to_owned()).collect();

@@ -59,7 +59,8 @@ impl Broker {
             return Err(BrokerError::LimitReached { what: "topics", limit });
         }
         let env = &self.inner.env;
-        let record = TopicRecord { name, epoch: env.epoch(), config, created_at: env.now() };
+        let (epoch, created_at) = (env.epoch(), env.now());
+        let record = TopicRecord { name, epoch, config, created_at, purged: 0 };
         let listeners = self.listeners(&record.name);
         let mut changes = vec![Change::CreateTopic(record.clone())];
         changes.extend(listeners.iter().map(|(listener, _)| Change::PutCursor {
@@ -79,6 +80,65 @@ impl Broker {
             let _ = listener.commands.send(Command::Admin(AdminCommand::TopicCreated(start))).await;
         }
         Ok((self.info(&topic), true))
+    }
+
+    /// Changes the settings of a topic.
+    ///
+    /// # Errors
+    ///
+    /// If there is none, or a setting breaks a rule.
+    pub async fn update_topic(
+        &self,
+        name: TopicName,
+        config: TopicConfig,
+    ) -> Result<TopicInfo, BrokerError> {
+        check_config(&config)?;
+        let broker = self.clone();
+        let update = async move {
+            let _admin = broker.inner.admin.lock().await;
+            let topic = broker.topic(&name)?;
+            let record = TopicRecord { config: config.clone(), ..topic.present() };
+            let change = Change::PutTopic(record);
+            broker.inner.storage.apply(vec![change], Urgency::Now).await?.into_inner();
+            topic.set_config(config);
+            Ok(broker.info(&topic))
+        };
+        self.to_the_end(update).await
+    }
+
+    /// Removes the messages below a sequence, or all, whoever has not received them. Answers how
+    /// many that were.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such topic, or the sequence lies beyond its head.
+    pub async fn purge(
+        &self,
+        name: TopicName,
+        below: Option<u64>,
+    ) -> Result<(TopicInfo, u64), BrokerError> {
+        let broker = self.clone();
+        let purge = async move {
+            let _admin = broker.inner.admin.lock().await;
+            let topic = broker.topic(&name)?;
+            let TopicStats { first, head, .. } = broker.stats(&topic);
+            let below = below.unwrap_or(head + 1);
+            if below > head + 1 {
+                return Err(BrokerError::BeyondHead { topic: name, sequence: below, head });
+            }
+            let purged = topic.purged.load(Ordering::Acquire).max(below);
+            let record = TopicRecord { purged, ..topic.present() };
+            let trim = Change::Trim { topic: record.epoch, below };
+            let changes = vec![Change::PutTopic(record), trim];
+            // Before it happens: whoever comes across the gap is to know why.
+            let before = topic.purged.swap(purged, Ordering::AcqRel);
+            if let Err(error) = broker.inner.storage.apply(changes, Urgency::Now).await {
+                topic.purged.store(before, Ordering::Release);
+                return Err(error.into());
+            }
+            Ok((broker.info(&topic), below.saturating_sub(first)))
+        };
+        self.to_the_end(purge).await
     }
 
     /// Deletes a topic with its messages.
@@ -147,7 +207,7 @@ impl Broker {
 
     fn info(&self, topic: &Topic) -> TopicInfo {
         TopicInfo {
-            record: topic.record.clone(),
+            record: topic.present(),
             stats: self.stats(topic),
             subscriptions: topic.subscriptions(),
         }
@@ -176,6 +236,9 @@ fn check_config(config: &TopicConfig) -> Result<(), BrokerError> {
     let limit = limits::MAX_MESSAGE_BYTES;
     if !(1..=limit).contains(&config.max_message_bytes) {
         return Err(BrokerError::Invalid(format!("max_message_bytes must be 1 to {limit}")));
+    }
+    if config.max_age_unacked.is_some_and(|age| age < limits::MIN_AGE_UNACKED) {
+        return Err(BrokerError::Invalid("max_age_unacked must be at least 10 s".to_owned()));
     }
     if config.idempotency_window > limits::IDEMPOTENCY_WINDOW {
         return Err(BrokerError::Invalid("idempotency_window must be at most 7 days".to_owned()));

@@ -195,6 +195,7 @@ impl Store {
         let known = |change: &Change| match change {
             Change::Store { topic, .. } => self.topics.contains_key(topic),
             Change::CreateTopic(_)
+            | Change::PutTopic(_)
             | Change::DeleteTopic(_)
             | Change::PutSubscription(_)
             | Change::DeleteSubscription(_)
@@ -212,6 +213,11 @@ impl Store {
         match change {
             Change::CreateTopic(record) => {
                 self.topics.insert(record.epoch, Topic::new(record));
+            }
+            Change::PutTopic(record) => {
+                if let Some(topic) = self.topics.get_mut(&record.epoch) {
+                    topic.record = record;
+                }
             }
             Change::DeleteTopic(topic) => self.delete_topic(topic),
             Change::PutSubscription(record) => {
@@ -403,7 +409,8 @@ impl Storage for Memory {
         let store = self.store();
         let topic = store.topics.get(&topic)?;
         let bytes = topic.messages.iter().map(|message| message.body.len() as u64).sum();
-        Some(TopicStats { first: topic.first, head: topic.head(), bytes })
+        let first = topic.first;
+        Some(TopicStats { first, head: topic.head(), bytes, stored_from: first })
     }
 
     fn health(&self) -> watch::Receiver<Health> {

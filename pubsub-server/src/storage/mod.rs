@@ -267,6 +267,8 @@ pub enum AppendRefusal {
 pub enum Change {
     /// Adds a topic. Its name and epoch are new.
     CreateTopic(TopicRecord),
+    /// Replaces the settings of a topic; nothing happens if it is gone.
+    PutTopic(TopicRecord),
     /// Removes a topic with its messages, publishers, keys and all cursors in it. The space may
     /// come back later. A cursor behind the head becomes a [`Departed`], until its floor gets
     /// there or its subscription is gone.
@@ -348,8 +350,20 @@ pub struct TopicStats {
     pub first: u64,
     /// The last message, 0 if there never was one.
     pub head: u64,
-    /// Bytes of the messages that are stored.
+    /// Bytes of the messages that are stored, and of those that are trimmed and take up space
+    /// still: from `stored_from` on.
     pub bytes: u64,
+    /// The first message that takes up space; not after `first`.
+    pub stored_from: u64,
+}
+
+impl TopicStats {
+    /// About how many bytes it will be when what is trimmed is gone.
+    pub fn live_bytes(&self) -> u64 {
+        let count = |from: u64| u128::from((self.head + 1).saturating_sub(from));
+        let (live, all) = (count(self.first), count(self.stored_from).max(1));
+        u64::try_from(u128::from(self.bytes) * live / all).unwrap_or(u64::MAX)
+    }
 }
 
 /// Whether an engine takes writes.

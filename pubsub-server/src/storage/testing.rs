@@ -84,12 +84,8 @@ pub(super) fn topic_with_window(name: &str, epoch: u64, window: Duration) -> Top
     TopicRecord {
         name: TopicName::parse(name).unwrap(),
         epoch: Epoch(epoch),
-        config: TopicConfig {
-            retention: limits::RETENTION,
-            max_bytes: limits::DEFAULT_TOPIC_BYTES,
-            max_message_bytes: limits::DEFAULT_MESSAGE_BYTES,
-            idempotency_window: window,
-        },
+        purged: 0,
+        config: TopicConfig { idempotency_window: window, ..TopicConfig::default() },
         created_at: Timestamp(1),
     }
 }
@@ -100,6 +96,8 @@ pub(super) fn subscription(name: &str, epoch: u64) -> SubscriptionRecord {
         epoch: Epoch(epoch),
         kind: SubscriptionKind::Exclusive,
         snapshot_of: None,
+        expires_after: None,
+        used_at: Timestamp(0),
         on_failure: FailurePolicy::Block,
         ack_timeout: None,
         topics: vec![TopicPattern::parse("*").unwrap()],

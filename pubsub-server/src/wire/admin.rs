@@ -12,14 +12,16 @@ use pubsub_proto::v1::{
     GetTopicRequest, GetTopicResponse, ListDeadLettersRequest, ListDeadLettersResponse,
     ListSnapshotsRequest, ListSnapshotsResponse, ListSubscriptionsRequest,
     ListSubscriptionsResponse, ListTopicsRequest, ListTopicsResponse, PurgeDeadLettersRequest,
-    PurgeDeadLettersResponse, RedriveDeadLettersRequest, RedriveDeadLettersResponse,
-    SeekSubscriptionRequest, SeekSubscriptionResponse,
+    PurgeDeadLettersResponse, PurgeTopicRequest, PurgeTopicResponse, RedriveDeadLettersRequest,
+    RedriveDeadLettersResponse, SeekSubscriptionRequest, SeekSubscriptionResponse,
+    UpdateTopicRequest, UpdateTopicResponse,
 };
 use tonic::{Request, Response, Status};
 
 use super::status::{invalid, status};
 use super::{Context, convert};
 use crate::broker::{BrokerError, NewSubscription};
+use crate::record::TopicConfig;
 use crate::storage::Health;
 
 /// The admin service.
@@ -52,7 +54,7 @@ impl AdminService for Service {
     ) -> Result<Response<CreateTopicResponse>, Status> {
         let request = request.into_inner();
         let name = convert::parse_topic(&request.name)?;
-        let config = convert::parse_config(request.config)?;
+        let config = convert::parse_config(request.config, TopicConfig::default())?;
         let create = self.0.broker.create_topic(name, config, request.if_not_exists);
         let (info, created) = create.await.map_err(refuse)?;
         Ok(Response::new(CreateTopicResponse { topic: Some(convert::topic(info)), created }))
@@ -92,6 +94,29 @@ impl AdminService for Service {
         Ok(Response::new(DeleteTopicResponse {}))
     }
 
+    async fn update_topic(
+        &self,
+        request: Request<UpdateTopicRequest>,
+    ) -> Result<Response<UpdateTopicResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_topic(&request.name)?;
+        let before = self.0.broker.get_topic(&name).map_err(refuse)?.record.config;
+        let config = convert::parse_config(request.config, before)?;
+        let info = self.0.broker.update_topic(name, config).await.map_err(refuse)?;
+        Ok(Response::new(UpdateTopicResponse { topic: Some(convert::topic(info)) }))
+    }
+
+    async fn purge_topic(
+        &self,
+        request: Request<PurgeTopicRequest>,
+    ) -> Result<Response<PurgeTopicResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_topic(&request.name)?;
+        let below = (request.before != 0).then_some(request.before);
+        let (info, purged) = self.0.broker.purge(name, below).await.map_err(refuse)?;
+        Ok(Response::new(PurgeTopicResponse { topic: Some(convert::topic(info)), purged }))
+    }
+
     async fn create_subscription(
         &self,
         request: Request<CreateSubscriptionRequest>,
@@ -103,6 +128,7 @@ impl AdminService for Service {
             kind: convert::parse_kind(request.kind)?,
             on_failure: convert::parse_policy(request.on_failure)?,
             ack_timeout: convert::parse_duration("ack_timeout", request.ack_timeout)?,
+            expires_after: convert::parse_duration("expires_after", request.expires_after)?,
             start: convert::parse_start(request.start)?,
         };
         let create = self.0.broker.create_subscription(new, request.if_not_exists);

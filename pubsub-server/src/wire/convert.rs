@@ -18,7 +18,7 @@ use crate::limits;
 use crate::names::{SnapshotName, SubscriptionName, TopicName, TopicPattern};
 use crate::record::{
     Epoch, FailurePolicy, IdempotencyKey, NewMessage, Release, Sequences, StoredMessage,
-    SubscriptionKind, Timestamp, TopicConfig, Uuid,
+    SubscriptionKind, Timestamp, TopicConfig, Uuid, WhenFull,
 };
 use crate::storage::{Fate, Item, Refusal, RefusalReason, Run};
 
@@ -346,6 +346,7 @@ pub(super) fn gap_reason(reason: GapReason) -> v1::GapReason {
     match reason {
         GapReason::Retention => v1::GapReason::Retention,
         GapReason::TopicDeleted => v1::GapReason::TopicDeleted,
+        GapReason::Purged => v1::GapReason::Purged,
     }
 }
 
@@ -424,22 +425,39 @@ pub(super) fn parse_ids(
 
 // ---- administration
 
-pub(super) fn parse_config(config: Option<v1::TopicConfig>) -> Result<TopicConfig, Status> {
+/// Settings; what is not said is as before.
+pub(super) fn parse_config(
+    config: Option<v1::TopicConfig>,
+    default: TopicConfig,
+) -> Result<TopicConfig, Status> {
     let config = config.unwrap_or_default();
-    let default = TopicConfig::default();
     let or = |value, default| if value == 0 { default } else { value };
     let window = parse_duration("idempotency_window", config.idempotency_window)?;
     Ok(TopicConfig {
         retention: parse_duration("retention", config.retention)?.unwrap_or(default.retention),
+        max_age_unacked: match parse_duration("max_age_unacked", config.max_age_unacked)? {
+            Some(age) => Some(age).filter(|age| !age.is_zero()),
+            None => default.max_age_unacked,
+        },
         max_bytes: or(config.max_bytes, default.max_bytes),
+        when_full: match v1::WhenFull::try_from(config.when_full) {
+            Ok(v1::WhenFull::Unspecified) => default.when_full,
+            Ok(v1::WhenFull::Reject) => WhenFull::Reject,
+            Ok(v1::WhenFull::DropOldest) => WhenFull::DropOldest,
+            Err(_) => return Err(invalid("when_full is not known to this server")),
+        },
         max_message_bytes: or(config.max_message_bytes, default.max_message_bytes),
         idempotency_window: window.unwrap_or(default.idempotency_window),
     })
 }
 
 pub(super) fn topic(info: TopicInfo) -> v1::Topic {
-    let TopicConfig { retention, max_bytes, max_message_bytes, idempotency_window } =
+    let TopicConfig { retention, max_bytes, max_message_bytes, idempotency_window, .. } =
         info.record.config;
+    let when_full = match info.record.config.when_full {
+        WhenFull::Reject => v1::WhenFull::Reject,
+        WhenFull::DropOldest => v1::WhenFull::DropOldest,
+    };
     v1::Topic {
         name: info.record.name.to_string(),
         epoch: info.record.epoch.0,
@@ -448,6 +466,8 @@ pub(super) fn topic(info: TopicInfo) -> v1::Topic {
             max_bytes,
             max_message_bytes,
             idempotency_window: duration(idempotency_window),
+            max_age_unacked: info.record.config.max_age_unacked.and_then(duration),
+            when_full: when_full.into(),
         }),
         create_time: timestamp(info.record.created_at),
         first: info.stats.first,
@@ -470,6 +490,7 @@ pub(super) fn subscription(description: Description) -> v1::Subscription {
         positions: positions.into_iter().map(position).collect(),
         on_failure: Some(policy(&record.on_failure)),
         ack_timeout: record.ack_timeout.and_then(duration),
+        expires_after: record.expires_after.and_then(duration),
         dead_letters,
     }
 }

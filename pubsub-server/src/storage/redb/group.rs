@@ -237,6 +237,12 @@ impl<'t, 's> Group<'t, 's> {
                 self.state.topics.insert(record.epoch, Topic::new(&record));
                 self.touch(record.epoch);
             }
+            Change::PutTopic(record) => {
+                if let Some(topic) = self.state.topics.get_mut(&record.epoch) {
+                    topic.set(&record);
+                    put(&mut self.tables.topics, record.epoch.0, encode(&record))?;
+                }
+            }
             Change::DeleteTopic(topic) => self.delete_topic(topic)?,
             Change::PutSubscription(record) => {
                 put(&mut self.tables.subscriptions, record.epoch.0, encode(&record))?;

@@ -39,6 +39,7 @@ impl Request {
         let change = |change: &Change| match change {
             Change::Store { message, .. } => 64 + message.body.len(),
             Change::CreateTopic(_)
+            | Change::PutTopic(_)
             | Change::DeleteTopic(_)
             | Change::PutSubscription(_)
             | Change::DeleteSubscription(_)

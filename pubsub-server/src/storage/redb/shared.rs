@@ -35,6 +35,8 @@ pub(super) struct ViewState {
     /// The first message that can be read.
     pub(super) first: u64,
     pub(super) bytes: u64,
+    /// The first message whose row may be in the hot file.
+    pub(super) collected: u64,
     /// The sealed files, ascending. What follows them is in the hot file.
     pub(super) segments: Arc<Vec<Segment>>,
     /// Its head is not known, so that nothing can be read or written.
@@ -77,14 +79,17 @@ impl Shared {
 
     pub(super) fn stats(&self, topic: Epoch) -> Option<TopicStats> {
         let view = self.view(topic)?;
-        let ViewState { first, bytes, .. } = view.state();
-        Some(TopicStats { first, head: view.head(), bytes })
+        let ViewState { first, bytes, collected, segments, .. } = view.state();
+        let sealed_from = segments.first().map(|segment| segment.first);
+        let stored_from = sealed_from.unwrap_or(collected).min(first);
+        Some(TopicStats { first, head: view.head(), bytes, stored_from })
     }
 
     /// Shows a topic as committed. What can be read only shrinks before its rows go, and grows
     /// after they came: readers never miss what they were promised.
     pub(super) fn show(&self, topic: Epoch, head: &Head, segments: Arc<Vec<Segment>>) {
-        let state = ViewState { first: head.first, bytes: head.bytes, segments, damaged: false };
+        let Head { first, bytes, collected, .. } = *head;
+        let state = ViewState { first, bytes, collected, segments, damaged: false };
         match self.view(topic) {
             Some(view) => {
                 *view.state.write().unwrap_or_else(PoisonError::into_inner) = state;

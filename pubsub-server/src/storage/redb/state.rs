@@ -164,6 +164,11 @@ impl Topic {
         Self { window, head: Some(Head::new()), segments: Arc::default() }
     }
 
+    /// Takes over other settings.
+    pub(super) fn set(&mut self, record: &TopicRecord) {
+        self.window = clock::millis(record.config.idempotency_window);
+    }
+
     fn load(tables: &Tables<'_>, record: &TopicRecord) -> Result<Self, Trouble> {
         let head = match get(&tables.heads, record.epoch.0, rows::decode::<Head>) {
             Ok(head) => head.filter(Head::is_sound),
