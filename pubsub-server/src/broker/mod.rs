@@ -24,6 +24,7 @@ pub mod publisher;
 mod receipts;
 mod retention;
 mod saving;
+mod schemas;
 pub mod session;
 mod sharing;
 pub mod subscription;
@@ -32,9 +33,11 @@ mod topics;
 
 pub use error::{BrokerError, Code};
 pub use receipts::ReceiptAnswer;
+pub use schemas::{PayloadFate, SchemaCheck};
 pub use subscriptions::{Consume, NewSubscription, Start, Stream};
 pub use topics::TopicInfo;
 
+use schemas::Payloads;
 use session::{Command, SessionId};
 use subscription::{Keeper, Subscription, TopicStart};
 
@@ -73,6 +76,8 @@ struct Topic {
     head: watch::Receiver<u64>,
     /// Bytes on their way to the disk.
     uncommitted: AtomicU64,
+    /// What it takes.
+    payloads: Payloads,
     /// The durable floors of the subscriptions that listen.
     floors: Mutex<BTreeMap<SubscriptionName, Arc<AtomicU64>>>,
 }
@@ -97,7 +102,7 @@ impl Broker {
     ///
     /// If the catalog cannot be read.
     pub async fn start(storage: Arc<dyn Storage>, env: SharedEnv) -> Result<Self, StorageError> {
-        let Catalog { topics, subscriptions } = storage.catalog().await?;
+        let Catalog { topics, schemas, subscriptions } = storage.catalog().await?;
         let uncommitted = Arc::new(Semaphore::new(limits::MAX_UNCOMMITTED_BYTES));
         let inner = Inner {
             storage,
@@ -125,6 +130,11 @@ impl Broker {
             Some((topic.record.epoch, topic))
         });
         let topics: BTreeMap<Epoch, Arc<Topic>> = topics.collect();
+        for (epoch, schema) in schemas {
+            if let Some(topic) = topics.get(&epoch) {
+                topic.payloads.push(schema, None);
+            }
+        }
         for CatalogSubscription { record, cursors, departed } in subscriptions {
             let present = cursors.into_iter().filter_map(|(epoch, cursor)| {
                 topics.get(&epoch).map(|topic| topic.start(&record.name, cursor))
@@ -209,7 +219,8 @@ impl Broker {
     fn add_topic(&self, record: TopicRecord) -> Option<Arc<Topic>> {
         let head = self.inner.storage.head(record.epoch)?;
         let uncommitted = AtomicU64::new(0);
-        let topic = Arc::new(Topic { record, head, uncommitted, floors: Mutex::default() });
+        let (payloads, floors) = (Payloads::default(), Mutex::default());
+        let topic = Arc::new(Topic { record, head, uncommitted, payloads, floors });
         self.state().topics.insert(topic.record.name.clone(), Arc::clone(&topic));
         Some(topic)
     }

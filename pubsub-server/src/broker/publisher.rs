@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::error::BrokerError;
@@ -46,6 +47,10 @@ pub struct Publisher {
     publisher: PublisherRef,
     last_sequence: Option<u64>,
 }
+
+/// A batch of which each message was checked by itself.
+#[derive(Debug)]
+pub struct Inspected(pub(super) Batch);
 
 /// Messages with dense publisher sequences.
 #[derive(Debug)]
@@ -118,6 +123,7 @@ impl Broker {
     ) -> Result<(Epoch, Vec<Run>), BrokerError> {
         let topic = self.topic(topic)?;
         let batch = Batch { first_sequence: 1, resolved_below: 0, items };
+        let Inspected(batch) = self.inspect(&topic, batch).await?;
         self.check_room(&topic, &batch)?;
         let semaphore = Arc::clone(&self.inner.uncommitted);
         let permit = semaphore.acquire_many_owned(batch.permits()).await;
@@ -163,9 +169,9 @@ impl Broker {
     ) -> Pending {
         for item in &mut batch.items {
             if let Item::Store(message) = item
-                && let Err(refusal) = self.check(topic, message)
+                && let Some(refusal) = topic.refuse_recipients(message)
             {
-                *item = Item::Refuse(refusal);
+                *item = message.refused(refusal);
             }
         }
         let bytes = batch.bytes() as u64;
@@ -177,26 +183,26 @@ impl Broker {
         let append = Append { topic, publisher, first_sequence, resolved_below, items, room };
         Pending { ticket: self.inner.storage.append(append), bytes }
     }
+}
 
-    fn check(&self, topic: &Topic, message: &NewMessage) -> Result<(), Refusal> {
-        let limit = topic.record.config.max_message_bytes;
-        if message.body.len() as u64 > limit {
-            let size = message.body.len();
-            return Err(Refusal {
-                reason: RefusalReason::TooLarge,
-                detail: format!("the message has {size} bytes, and the topic allows {limit}"),
-            });
-        }
+impl Topic {
+    fn refuse_recipients(&self, message: &NewMessage) -> Option<Refusal> {
         if message.recipients.is_empty() {
-            return Ok(());
+            return None;
         }
-        let floors = topic.floors();
-        match message.recipients.iter().find(|name| !floors.contains_key(name)) {
-            None => Ok(()),
-            Some(unknown) => Err(Refusal {
-                reason: RefusalReason::UnknownRecipient,
-                detail: format!("recipient {unknown} is no subscription of this topic"),
-            }),
+        let floors = self.floors();
+        let unknown = message.recipients.iter().find(|name| !floors.contains_key(name))?;
+        let detail = format!("recipient {unknown} is no subscription of this topic");
+        Some(Refusal::new(RefusalReason::UnknownRecipient, detail))
+    }
+}
+
+impl NewMessage {
+    /// This message as one that is refused for good.
+    pub(super) fn refused(&self, refusal: Refusal) -> Item {
+        match self.key {
+            Some(key) => Item::RefuseNew(key, refusal),
+            None => Item::Refuse(refusal),
         }
     }
 }
@@ -222,12 +228,18 @@ impl Publisher {
         self.topic.record.config.idempotency_window
     }
 
+    /// Checks each message of a batch by itself, with the topic's schema, too. A batch that takes
+    /// long is checked beside the runtime. Dropping the future loses the batch and nothing else.
+    pub fn inspect(&self, batch: Batch) -> BoxFuture<'static, Result<Inspected, BrokerError>> {
+        self.broker.inspect(&self.topic, batch)
+    }
+
     /// Whether a batch can be taken now. Replays always can: their answers are stored.
     ///
     /// # Errors
     ///
     /// If the disk or the topic is full.
-    pub fn check_room(&self, batch: &Batch) -> Result<(), BrokerError> {
+    pub fn check_room(&self, Inspected(batch): &Inspected) -> Result<(), BrokerError> {
         let last = batch.first_sequence + batch.items.len() as u64 - 1;
         if self.last_sequence.is_some_and(|decided| last <= decided) {
             return Ok(());
@@ -251,11 +263,11 @@ impl Publisher {
     ///
     /// Gives the batch back if too much is waiting for its commit. It has to be tried again when
     /// earlier batches are answered, or a little later.
-    pub fn try_publish(&self, batch: Batch) -> Result<Pending, Batch> {
+    pub fn try_publish(&self, Inspected(batch): Inspected) -> Result<Pending, Inspected> {
         let semaphore = Arc::clone(&self.broker.inner.uncommitted);
         match semaphore.try_acquire_many_owned(batch.permits()) {
             Ok(permit) => Ok(self.broker.append(&self.topic, Some(self.publisher), batch, permit)),
-            Err(_) => Err(batch),
+            Err(_) => Err(Inspected(batch)),
         }
     }
 }
@@ -266,10 +278,10 @@ impl Batch {
         u32::try_from(bytes.min(limits::MAX_UNCOMMITTED_BYTES)).expect("the limit fits")
     }
 
-    fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         let stored = self.items.iter().map(|item| match item {
             Item::Store(message) => message.body.len(),
-            Item::Refuse(_) => 0,
+            Item::Refuse(_) | Item::RefuseNew(..) => 0,
         });
         stored.sum()
     }
@@ -319,10 +331,11 @@ mod tests {
         broker.open_publisher(open(1, 1)).await.unwrap()
     }
 
-    fn batch(first_sequence: u64) -> Batch {
+    fn batch(first_sequence: u64) -> Inspected {
         let body = Bytes::from(vec![1; 1000]);
         let message = NewMessage { body, recipients: Vec::new(), key: None };
-        Batch { first_sequence, resolved_below: first_sequence, items: vec![Item::Store(message)] }
+        let items = vec![Item::Store(message)];
+        Inspected(Batch { first_sequence, resolved_below: first_sequence, items })
     }
 
     #[tokio::test]

@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use super::clock::{Age, Now};
-use super::{Append, AppendOutcome, AppendRefusal, Fate, Item, OpenPublisher, Refusal, Run};
+use super::{Append, AppendOutcome, AppendRefusal, Fact, Fate, Item, OpenPublisher, Refusal, Run};
 use super::{PublisherRef, RefusalReason};
 use crate::limits;
 use crate::record::{IdempotencyKey, NewMessage, Timestamp};
@@ -249,7 +249,7 @@ impl Publisher {
     /// The bug that a test has to find: a frame of a fenced stream takes its sequences.
     #[cfg(pubsub_break = "fenced_frame_consumes_sequence")]
     fn broken_by_fenced_frame(mut self, append: &Append) -> Admission {
-        let refusal = Refusal { reason: RefusalReason::Invalid, detail: String::new() };
+        let refusal = Refusal::new(RefusalReason::Invalid, "");
         for _ in &append.items {
             self.record(self.decided + 1, &Fate::Refused(refusal.clone()));
         }
@@ -317,18 +317,18 @@ impl Decider {
         lookup: &mut impl FnMut(&[u8; 16]) -> Result<Option<KeyRow>, E>,
     ) -> Result<Fate, E> {
         let message = match item {
-            Item::Refuse(refusal) => return Ok(Fate::Refused(refusal)),
             Item::Store(message) => message,
+            Item::Refuse(refusal) => return Ok(Fate::Refused(refusal)),
+            Item::RefuseNew(key, refusal) => {
+                let row = self.known(&key, lookup)?.filter(|row| row.content == key.content);
+                let known = row.map(|row| known_key(&row, &key));
+                return Ok(known.unwrap_or(Fate::Refused(refusal)));
+            }
         };
         let sequence = self.context.head + 1 + self.messages.len() as u64;
         let at = self.context.at();
         if let Some(key) = message.key {
-            // The items before this one in the same append count as stored.
-            let row = match self.keys.get(&key.key) {
-                Some(row) => Some(*row),
-                None => lookup(&key.key)?.filter(|row| row.expires > self.context.now.age),
-            };
-            if let Some(row) = row {
+            if let Some(row) = self.known(&key, lookup)? {
                 return Ok(known_key(&row, &key));
             }
             let expires = self.context.now.age.after(self.context.window);
@@ -336,6 +336,19 @@ impl Decider {
         }
         self.messages.push(message);
         Ok(Fate::Stored { sequence, duplicate: false, at })
+    }
+
+    /// What is remembered of a key, unless its window is over.
+    fn known<E>(
+        &self,
+        key: &IdempotencyKey,
+        lookup: &mut impl FnMut(&[u8; 16]) -> Result<Option<KeyRow>, E>,
+    ) -> Result<Option<KeyRow>, E> {
+        // The items before this one in the same append count as stored.
+        Ok(match self.keys.get(&key.key) {
+            Some(row) => Some(*row),
+            None => lookup(&key.key)?.filter(|row| row.expires > self.context.now.age),
+        })
     }
 }
 
@@ -345,7 +358,8 @@ fn known_key(row: &KeyRow, key: &IdempotencyKey) -> Fate {
     }
     let detail =
         format!("the idempotency key was used with other content by message {}", row.sequence);
-    Fate::Refused(Refusal { reason: RefusalReason::KeyReused, detail })
+    let refusal = Refusal::new(RefusalReason::KeyReused, detail);
+    Fate::Refused(refusal.with(Fact::Sequence(row.sequence)))
 }
 
 /// Adds a fate to an answer, to its last run if it continues it.

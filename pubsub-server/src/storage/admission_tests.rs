@@ -83,6 +83,14 @@ impl Naive {
     fn decide(&mut self, item: &Item, now: u64) -> NaiveFate {
         let message = match item {
             Item::Refuse(refusal) => return NaiveFate::Refused(refusal.reason),
+            Item::RefuseNew(key, refusal) => {
+                let known = self
+                    .keys
+                    .get(&key.key)
+                    .filter(|(content, _, expires)| *content == key.content && *expires > now);
+                let refused = NaiveFate::Refused(refusal.reason);
+                return known.map_or(refused, |(_, sequence, _)| NaiveFate::Stored(*sequence));
+            }
             Item::Store(message) => message,
         };
         let next = self.log.len() as u64 + 1;
@@ -115,11 +123,14 @@ enum Step {
 }
 
 fn item() -> impl Strategy<Value = Item> {
-    let refusal = Refusal { reason: RefusalReason::TooLarge, detail: String::new() };
+    let refusal = Refusal::new(RefusalReason::TooLarge, "");
     prop_oneof![
         4 => any::<u8>().prop_map(|body| Item::Store(message([body]))),
         3 => (0..4u8, 0..2u8).prop_map(|(key, body)| Item::Store(keyed(key, [body]))),
-        1 => Just(Item::Refuse(refusal)),
+        1 => Just(Item::Refuse(refusal.clone())),
+        1 => (0..4u8, 0..2u8).prop_map(move |(key, body)| {
+            Item::RefuseNew(keyed(key, [body]).key.unwrap(), refusal.clone())
+        }),
     ]
 }
 

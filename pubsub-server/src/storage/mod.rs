@@ -49,9 +49,10 @@ use futures_util::future::BoxFuture;
 use tokio::sync::{oneshot, watch};
 
 use crate::record::{
-    CursorRecord, Departed, Epoch, NewMessage, StoredMessage, SubscriptionRecord, Timestamp,
-    TopicRecord, Uuid,
+    CursorRecord, Departed, Epoch, IdempotencyKey, NewMessage, StoredMessage, SubscriptionRecord,
+    Timestamp, TopicRecord, Uuid,
 };
+use crate::schema::SchemaRecord;
 
 mod admission;
 mod clock;
@@ -143,6 +144,9 @@ pub enum Item {
     Store(NewMessage),
     /// Refused for good before it came here. It takes its sequence.
     Refuse(Refusal),
+    /// Refused for good, unless it is stored under this key already: what is taken may have been
+    /// more once.
+    RefuseNew(IdempotencyKey, Refusal),
 }
 
 /// A message is refused for good.
@@ -150,8 +154,39 @@ pub enum Item {
 pub struct Refusal {
     /// Why.
     pub reason: RefusalReason,
-    /// For people; at most 200 bytes.
+    /// For people; at most [`crate::limits::MAX_REFUSAL_BYTES`].
     pub detail: String,
+    /// For programs.
+    pub facts: Vec<Fact>,
+}
+
+/// A detail of a refusal.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Fact {
+    /// The most that is allowed.
+    Limit(u64),
+    /// The message that has the key.
+    Sequence(u64),
+    /// The revision of the schema that was checked with.
+    SchemaRevision(u32),
+    /// The field that breaks it.
+    Field(String),
+    /// What was expected instead.
+    Expected(String),
+}
+
+impl Refusal {
+    /// A refusal without details for programs.
+    pub fn new(reason: RefusalReason, detail: impl Into<String>) -> Self {
+        Self { reason, detail: detail.into(), facts: Vec::new() }
+    }
+
+    /// Adds a detail for programs.
+    #[must_use]
+    pub fn with(mut self, fact: Fact) -> Self {
+        self.facts.push(fact);
+        self
+    }
 }
 
 /// Why a message is refused for good.
@@ -165,6 +200,10 @@ pub enum RefusalReason {
     UnknownRecipient,
     /// The idempotency key was used before with other content.
     KeyReused,
+    /// The payload is not valid by the topic's schema.
+    Schema,
+    /// The content type is not the topic's.
+    ContentType,
 }
 
 /// One stream of a publisher.
@@ -269,6 +308,9 @@ pub enum Change {
     /// come back later. A cursor behind the head becomes a [`Departed`], until its floor gets
     /// there or its subscription is gone.
     DeleteTopic(Epoch),
+    /// Adds a revision of what a topic takes; nothing happens if the topic is gone. It goes with
+    /// its topic.
+    PutSchema(Epoch, Arc<SchemaRecord>),
     /// Adds a subscription or replaces its record.
     PutSubscription(SubscriptionRecord),
     /// Removes a subscription with its cursors.
@@ -307,6 +349,8 @@ pub enum Urgency {
 pub struct Catalog {
     /// The topics.
     pub topics: Vec<TopicRecord>,
+    /// The revisions of what each topic takes, in order.
+    pub schemas: Vec<(Epoch, Arc<SchemaRecord>)>,
     /// The subscriptions.
     pub subscriptions: Vec<CatalogSubscription>,
 }

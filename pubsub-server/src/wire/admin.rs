@@ -4,17 +4,19 @@ use std::sync::atomic::Ordering;
 
 use pubsub_proto::v1::admin_service_server::AdminService;
 use pubsub_proto::v1::{
-    CreateSubscriptionRequest, CreateSubscriptionResponse, CreateTopicRequest, CreateTopicResponse,
-    DeleteSubscriptionRequest, DeleteSubscriptionResponse, DeleteTopicRequest, DeleteTopicResponse,
-    GetReceiptsRequest, GetReceiptsResponse, GetServerRequest, GetServerResponse,
+    CheckSchemaRequest, CheckSchemaResponse, CreateSubscriptionRequest, CreateSubscriptionResponse,
+    CreateTopicRequest, CreateTopicResponse, DeleteSubscriptionRequest, DeleteSubscriptionResponse,
+    DeleteTopicRequest, DeleteTopicResponse, GetReceiptsRequest, GetReceiptsResponse,
+    GetSchemaRequest, GetSchemaResponse, GetServerRequest, GetServerResponse,
     GetSubscriptionRequest, GetSubscriptionResponse, GetTopicRequest, GetTopicResponse,
-    ListSubscriptionsRequest, ListSubscriptionsResponse, ListTopicsRequest, ListTopicsResponse,
-    SeekSubscriptionRequest, SeekSubscriptionResponse,
+    ListSchemasRequest, ListSchemasResponse, ListSubscriptionsRequest, ListSubscriptionsResponse,
+    ListTopicsRequest, ListTopicsResponse, SeekSubscriptionRequest, SeekSubscriptionResponse,
+    SetSchemaRequest, SetSchemaResponse,
 };
 use tonic::{Request, Response, Status};
 
 use super::status::{invalid, status};
-use super::{Context, convert};
+use super::{Context, convert, schema};
 use crate::broker::{BrokerError, NewSubscription};
 use crate::storage::Health;
 
@@ -86,6 +88,34 @@ impl AdminService for Service {
         let name = convert::parse_topic(&request.into_inner().name)?;
         self.0.broker.delete_topic(name).await.map_err(refuse)?;
         Ok(Response::new(DeleteTopicResponse {}))
+    }
+
+    async fn set_schema(
+        &self,
+        request: Request<SetSchemaRequest>,
+    ) -> Result<Response<SetSchemaResponse>, Status> {
+        schema::set(&self.0.broker, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn get_schema(
+        &self,
+        request: Request<GetSchemaRequest>,
+    ) -> Result<Response<GetSchemaResponse>, Status> {
+        schema::get(&self.0.broker, &request.into_inner()).map(Response::new)
+    }
+
+    async fn list_schemas(
+        &self,
+        request: Request<ListSchemasRequest>,
+    ) -> Result<Response<ListSchemasResponse>, Status> {
+        schema::list(&self.0.broker, &request.into_inner()).map(Response::new)
+    }
+
+    async fn check_schema(
+        &self,
+        request: Request<CheckSchemaRequest>,
+    ) -> Result<Response<CheckSchemaResponse>, Status> {
+        schema::check(&self.0.broker, request.into_inner()).await.map(Response::new)
     }
 
     async fn create_subscription(

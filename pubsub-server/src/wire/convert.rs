@@ -19,7 +19,7 @@ use crate::record::{
     Epoch, IdempotencyKey, NewMessage, Release, Sequences, StoredMessage, SubscriptionKind,
     Timestamp, TopicConfig, Uuid,
 };
-use crate::storage::{Fate, Item, Refusal, RefusalReason, Run};
+use crate::storage::{Fact, Fate, Item, Refusal, RefusalReason, Run};
 
 // ---- small things
 
@@ -145,6 +145,7 @@ pub(super) fn ranges(sequences: &Sequences) -> Vec<v1::SequenceRange> {
 
 /// A message to be stored, or why it is refused.
 pub(super) fn parse_message(mut message: v1::Message) -> Item {
+    message.schema_revision = 0;
     let item = check_message(&message).and_then(|()| {
         let recipients: Result<_, _> =
             message.recipients.iter().map(|name| SubscriptionName::parse(name)).collect();
@@ -153,7 +154,7 @@ pub(super) fn parse_message(mut message: v1::Message) -> Item {
     let recipients = match item {
         Ok(recipients) => recipients,
         Err(detail) => {
-            return Item::Refuse(Refusal { reason: RefusalReason::Invalid, detail });
+            return Item::Refuse(Refusal::new(RefusalReason::Invalid, detail));
         }
     };
     let body = Bytes::from(message.encode_to_vec());
@@ -233,7 +234,20 @@ fn stored(epoch: Epoch, sequence: u64, duplicate: bool, at: Timestamp) -> v1::St
 
 fn refused(refusal: Refusal) -> v1::Refused {
     let reason = status::refusal_reason(refusal.reason).into();
-    v1::Refused { reason, detail: refusal.detail }
+    let metadata = refusal.facts.into_iter().map(fact).collect();
+    v1::Refused { reason, detail: refusal.detail, metadata }
+}
+
+/// A fact as the protocol names it.
+fn fact(fact: Fact) -> (String, String) {
+    let (name, value) = match fact {
+        Fact::Limit(limit) => ("limit", limit.to_string()),
+        Fact::Sequence(sequence) => ("sequence", sequence.to_string()),
+        Fact::SchemaRevision(revision) => ("schema_revision", revision.to_string()),
+        Fact::Field(field) => ("field", field),
+        Fact::Expected(expected) => ("expected", expected),
+    };
+    (name.to_owned(), value)
 }
 
 // ---- consuming

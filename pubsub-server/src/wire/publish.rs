@@ -6,6 +6,8 @@ use std::pin::Pin;
 use std::task::Poll;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
 use pubsub_proto::PROTOCOL_VERSION;
 use pubsub_proto::v1::publish_stream_request::Frame as Request;
 use pubsub_proto::v1::publish_stream_response::Frame as Response;
@@ -25,7 +27,7 @@ use super::stream::{
 };
 use super::{Context, turned};
 use crate::broker::BrokerError;
-use crate::broker::publisher::{Batch, Open, Pending, Publisher};
+use crate::broker::publisher::{Batch, Inspected, Open, Pending, Publisher};
 use crate::limits;
 use crate::storage::Run;
 
@@ -103,6 +105,7 @@ async fn open(
         publisher,
         heartbeat,
         last_nonce: 0,
+        inspecting: None,
         waiting: None,
         pending: VecDeque::new(),
         blocked: false,
@@ -133,13 +136,17 @@ fn parse_hello(hello: &PublisherHello) -> Result<Open, Status> {
     })
 }
 
+type Inspecting = BoxFuture<'static, Result<Inspected, BrokerError>>;
+
 /// An open publisher stream.
 struct Stream {
     publisher: Publisher,
     heartbeat: Duration,
     last_nonce: u64,
+    /// A batch whose messages are being checked.
+    inspecting: Option<Inspecting>,
     /// A batch that has not been handed to the log, because there is no room.
-    waiting: Option<Batch>,
+    waiting: Option<Inspected>,
     /// Batches on their way to the disk, in order.
     pending: VecDeque<Pending>,
     /// Whether the client was told that it is blocked.
@@ -180,6 +187,9 @@ impl Stream {
                 runs = results(&mut self.pending), if !self.pending.is_empty() => {
                     self.answer(runs, frames).await
                 }
+                inspected = inspected(&mut self.inspecting), if self.inspecting.is_some() => {
+                    self.on_inspected(inspected, frames).await
+                }
                 () = tokio::time::sleep(ROOM_RETRY), if self.waiting.is_some() => {
                     self.hand_over(frames).await
                 }
@@ -211,7 +221,7 @@ impl Stream {
             if let Err(end) = step {
                 return end;
             }
-            if !open && self.pending.is_empty() && self.waiting.is_none() {
+            if !open && self.is_idle() {
                 return End::Gone;
             }
         }
@@ -221,7 +231,12 @@ impl Stream {
     fn takes_more(&self) -> bool {
         let bytes: u64 = self.pending.iter().map(Pending::bytes).sum();
         let fits = self.pending.len() < MAX_PENDING && bytes < limits::MAX_IN_FLIGHT_BYTES;
-        self.waiting.is_none() && fits
+        self.waiting.is_none() && self.inspecting.is_none() && fits
+    }
+
+    /// Whether nothing of what was received is under way.
+    fn is_idle(&self) -> bool {
+        self.pending.is_empty() && self.waiting.is_none() && self.inspecting.is_none()
     }
 
     async fn on_frame(
@@ -231,8 +246,14 @@ impl Stream {
     ) -> Result<(), End> {
         match frame.frame {
             Some(Request::Batch(batch)) => {
-                self.waiting = Some(parse_batch(batch)?);
-                self.hand_over(frames).await
+                let mut inspecting = self.publisher.inspect(parse_batch(batch)?);
+                match (&mut inspecting).now_or_never() {
+                    Some(inspected) => self.on_inspected(inspected, frames).await,
+                    None => {
+                        self.inspecting = Some(inspecting);
+                        Ok(())
+                    }
+                }
             }
             Some(Request::Ping(ping)) => {
                 self.last_nonce = ping.nonce;
@@ -241,6 +262,15 @@ impl Stream {
             Some(Request::Hello(_)) => Err(protocol("a second hello").into()),
             None => Err(protocol("an empty frame").into()),
         }
+    }
+
+    async fn on_inspected(
+        &mut self,
+        inspected: Result<Inspected, BrokerError>,
+        frames: &Frames<PublishStreamResponse>,
+    ) -> Result<(), End> {
+        self.waiting = Some(inspected?);
+        self.hand_over(frames).await
     }
 
     /// Gives the waiting batch to the log, or keeps it and says why.
@@ -283,7 +313,7 @@ impl Stream {
         if self.waiting.is_some() { self.hand_over(frames).await } else { Ok(()) }
     }
 
-    async fn beat(&self, frames: &Frames<PublishStreamResponse>) -> Result<(), End> {
+    async fn beat(&mut self, frames: &Frames<PublishStreamResponse>) -> Result<(), End> {
         let echoed_nonce = self.last_nonce;
         send(frames, Response::Heartbeat(PublisherHeartbeat { echoed_nonce })).await
     }
@@ -296,6 +326,20 @@ impl Stream {
 
 async fn send(frames: &Frames<PublishStreamResponse>, frame: Response) -> Result<(), End> {
     frames.send(PublishStreamResponse { frame: Some(frame) }).await
+}
+
+/// The batch, once its messages are checked.
+///
+/// Cancel-safe: it leaves its place only when it is there.
+async fn inspected(inspecting: &mut Option<Inspecting>) -> Result<Inspected, BrokerError> {
+    match inspecting {
+        Some(batch) => {
+            let inspected = batch.await;
+            *inspecting = None;
+            inspected
+        }
+        None => std::future::pending().await,
+    }
 }
 
 /// The results of all batches at the front that are decided, at least one.
