@@ -206,6 +206,9 @@ fn exit(reason: Reason) -> Exit {
         | Reason::SubscriptionBusy
         | Reason::Superseded
         | Reason::Fenced
+        | Reason::SchemaViolation
+        | Reason::ContentTypeMismatch
+        | Reason::SchemaIncompatible
         | Reason::IdempotencyKeyReused => Exit::Conflict,
         Reason::MessageTooLarge | Reason::LimitReached | Reason::TopicFull | Reason::DiskFull => {
             Exit::Limit
@@ -251,6 +254,14 @@ fn fix(reason: Reason) -> Option<&'static str> {
         }
         Reason::TopicFull => {
             "`pubsub topic describe TOPIC` shows its subscriptions; one of them is far behind."
+        }
+        Reason::SchemaViolation | Reason::ContentTypeMismatch => {
+            "`pubsub schema show TOPIC` shows what the topic takes; `pubsub schema check TOPIC` \
+             checks payloads without publishing them."
+        }
+        Reason::SchemaIncompatible => {
+            "`pubsub schema check TOPIC` lists all problems; to set it all the same, say \
+             --compatibility none."
         }
         Reason::BeyondHead => "`pubsub topic describe TOPIC` shows its last message.",
         _ => return None,

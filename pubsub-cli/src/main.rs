@@ -11,6 +11,7 @@ mod interrupt;
 mod output;
 mod publish;
 mod receipts;
+mod schema;
 mod status;
 mod subscribe;
 mod subscription;
@@ -59,6 +60,7 @@ async fn execute(args: Args) -> Result<Exit, Failure> {
     let client = Client::connect(&args.server).await?;
     let done = match args.command {
         Command::Topic(command) => topic::run(command, &client, &mut output).await,
+        Command::Schema(command) => schema::run(command, &client, &mut output).await,
         Command::Subscription(command) => subscription::run(command, &client, &mut output).await,
         Command::Publish(command) => publish::run(command, &client, &mut output).await,
         Command::Subscribe(command) => subscribe::run(command, &client, &mut output).await,

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::time::{Duration, SystemTime};
 
-use pubsub_client::{MessageId, Start, SubscriptionKind};
+use pubsub_client::{Compatibility, MessageId, Start, SubscriptionKind};
 
 /// The help of every option that takes a [`Where`].
 macro_rules! from_help {
@@ -34,6 +34,24 @@ impl Kind {
             Self::Exclusive => SubscriptionKind::Exclusive,
             Self::Shared => SubscriptionKind::Shared,
             Self::KeyOrdered => SubscriptionKind::KeyOrdered,
+        }
+    }
+}
+
+/// What a new revision of a schema has to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Keep {
+    /// What was written by the present revision can be read by the new one
+    Backward,
+    /// Nothing
+    None,
+}
+
+impl Keep {
+    pub(crate) fn compatibility(self) -> Compatibility {
+        match self {
+            Self::Backward => Compatibility::Backward,
+            Self::None => Compatibility::None,
         }
     }
 }

@@ -44,8 +44,9 @@ mod subscriber;
 mod transport;
 
 pub use admin::{
-    ActiveConsumer, Admin, CreateSubscription, Page, Receipt, ReceiptState, ServerInfo,
-    SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo,
+    ActiveConsumer, Admin, Compatibility, CreateSubscription, InvalidPayload, Page, PayloadRules,
+    Receipt, ReceiptState, Schema, SchemaCheck, SchemaKind, SchemaProblem, SchemaRevision,
+    ServerInfo, SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo,
 };
 pub use client::{Client, ClientBuilder, ShutdownReport};
 #[cfg(feature = "json")]
@@ -56,8 +57,8 @@ pub use codec::{Codec, CodecError, Raw};
 pub use env::Env;
 pub use error::{
     AckError, AdminError, Cause, CloseError, ConnectError, EnqueueError, FlushError, ForeignAnswer,
-    Outcome, PublishError, PublishErrorKind, Reason, ServerError, SubscribeError, TransportError,
-    Unresolved,
+    Outcome, PublishError, PublishErrorKind, Reason, SchemaViolation, ServerError, SubscribeError,
+    TransportError, Unresolved,
 };
 pub use message::{InvalidMessageId, Message, MessageId, ReceivedMessage};
 pub use publisher::{

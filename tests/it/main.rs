@@ -19,6 +19,7 @@ mod lifetimes;
 mod link;
 mod load;
 mod outcomes;
+mod schemas;
 mod sealing;
 mod sharing;
 mod standby;

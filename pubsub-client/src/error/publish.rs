@@ -1,5 +1,6 @@
 //! How a publish can fail.
 
+use crate::admin::SchemaProblem;
 use crate::error::{ForeignAnswer, Reason, ServerError};
 use crate::message::Message;
 
@@ -65,6 +66,14 @@ pub enum PublishErrorKind {
         /// The last sequence that it knows of now.
         found: u64,
     },
+    /// The topic's schema does not take everything that the schema of this publisher does.
+    #[error("the topic's schema does not take what this publisher was written for: {}", told(*revision, problems))]
+    SchemaMismatch {
+        /// The topic's present revision, if it has one.
+        revision: Option<u32>,
+        /// What of the publisher's schema it does not take. Empty if the topic has none.
+        problems: Vec<SchemaProblem>,
+    },
     /// Something else publishes under this publisher's identity.
     #[error("a newer publisher of the same identity has taken over")]
     Fenced,
@@ -127,6 +136,7 @@ impl PublishError {
             | PublishErrorKind::Diverged
             | PublishErrorKind::TopicRecreated
             | PublishErrorKind::ServerRegressed { .. }
+            | PublishErrorKind::SchemaMismatch { .. }
             | PublishErrorKind::Fenced
             | PublishErrorKind::Protocol(_)
             | PublishErrorKind::Foreign(_)
@@ -134,6 +144,18 @@ impl PublishError {
             | PublishErrorKind::TaskGone
             | PublishErrorKind::Closed => None,
         }
+    }
+
+    /// Where the payload breaks the topic's schema, if that is why it was refused.
+    pub fn schema_violation(&self) -> Option<SchemaViolation<'_>> {
+        let PublishErrorKind::Refused(error) = &self.kind else { return None };
+        (error.reason() == Reason::SchemaViolation).then(|| SchemaViolation {
+            revision: error
+                .metadata("schema_revision")
+                .and_then(|revision| revision.parse().ok())
+                .unwrap_or_default(),
+            field: error.metadata("field").unwrap_or_default(),
+        })
     }
 
     /// Whether publishing the same message again can succeed. If the
@@ -153,10 +175,28 @@ impl PublishError {
             PublishErrorKind::Session(error) => error.is_retryable(),
             PublishErrorKind::TooLarge { .. }
             | PublishErrorKind::ServerRegressed { .. }
+            | PublishErrorKind::SchemaMismatch { .. }
             | PublishErrorKind::Fenced
             | PublishErrorKind::Protocol(_)
             | PublishErrorKind::Foreign(_) => false,
         }
+    }
+}
+
+/// Where a payload breaks the schema of its topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SchemaViolation<'e> {
+    /// The revision of the schema.
+    pub revision: u32,
+    /// A JSON pointer, or the path of a protobuf field. Empty: the payload as a whole.
+    pub field: &'e str,
+}
+
+fn told(revision: Option<u32>, problems: &[SchemaProblem]) -> String {
+    match (revision, problems) {
+        (Some(revision), [first, ..]) => format!("revision {revision}: {first}"),
+        _ => "it has none".to_owned(),
     }
 }
 

@@ -93,6 +93,12 @@ reasons! {
     BeyondHead = "BEYOND_HEAD",
     /// The result of a publish from so long ago is not kept any more.
     ResultExpired = "RESULT_EXPIRED",
+    /// The payload is not valid by the topic's schema.
+    SchemaViolation = "SCHEMA_VIOLATION",
+    /// The content type is not the topic's.
+    ContentTypeMismatch = "CONTENT_TYPE_MISMATCH",
+    /// A new schema breaks what the present one promised, or may do so.
+    SchemaIncompatible = "SCHEMA_INCOMPATIBLE",
 }
 
 impl Reason {
@@ -122,6 +128,10 @@ impl ServerError {
     pub(crate) fn new(reason: Reason, message: impl Into<String>) -> Self {
         let message = message.into();
         Self { reason, message, metadata: BTreeMap::new(), retry_after: None }
+    }
+
+    pub(crate) fn with_metadata(self, metadata: BTreeMap<String, String>) -> Self {
+        Self { metadata, ..self }
     }
 
     /// Why: what programs decide on.
@@ -175,6 +185,9 @@ impl ServerError {
             | Reason::DataLoss
             | Reason::BeyondHead
             | Reason::ResultExpired
+            | Reason::SchemaViolation
+            | Reason::ContentTypeMismatch
+            | Reason::SchemaIncompatible
             | Reason::Other => false,
         }
     }

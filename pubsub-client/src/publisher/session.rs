@@ -463,7 +463,8 @@ fn fate(
             let reason = Reason::from_wire(refused.reason);
             let expired = reason == Reason::ResultExpired;
             let outcome = if expired { Outcome::Unknown } else { Outcome::NotPersisted };
-            let error = ServerError::new(reason, refused.detail.clone());
+            let metadata = refused.metadata.clone();
+            let error = ServerError::new(reason, refused.detail.clone()).with_metadata(metadata);
             Err(PublishError::new(PublishErrorKind::Refused(error), outcome).with_key(key))
         }
     }

@@ -36,8 +36,8 @@ struct Revision {
 pub struct SchemaCheck {
     /// The present revision; 0 if there is none.
     pub current: u32,
-    /// Whether the rules are those of the present revision.
-    pub is_current: bool,
+    /// The last revision with the same rules; 0 if there is none.
+    pub matching: u32,
     /// Why they could not become the next one.
     pub problems: Vec<Problem>,
     /// Why payloads that are valid by them could be refused by the present one.
@@ -217,8 +217,8 @@ impl Broker {
         rules: Option<PayloadRules>,
         payloads: Vec<bytes::Bytes>,
     ) -> Result<SchemaCheck, BrokerError> {
-        let current = self.topic(topic)?.payloads.current();
-        self.beside(move || check(current.as_deref(), rules.as_ref(), &payloads)).await?
+        let all = self.topic(topic)?.payloads.all().clone();
+        self.beside(move || check(&all, rules.as_ref(), &payloads)).await?
     }
 
     /// Checks each message of a batch by itself.
@@ -299,10 +299,11 @@ impl Topic {
 }
 
 fn check(
-    current: Option<&Revision>,
+    all: &BTreeMap<u32, Arc<Revision>>,
     rules: Option<&PayloadRules>,
     payloads: &[bytes::Bytes],
 ) -> Result<SchemaCheck, BrokerError> {
+    let current = all.last_key_value().map(|(_, revision)| revision);
     let compiled = rules.map(PayloadRules::compile).transpose();
     let compiled = compiled.map_err(|error| BrokerError::Invalid(error.to_string()))?;
     let before = current.map(|current| &current.record.rules);
@@ -312,9 +313,12 @@ fn check(
         (None, None) => None,
     };
     let both = before.zip(rules);
+    let is_same =
+        |revision: &&Arc<Revision>| rules.is_some_and(|rules| revision.record.rules.is(rules));
+    let matching = all.values().rev().find(is_same);
     Ok(SchemaCheck {
         current: current.map_or(0, |current| current.record.revision),
-        is_current: both.is_some_and(|(before, rules)| before.is(rules)),
+        matching: matching.map_or(0, |revision| revision.record.revision),
         problems: both.map(|(before, rules)| before.problems_with(rules)).unwrap_or_default(),
         publisher_problems: both
             .map(|(before, rules)| rules.problems_with(before))

@@ -65,7 +65,7 @@ pub(super) async fn check(
     let check = check.map_err(|error| status(&error))?;
     Ok(v1::CheckSchemaResponse {
         current_revision: check.current,
-        is_current: check.is_current,
+        matching_revision: check.matching,
         problems: check.problems.into_iter().map(problem).collect(),
         publisher_problems: check.publisher_problems.into_iter().map(problem).collect(),
         payloads: check.payloads.into_iter().map(payload).collect(),
