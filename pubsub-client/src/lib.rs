@@ -62,8 +62,8 @@ pub use error::{
 };
 pub use message::{InvalidMessageId, Message, MessageId, ReceivedMessage};
 pub use publisher::{
-    OnRecreated, Permit, PublishReceipt, PublishTicket, Publisher, PublisherBuilder,
-    TypedPublishError, TypedPublisher,
+    Batch, BatchTicket, OnRecreated, Permit, PublishReceipt, PublishTicket, Publisher,
+    PublisherBuilder, TypedPublishError, TypedPublisher,
 };
 pub use retry::RetryPolicy;
 pub use state::{ConnectionState, StateWatch};

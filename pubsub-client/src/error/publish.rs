@@ -2,6 +2,7 @@
 
 use crate::admin::SchemaProblem;
 use crate::error::{ForeignAnswer, Reason, ServerError};
+use crate::limits;
 use crate::message::Message;
 
 /// Whether something that failed may have happened all the same.
@@ -39,6 +40,18 @@ pub enum PublishErrorKind {
         size: usize,
         /// The bytes that are allowed.
         limit: usize,
+    },
+    /// A batch is empty, or larger than one that can be stored at once.
+    #[error(
+        "the batch has {messages} messages with {bytes} bytes; 1 to {} with {} are allowed",
+        limits::ATOMIC_MESSAGES,
+        limits::ATOMIC_BYTES
+    )]
+    BatchSize {
+        /// How many messages.
+        messages: usize,
+        /// Their bytes as encoded.
+        bytes: usize,
     },
     /// The message's own deadline passed.
     #[error("the message's deadline passed")]
@@ -130,6 +143,7 @@ impl PublishError {
             | PublishErrorKind::Session(error)
             | PublishErrorKind::Blocked(error) => Some(error.reason()),
             PublishErrorKind::TooLarge { .. }
+            | PublishErrorKind::BatchSize { .. }
             | PublishErrorKind::DeadlineElapsed
             | PublishErrorKind::HorizonElapsed
             | PublishErrorKind::ProducerStateLost
@@ -158,6 +172,18 @@ impl PublishError {
         })
     }
 
+    /// The last message of the topic, if a batch was refused because it expected another one.
+    pub fn actual_head(&self) -> Option<u64> {
+        let PublishErrorKind::Refused(error) = &self.kind else { return None };
+        error.metadata("head").and_then(|head| head.parse().ok())
+    }
+
+    /// Which message of a batch, from 0, it was refused for, if it was for one of them.
+    pub fn batch_index(&self) -> Option<usize> {
+        let PublishErrorKind::Refused(error) = &self.kind else { return None };
+        error.metadata("index").and_then(|index| index.parse().ok())
+    }
+
     /// Whether publishing the same message again can succeed. If the
     /// [outcome](Self::outcome) is unknown, do so only under the same idempotency key.
     pub fn is_retryable(&self) -> bool {
@@ -174,6 +200,7 @@ impl PublishError {
             PublishErrorKind::Refused(error) => error.reason() == Reason::ResultExpired,
             PublishErrorKind::Session(error) => error.is_retryable(),
             PublishErrorKind::TooLarge { .. }
+            | PublishErrorKind::BatchSize { .. }
             | PublishErrorKind::ServerRegressed { .. }
             | PublishErrorKind::SchemaMismatch { .. }
             | PublishErrorKind::Fenced

@@ -99,6 +99,8 @@ reasons! {
     ContentTypeMismatch = "CONTENT_TYPE_MISMATCH",
     /// A new schema breaks what the present one promised, or may do so.
     SchemaIncompatible = "SCHEMA_INCOMPATIBLE",
+    /// The last message of the topic is not the one that a batch expected.
+    HeadMismatch = "HEAD_MISMATCH",
 }
 
 impl Reason {
@@ -188,6 +190,7 @@ impl ServerError {
             | Reason::SchemaViolation
             | Reason::ContentTypeMismatch
             | Reason::SchemaIncompatible
+            | Reason::HeadMismatch
             | Reason::Other => false,
         }
     }

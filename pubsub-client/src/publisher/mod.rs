@@ -1,5 +1,6 @@
 //! Publishing.
 
+mod batch;
 mod core;
 mod schema;
 mod session;
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use tokio::time::timeout_at;
 
+pub use self::batch::{Batch, BatchTicket};
 pub(crate) use self::core::Core;
 use self::schema::Written;
 pub use self::ticket::{Permit, PublishReceipt, PublishTicket};
@@ -86,6 +88,32 @@ impl Publisher {
         message: impl Into<Message>,
     ) -> Result<PublishReceipt, PublishError> {
         self.enqueue(message).await?.await
+    }
+
+    /// Messages that are stored all together, one after another, or not at all: at most 1,000
+    /// with 4 MiB as encoded. They keep their place in the order of the calls.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let server = pubsub_server::Server::start(pubsub_server::Config::in_memory()).await?;
+    /// # let client = pubsub_client::Client::connect(server.url()).await?;
+    /// # client.admin().create_topic("account-7", Default::default()).await?;
+    /// let publisher = client.publisher("account-7").open().await?;
+    /// let receipts = publisher.publish_batch(["opened", "paid in"]).expect_head(0).await?;
+    /// assert_eq!(receipts[1].id.sequence, 2);
+    ///
+    /// // Somebody who has not seen these does not add to them.
+    /// let error = publisher.publish_batch(["paid out"]).expect_head(0).await.unwrap_err();
+    /// assert_eq!(error.actual_head(), Some(2));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn publish_batch(
+        &self,
+        messages: impl IntoIterator<Item = impl Into<Message>>,
+    ) -> Batch<'_> {
+        Batch::new(&self.handle.core, messages.into_iter().map(Into::into).collect())
     }
 
     /// Puts a message into the window, waiting for room, and returns a ticket for its fate.

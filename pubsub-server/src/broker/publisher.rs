@@ -16,8 +16,8 @@ use crate::limits;
 use crate::names::TopicName;
 use crate::record::{Epoch, NewMessage, Uuid};
 use crate::storage::{
-    self, Append, AppendOutcome, Health, Item, OpenPublisher, PublisherRef, Refusal, RefusalReason,
-    Run, Ticket,
+    self, Append, AppendOutcome, Atomic, Health, Item, OpenPublisher, PublisherRef, Refusal,
+    RefusalReason, Run, Ticket,
 };
 
 /// A publisher wants to open a stream.
@@ -61,6 +61,8 @@ pub struct Batch {
     pub resolved_below: u64,
     /// The messages, or why they are refused.
     pub items: Vec<Item>,
+    /// Whether they are stored all together or not at all.
+    pub atomic: Option<Atomic>,
 }
 
 /// Publishes on their way to the disk. Resolves when their fate is durable.
@@ -119,10 +121,9 @@ impl Broker {
     pub async fn publish(
         &self,
         topic: &TopicName,
-        items: Vec<Item>,
+        batch: Batch,
     ) -> Result<(Epoch, Vec<Run>), BrokerError> {
         let topic = self.topic(topic)?;
-        let batch = Batch { first_sequence: 1, resolved_below: 0, items };
         let Inspected(batch) = self.inspect(&topic, batch).await?;
         self.check_room(&topic, &batch)?;
         let semaphore = Arc::clone(&self.inner.uncommitted);
@@ -178,9 +179,10 @@ impl Broker {
         // It goes with the messages: neither a caller that hangs up gives it back too early, nor a
         // peer that does not take its answers too late.
         let room = Some(Arc::new(Room::new(Arc::clone(topic), bytes, permit)) as storage::Room);
-        let Batch { first_sequence, resolved_below, items } = batch;
+        let Batch { first_sequence, resolved_below, items, atomic } = batch;
         let topic = topic.record.epoch;
-        let append = Append { topic, publisher, first_sequence, resolved_below, items, room };
+        let append =
+            Append { topic, publisher, first_sequence, resolved_below, items, atomic, room };
         Pending { ticket: self.inner.storage.append(append), bytes }
     }
 }
@@ -251,8 +253,15 @@ impl Publisher {
     /// publishers that were not used for long are forgotten.
     pub fn touch(&self) {
         let (topic, publisher) = (self.topic.record.epoch, Some(self.publisher));
-        let (first_sequence, resolved_below, items, room) = (0, 0, Vec::new(), None);
-        let append = Append { topic, publisher, first_sequence, resolved_below, items, room };
+        let append = Append {
+            topic,
+            publisher,
+            first_sequence: 0,
+            resolved_below: 0,
+            items: Vec::new(),
+            atomic: None,
+            room: None,
+        };
         // If it is refused, so is the next batch, which says why.
         drop(self.broker.inner.storage.append(append));
     }
@@ -335,7 +344,8 @@ mod tests {
         let body = Bytes::from(vec![1; 1000]);
         let message = NewMessage { body, recipients: Vec::new(), key: None };
         let items = vec![Item::Store(message)];
-        Inspected(Batch { first_sequence, resolved_below: first_sequence, items })
+        let resolved_below = first_sequence;
+        Inspected(Batch { first_sequence, resolved_below, items, atomic: None })
     }
 
     #[tokio::test]

@@ -8,7 +8,9 @@ use std::collections::{HashMap, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use super::clock::{Age, Now};
-use super::{Append, AppendOutcome, AppendRefusal, Fact, Fate, Item, OpenPublisher, Refusal, Run};
+use super::{
+    Append, AppendOutcome, AppendRefusal, Atomic, Fact, Fate, Item, OpenPublisher, Refusal, Run,
+};
 use super::{PublisherRef, RefusalReason};
 use crate::limits;
 use crate::record::{IdempotencyKey, NewMessage, Timestamp};
@@ -117,10 +119,15 @@ pub(super) fn admit<E>(
         skip = known.iter().map(|run| run.count as usize).sum();
         publisher.used = context.now.age;
     }
+    if append.atomic.is_some() && skip > 0 && skip < append.items.len() {
+        // Half of it was decided before, which is not what was sent then.
+        let expected = append.first_sequence.saturating_add(skip as u64);
+        return Ok(Admission::refused(AppendRefusal::OutOfOrder { expected }));
+    }
     let mut decider = Decider::new(*context, known);
     let mut sequence = append.first_sequence.saturating_add(skip as u64);
-    for item in append.items.into_iter().skip(skip) {
-        let fate = decider.decide(item, &mut lookup)?;
+    let items = append.items.into_iter().skip(skip).collect();
+    for fate in decider.decide_all(append.atomic, items, &mut lookup)? {
         if let Some(publisher) = &mut publisher {
             publisher.record(sequence, &fate);
         }
@@ -311,6 +318,61 @@ impl Decider {
         Self { context, runs, messages: Vec::new(), keys: HashMap::new() }
     }
 
+    fn decide_all<E>(
+        &mut self,
+        atomic: Option<Atomic>,
+        items: Vec<Item>,
+        lookup: &mut impl FnMut(&[u8; 16]) -> Result<Option<KeyRow>, E>,
+    ) -> Result<Vec<Fate>, E> {
+        match atomic {
+            None => items.into_iter().map(|item| self.decide(item, lookup)).collect(),
+            Some(_) if items.is_empty() => Ok(Vec::new()),
+            Some(atomic) => {
+                let count = items.len() as u64;
+                let first = self.decide_together(atomic, items, lookup)?;
+                Ok((0..count).map(|offset| first.nth(offset)).collect())
+            }
+        }
+    }
+
+    /// The fate of the first of messages that have one fate. The identity comes first: an append
+    /// whose first attempt was stored has moved the head itself.
+    fn decide_together<E>(
+        &mut self,
+        atomic: Atomic,
+        items: Vec<Item>,
+        lookup: &mut impl FnMut(&[u8; 16]) -> Result<Option<KeyRow>, E>,
+    ) -> Result<Fate, E> {
+        let Atomic { expected_head, key } = atomic;
+        if let Some(key) = key
+            && let Some(row) = self.known(&key, lookup)?
+        {
+            return Ok(known_key(&row, &key));
+        }
+        let mut messages = Vec::with_capacity(items.len());
+        for (index, item) in (0..).zip(items) {
+            match item {
+                Item::Store(message) => messages.push(message),
+                Item::Refuse(refusal) | Item::RefuseNew(_, refusal) => {
+                    return Ok(Fate::Refused(refusal.of_one(index)));
+                }
+            }
+        }
+        let head = self.context.head;
+        if let Some(expected) = expected_head.filter(|expected| *expected != head) {
+            let detail = format!("the last message of the topic is {head}, and not {expected}");
+            let refusal = Refusal::new(RefusalReason::HeadMismatch, detail);
+            return Ok(Fate::Refused(refusal.with(Fact::Head(head))));
+        }
+        let (sequence, at) = (head + 1, self.context.at());
+        if let Some(key) = key {
+            let expires = self.context.now.age.after(self.context.window);
+            self.keys.insert(key.key, KeyRow { content: key.content, sequence, at, expires });
+        }
+        self.messages = messages;
+        Ok(Fate::Stored { sequence, duplicate: false, at })
+    }
+
     fn decide<E>(
         &mut self,
         item: Item,
@@ -349,6 +411,26 @@ impl Decider {
             Some(row) => Some(*row),
             None => lookup(&key.key)?.filter(|row| row.expires > self.context.now.age),
         })
+    }
+}
+
+impl Fate {
+    /// The fate of a message that comes so many after the one with this fate.
+    fn nth(&self, offset: u64) -> Self {
+        match self {
+            Self::Stored { sequence, duplicate, at } => {
+                Self::Stored { sequence: sequence + offset, duplicate: *duplicate, at: *at }
+            }
+            Self::Refused(refusal) => Self::Refused(refusal.clone()),
+        }
+    }
+}
+
+impl Refusal {
+    /// The refusal of all messages because of one of them.
+    fn of_one(mut self, index: u32) -> Self {
+        self.detail = format!("message {} of the batch: {}", u64::from(index) + 1, self.detail);
+        self.with(Fact::Index(index))
     }
 }
 

@@ -27,6 +27,9 @@
 //!   begins with known sequences and continues with new ones is both.
 //! - A message that is refused for good ([`Item::Refuse`], or [`RefusalReason::KeyReused`] found
 //!   here) takes its sequence, so that a replay gets the same answer and leaves no gap.
+//! - Of an append that is [`Atomic`] all messages have one fate. Whether it is stored already, by its
+//!   publisher sequences or by its key, is looked at first; then whether a message of it is refused;
+//!   then the expected head. What refuses it for good takes all its sequences.
 //! - An append that is refused as a whole ([`AppendRefusal`]) takes no sequence and changes
 //!   nothing.
 //! - An idempotency key is remembered for the topic's window since its first use, counted by a
@@ -130,8 +133,20 @@ pub struct Append {
     /// The messages, with dense sequences. None at all say that the stream is still in use, so that
     /// its publisher is not forgotten.
     pub items: Vec<Item>,
+    /// Whether they are stored all together or not at all.
+    pub atomic: Option<Atomic>,
     /// Dropped when the messages are committed or refused, whoever waits for the ticket.
     pub room: Option<Room>,
+}
+
+/// The messages of an append are stored all together, with dense sequences, or are refused for
+/// good all together. They have no keys of their own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Atomic {
+    /// What the head of the topic has to be, unless the messages are stored already.
+    pub expected_head: Option<u64>,
+    /// The application's identity for all of it.
+    pub key: Option<IdempotencyKey>,
 }
 
 /// What messages take up between their arrival and their commit.
@@ -173,6 +188,10 @@ pub enum Fact {
     Field(String),
     /// What was expected instead.
     Expected(String),
+    /// The head of the topic.
+    Head(u64),
+    /// Which message of an atomic append it is about, from 0.
+    Index(u32),
 }
 
 impl Refusal {
@@ -204,6 +223,8 @@ pub enum RefusalReason {
     Schema,
     /// The content type is not the topic's.
     ContentType,
+    /// The head of the topic is not the expected one.
+    HeadMismatch,
 }
 
 /// One stream of a publisher.

@@ -19,7 +19,7 @@ use crate::record::{
     Epoch, IdempotencyKey, NewMessage, Release, Sequences, StoredMessage, SubscriptionKind,
     Timestamp, TopicConfig, Uuid,
 };
-use crate::storage::{Fact, Fate, Item, Refusal, RefusalReason, Run};
+use crate::storage::{Atomic, Fact, Fate, Item, Refusal, RefusalReason, Run};
 
 // ---- small things
 
@@ -166,6 +166,41 @@ pub(super) fn parse_message(mut message: v1::Message) -> Item {
     Item::Store(NewMessage { body, recipients, key })
 }
 
+/// The messages of a batch that is stored whole or not at all, and what holds for all of it.
+pub(super) fn parse_atomic(
+    messages: Vec<v1::Message>,
+    atomic: &v1::AtomicBatch,
+) -> Result<(Vec<Item>, Atomic), Status> {
+    let (bytes, limit) =
+        (messages.iter().map(v1::Message::encoded_len).sum::<usize>(), limits::MAX_ATOMIC_BYTES);
+    if bytes > limit {
+        return Err(invalid(format!("an atomic batch has {bytes} bytes; {limit} are allowed")));
+    }
+    let (key, limit) = (&atomic.idempotency_key, limits::MAX_KEY_BYTES);
+    if key.len() > limit {
+        let size = key.len();
+        return Err(invalid(format!("idempotency_key has {size} bytes; {limit} are allowed")));
+    }
+    let mut content = blake3::Hasher::new();
+    let parse = |mut message: v1::Message| {
+        if !message.idempotency_key.is_empty() {
+            let detail = "a message of an atomic batch has no idempotency key of its own";
+            return Item::Refuse(Refusal::new(RefusalReason::Invalid, detail));
+        }
+        message.schema_revision = 0;
+        if !key.is_empty() {
+            content.update(blake3::hash(&message.encode_to_vec()).as_bytes());
+        }
+        parse_message(message)
+    };
+    let items = messages.into_iter().map(parse).collect();
+    let key = (!key.is_empty()).then(|| IdempotencyKey {
+        key: truncated(blake3::hash(key.as_bytes())),
+        content: *content.finalize().as_bytes(),
+    });
+    Ok((items, Atomic { expected_head: atomic.expected_head, key }))
+}
+
 fn truncated(hash: blake3::Hash) -> [u8; 16] {
     let mut short = [0; 16];
     short.copy_from_slice(&hash.as_bytes()[..16]);
@@ -246,6 +281,8 @@ fn fact(fact: Fact) -> (String, String) {
         Fact::SchemaRevision(revision) => ("schema_revision", revision.to_string()),
         Fact::Field(field) => ("field", field),
         Fact::Expected(expected) => ("expected", expected),
+        Fact::Head(head) => ("head", head.to_string()),
+        Fact::Index(index) => ("index", index.to_string()),
     };
     (name.to_owned(), value)
 }

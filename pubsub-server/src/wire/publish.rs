@@ -13,9 +13,9 @@ use pubsub_proto::v1::publish_stream_request::Frame as Request;
 use pubsub_proto::v1::publish_stream_response::Frame as Response;
 use pubsub_proto::v1::publisher_service_server::PublisherService;
 use pubsub_proto::v1::{
-    ErrorReason, PublishBatch, PublishRequest, PublishResponse, PublishResults,
-    PublishStreamRequest, PublishStreamResponse, PublisherBlocked, PublisherHeartbeat,
-    PublisherHello, PublisherWelcome,
+    AtomicBatch, ErrorReason, Message, PublishBatch, PublishRequest, PublishResponse,
+    PublishResults, PublishStreamRequest, PublishStreamResponse, PublisherBlocked,
+    PublisherHeartbeat, PublisherHello, PublisherWelcome,
 };
 use tokio::time::Instant;
 use tonic::{Status, Streaming};
@@ -29,7 +29,7 @@ use super::{Context, turned};
 use crate::broker::BrokerError;
 use crate::broker::publisher::{Batch, Inspected, Open, Pending, Publisher};
 use crate::limits;
-use crate::storage::Run;
+use crate::storage::{Atomic, Item, Run};
 
 /// The publisher service.
 #[derive(Debug)]
@@ -45,9 +45,9 @@ impl PublisherService for Service {
     ) -> Result<tonic::Response<PublishResponse>, Status> {
         let request = request.into_inner();
         let topic = convert::parse_topic(&request.topic)?;
-        check_count(request.messages.len())?;
-        let items = request.messages.into_iter().map(convert::parse_message).collect();
-        let published = self.0.broker.publish(&topic, items).await;
+        let (items, atomic) = parse_items(request.messages, request.atomic)?;
+        let batch = Batch { first_sequence: 1, resolved_below: 0, items, atomic };
+        let published = self.0.broker.publish(&topic, batch).await;
         let (epoch, runs) = published.map_err(|error| status(&error))?;
         let results = convert::publish_results(epoch, runs);
         Ok(tonic::Response::new(PublishResponse { results }))
@@ -384,8 +384,7 @@ fn merge(runs: &mut Vec<Run>, run: Run) {
 }
 
 fn parse_batch(batch: PublishBatch) -> Result<Batch, Status> {
-    let PublishBatch { first_sequence, messages, resolved_below } = batch;
-    check_count(messages.len())?;
+    let PublishBatch { first_sequence, messages, resolved_below, atomic } = batch;
     if first_sequence == 0 || first_sequence.checked_add(messages.len() as u64).is_none() {
         return Err(invalid("first_sequence: sequences start at 1"));
     }
@@ -393,12 +392,29 @@ fn parse_batch(batch: PublishBatch) -> Result<Batch, Status> {
         let limit = limits::MAX_IN_FLIGHT_MESSAGES;
         return Err(protocol(format!("more than {limit} messages are unanswered")));
     }
-    let items = messages.into_iter().map(convert::parse_message).collect();
-    Ok(Batch { first_sequence, resolved_below, items })
+    let (items, atomic) = parse_items(messages, atomic)?;
+    Ok(Batch { first_sequence, resolved_below, items, atomic })
 }
 
-fn check_count(messages: usize) -> Result<(), Status> {
-    let limit = limits::MAX_BATCH_MESSAGES;
+/// The messages of one batch or request.
+fn parse_items(
+    messages: Vec<Message>,
+    atomic: Option<AtomicBatch>,
+) -> Result<(Vec<Item>, Option<Atomic>), Status> {
+    match atomic {
+        None => {
+            check_count(messages.len(), limits::MAX_BATCH_MESSAGES)?;
+            Ok((messages.into_iter().map(convert::parse_message).collect(), None))
+        }
+        Some(atomic) => {
+            check_count(messages.len(), limits::MAX_ATOMIC_MESSAGES)?;
+            let (items, atomic) = convert::parse_atomic(messages, &atomic)?;
+            Ok((items, Some(atomic)))
+        }
+    }
+}
+
+fn check_count(messages: usize, limit: usize) -> Result<(), Status> {
     if (1..=limit).contains(&messages) {
         return Ok(());
     }

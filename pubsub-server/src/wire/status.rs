@@ -57,6 +57,7 @@ pub(super) fn refusal_reason(reason: RefusalReason) -> ErrorReason {
         RefusalReason::KeyReused => ErrorReason::IdempotencyKeyReused,
         RefusalReason::Schema => ErrorReason::SchemaViolation,
         RefusalReason::ContentType => ErrorReason::ContentTypeMismatch,
+        RefusalReason::HeadMismatch => ErrorReason::HeadMismatch,
     }
 }
 

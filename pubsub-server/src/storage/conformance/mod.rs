@@ -14,8 +14,10 @@ use crate::names::SubscriptionName;
 use crate::record::{CursorRecord, Departed, Epoch, NewMessage, Timestamp};
 use crate::schema::{Compatibility, PayloadRules, SchemaRecord};
 
+use self::atomic::*;
 use self::identity::*;
 
+mod atomic;
 mod identity;
 
 /// An engine under test.
@@ -416,6 +418,11 @@ suite! {
     a_key_with_other_content_is_refused_for_good
     a_key_is_free_again_after_its_window_and_not_before
     a_key_belongs_to_its_topic
+    an_atomic_append_is_stored_whole_or_refused_whole
+    an_atomic_append_is_stored_once_under_its_key
+    an_expected_head_holds_at_the_commit
+    a_retry_of_what_is_stored_does_not_meet_the_head_that_it_moved
+    half_an_atomic_append_is_none
     heads_rise_before_tickets_resolve
     a_change_that_can_wait_is_committed_soon
     a_read_keeps_its_limits
