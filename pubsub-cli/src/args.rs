@@ -271,6 +271,8 @@ Examples:
   pubsub publish orders 'hello' --create
   pubsub publish orders '{\"id\": 7}' --content-type application/json --attr region=eu
   pubsub publish orders 'paid' --idempotency-key order-7-paid    safe to run twice
+  pubsub publish orders --batch < order-7.jsonl                  all of it or nothing
+  pubsub publish account-7 'paid out' --expect-head 41           only if nothing came after 41
   tail -f app.log | pubsub publish logs --quiet")]
 pub(crate) struct Publish {
     /// The topic
@@ -281,7 +283,14 @@ pub(crate) struct Publish {
     /// The ordering key: messages of one key keep their order
     #[arg(long, value_name = "KEY")]
     pub(crate) key: Option<String>,
-    /// Your own identity of the one message: published again under it, it is stored once
+    /// Store all messages together or not at all: up to 1000 with 4 MiB
+    #[arg(long)]
+    pub(crate) batch: bool,
+    /// Store them, as a batch, only if this is the last message of the topic; 0 if it has none
+    #[arg(long, value_name = "SEQUENCE")]
+    pub(crate) expect_head: Option<u64>,
+    /// Your own identity of the one message, or of the batch: published again under it, it is
+    /// stored once
     #[arg(long, value_name = "KEY")]
     pub(crate) idempotency_key: Option<String>,
     /// An attribute; may be given several times

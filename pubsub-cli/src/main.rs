@@ -5,6 +5,7 @@
 //! way to standard output.
 
 mod args;
+mod batch;
 mod failure;
 mod format;
 mod interrupt;

@@ -8,6 +8,7 @@
 mod acks;
 mod app;
 mod bad_input;
+mod batches;
 mod bounds;
 mod chaos;
 mod consumers;

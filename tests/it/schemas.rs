@@ -14,6 +14,7 @@ use pubsub_proto::v1::{
 use pubsub_tests::{
     lab::scenario,
     raw::{self, PublishStream},
+    wait,
 };
 
 use crate::app::{self, SOON};
@@ -117,7 +118,8 @@ fn a_key_that_was_stored_is_answered_whatever_the_topic_takes_by_now() {
         let publish = async |url: String, payload: &str| {
             let message = raw::message(payload.to_owned());
             let message = v1::Message { idempotency_key: "k".into(), ..message };
-            let request = PublishRequest { topic: TOPIC.into(), messages: vec![message] };
+            let request =
+                PublishRequest { topic: TOPIC.into(), messages: vec![message], atomic: None };
             let channel = raw::connect(&url).await?;
             let answer = raw::publisher(&channel).publish(request).await?.into_inner();
             let fate = answer.results.into_iter().next().and_then(|result| result.outcome);
@@ -266,9 +268,10 @@ fn a_publisher_learns_at_its_opening_whether_its_schema_is_taken() {
         // The server is away for a while in between.
         rig.server.kill().await?;
         let opening = client.publisher(TOPIC).schema(wider).register_schema().open();
-        let opening = tokio::spawn(opening);
-        rig.revive().await?;
-        pubsub_tests::wait::soon("the opening", SOON, opening).await???;
+        let opening = wait::soon("the opening", SOON, opening);
+        let (opened, revived) = tokio::join!(opening, rig.revive());
+        revived?;
+        opened??;
         // One of the revision before: what it publishes is taken, and it registers nothing.
         client.publisher(TOPIC).schema(order()).register_schema().open().await?;
         let other = Schema::json(r#"{"type": "string"}"#);

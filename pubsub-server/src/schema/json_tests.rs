@@ -311,11 +311,9 @@ impl Dice {
                 (1 | 2, Value::Number(number)) => {
                     let number = number.as_f64().unwrap() + self.roll(3) as f64 - 1.0;
                     if number > 0.0 && name != "multipleOf" {
-                        members[&name] = if number.fract() == 0.0 {
-                            json!(number as u64)
-                        } else {
-                            json!(number)
-                        };
+                        // Lengths are whole numbers, and those without a fraction are.
+                        let text = number.to_string();
+                        members[&name] = serde_json::from_str(&text).unwrap();
                     }
                 }
                 (1, Value::String(kind)) if kind == "integer" => members[&name] = json!("number"),

@@ -14,6 +14,7 @@ use super::{
 use super::{PublisherRef, RefusalReason};
 use crate::limits;
 use crate::record::{IdempotencyKey, NewMessage, Timestamp};
+use crate::schema::shortened;
 
 /// What is remembered of one publisher in one topic.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,13 +127,26 @@ pub(super) fn admit<E>(
     }
     let mut decider = Decider::new(*context, known);
     let mut sequence = append.first_sequence.saturating_add(skip as u64);
-    let items = append.items.into_iter().skip(skip).collect();
-    for fate in decider.decide_all(append.atomic, items, &mut lookup)? {
+    let mut note = |runs: &mut Vec<Run>, fate: Fate| {
         if let Some(publisher) = &mut publisher {
             publisher.record(sequence, &fate);
         }
-        push(&mut decider.runs, sequence, fate);
+        push(runs, sequence, fate);
         sequence = sequence.saturating_add(1);
+    };
+    let items = append.items.into_iter().skip(skip);
+    match append.atomic.filter(|_| items.len() > 0) {
+        None => {
+            for item in items {
+                let fate = decider.decide(item, &mut lookup)?;
+                note(&mut decider.runs, fate);
+            }
+        }
+        Some(atomic) => {
+            let count = items.len() as u64;
+            let first = decider.decide_together(atomic, items, &mut lookup)?;
+            (0..count).for_each(|offset| note(&mut decider.runs, first.nth(offset)));
+        }
     }
     if decider.keys.len() as u64 > context.key_room {
         return Ok(Admission::refused(AppendRefusal::TooManyKeys));
@@ -318,59 +332,54 @@ impl Decider {
         Self { context, runs, messages: Vec::new(), keys: HashMap::new() }
     }
 
-    fn decide_all<E>(
-        &mut self,
-        atomic: Option<Atomic>,
-        items: Vec<Item>,
-        lookup: &mut impl FnMut(&[u8; 16]) -> Result<Option<KeyRow>, E>,
-    ) -> Result<Vec<Fate>, E> {
-        match atomic {
-            None => items.into_iter().map(|item| self.decide(item, lookup)).collect(),
-            Some(_) if items.is_empty() => Ok(Vec::new()),
-            Some(atomic) => {
-                let count = items.len() as u64;
-                let first = self.decide_together(atomic, items, lookup)?;
-                Ok((0..count).map(|offset| first.nth(offset)).collect())
-            }
-        }
-    }
-
     /// The fate of the first of messages that have one fate. The identity comes first: an append
     /// whose first attempt was stored has moved the head itself.
     fn decide_together<E>(
         &mut self,
         atomic: Atomic,
-        items: Vec<Item>,
+        items: impl Iterator<Item = Item>,
         lookup: &mut impl FnMut(&[u8; 16]) -> Result<Option<KeyRow>, E>,
     ) -> Result<Fate, E> {
         let Atomic { expected_head, key } = atomic;
+        let mismatch = expected_head.and_then(|expected| self.head_mismatch(expected));
+        // The bug that a test has to find, as the two below.
+        if cfg!(pubsub_break = "head_before_identity")
+            && let Some(refusal) = &mismatch
+        {
+            return Ok(Fate::Refused(refusal.clone()));
+        }
         if let Some(key) = key
             && let Some(row) = self.known(&key, lookup)?
         {
             return Ok(known_key(&row, &key));
         }
-        let mut messages = Vec::with_capacity(items.len());
+        let mut messages = Vec::new();
         for (index, item) in (0..).zip(items) {
             match item {
                 Item::Store(message) => messages.push(message),
+                Item::Refuse(_) if cfg!(pubsub_break = "batch_in_part") => {}
                 Item::Refuse(refusal) | Item::RefuseNew(_, refusal) => {
                     return Ok(Fate::Refused(refusal.of_one(index)));
                 }
             }
         }
-        let head = self.context.head;
-        if let Some(expected) = expected_head.filter(|expected| *expected != head) {
-            let detail = format!("the last message of the topic is {head}, and not {expected}");
-            let refusal = Refusal::new(RefusalReason::HeadMismatch, detail);
-            return Ok(Fate::Refused(refusal.with(Fact::Head(head))));
+        if let Some(refusal) = mismatch {
+            return Ok(Fate::Refused(refusal));
         }
-        let (sequence, at) = (head + 1, self.context.at());
+        let (sequence, at) = (self.context.head + 1, self.context.at());
         if let Some(key) = key {
             let expires = self.context.now.age.after(self.context.window);
             self.keys.insert(key.key, KeyRow { content: key.content, sequence, at, expires });
         }
         self.messages = messages;
         Ok(Fate::Stored { sequence, duplicate: false, at })
+    }
+
+    fn head_mismatch(&self, expected: u64) -> Option<Refusal> {
+        let head = self.context.head;
+        let detail = format!("the last message of the topic is {head}, and not {expected}");
+        let refusal = Refusal::new(RefusalReason::HeadMismatch, detail);
+        (head != expected).then(|| refusal.with(Fact::Head(head)))
     }
 
     fn decide<E>(
@@ -383,6 +392,7 @@ impl Decider {
             Item::Refuse(refusal) => return Ok(Fate::Refused(refusal)),
             Item::RefuseNew(key, refusal) => {
                 let row = self.known(&key, lookup)?.filter(|row| row.content == key.content);
+                let row = row.filter(|_| !cfg!(pubsub_break = "schema_before_identity"));
                 let known = row.map(|row| known_key(&row, &key));
                 return Ok(known.unwrap_or(Fate::Refused(refusal)));
             }
@@ -429,7 +439,8 @@ impl Fate {
 impl Refusal {
     /// The refusal of all messages because of one of them.
     fn of_one(mut self, index: u32) -> Self {
-        self.detail = format!("message {} of the batch: {}", u64::from(index) + 1, self.detail);
+        let detail = format!("message {} of the batch: {}", u64::from(index) + 1, self.detail);
+        self.detail = shortened(detail, limits::MAX_REFUSAL_BYTES);
         self.with(Fact::Index(index))
     }
 }
