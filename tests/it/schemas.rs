@@ -282,3 +282,41 @@ fn a_publisher_learns_at_its_opening_whether_its_schema_is_taken() {
         app::shutdown(client).await
     });
 }
+
+#[test]
+fn what_cannot_be_a_schema_is_refused_by_name() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let client = app::client(&server.url())?;
+        client.admin().create_topic(TOPIC, TopicConfig::new()).await?;
+        let channel = raw::connect(&server.url()).await?;
+        let json = v1::SchemaKind::Json;
+        let schema = |kind: v1::SchemaKind, definition: &str, message_name: &str| v1::Schema {
+            kind: kind.into(),
+            definition: definition.to_owned().into(),
+            message_name: message_name.to_owned(),
+        };
+        for (schema, expected) in [
+            (schema(v1::SchemaKind::Unspecified, "{}", ""), "schema.kind"),
+            (schema(json, "{}", "Order"), "message_name"),
+            (schema(json, "{", ""), "not JSON"),
+            (schema(json, r#"{"$ref": "http://127.0.0.1:1/x"}"#, ""), "127.0.0.1"),
+            (schema(json, &format!("{:300000}", "{}"), ""), "262144"),
+            (schema(v1::SchemaKind::Protobuf, "?", "Order"), "FileDescriptorSet"),
+        ] {
+            let request = v1::SetSchemaRequest {
+                topic: TOPIC.into(),
+                schema: Some(schema),
+                ..Default::default()
+            };
+            let status = raw::admin(&channel).set_schema(request).await.err();
+            let status = status.context(expected)?;
+            ensure!(raw::reason(&status).as_deref() == Some("INVALID_ARGUMENT"), "{status:?}");
+            ensure!(status.message().contains(expected), "{expected}: {}", status.message());
+        }
+        ensure!(client.admin().schema(TOPIC, None).await?.is_none());
+        let error = client.admin().schema("nowhere", None).await.err().context("no error")?;
+        ensure!(error.reason() == Some(Reason::TopicNotFound), "{error}");
+        app::shutdown(client).await
+    });
+}

@@ -329,3 +329,41 @@ fn check(
             .collect(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::env::System;
+    use crate::record::TopicConfig;
+    use crate::storage::memory::Memory;
+
+    fn media(number: u32) -> PayloadRules {
+        PayloadRules { content_type: format!("text/{number}"), schema: None }
+    }
+
+    #[tokio::test]
+    async fn revisions_are_counted_and_bounded() {
+        let env = Arc::new(System);
+        let broker = Broker::start(Arc::new(Memory::new(Arc::clone(&env) as _)), env).await;
+        let broker = broker.unwrap();
+        let name = TopicName::parse("t").unwrap();
+        let set = async |number| {
+            let set = broker.set_schema(name.clone(), media(number), Compatibility::None).await;
+            set.map(|(record, created)| (record.revision, created))
+        };
+        assert_eq!(set(1).await, Err(BrokerError::TopicNotFound(name.clone())));
+        broker.create_topic(name.clone(), TopicConfig::default(), false).await.unwrap();
+        let nothing = PayloadRules::default();
+        let nothing = broker.set_schema(name.clone(), nothing, Compatibility::Backward).await;
+        assert_eq!(nothing.unwrap_err().code(), crate::broker::Code::Invalid);
+        for number in 1..=limits::MAX_SCHEMA_REVISIONS {
+            assert_eq!(set(number).await, Ok((number, true)));
+            assert_eq!(set(number).await, Ok((number, false)), "the present one");
+        }
+        let full = set(0).await.unwrap_err();
+        assert_eq!(full.metadata(), [("limit", "schema revisions of a topic".to_owned())]);
+        assert_eq!(broker.schemas(&name).unwrap().len(), 100);
+        assert_eq!(broker.schema(&name, Some(7)).unwrap().unwrap().rules, media(7));
+        assert!(broker.schema(&name, Some(101)).is_err());
+    }
+}
