@@ -27,6 +27,8 @@
 //!   begins with known sequences and continues with new ones is both.
 //! - A message that is refused for good ([`Item::Refuse`], or [`RefusalReason::KeyReused`] found
 //!   here) takes its sequence, so that a replay gets the same answer and leaves no gap.
+//! - A message that would be refused only because it is new ([`Item::RefuseNew`]) is answered with
+//!   its id if it is stored under its key, with the same content.
 //! - Of an append that is [`Atomic`] all messages have one fate. Whether it is stored already, by its
 //!   publisher sequences or by its key, is looked at first; then whether a message of it is refused;
 //!   then the expected head. What refuses it for good takes all its sequences.
