@@ -4,11 +4,12 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     "pubsub/v1/admin.proto",
     "pubsub/v1/error.proto",
     "pubsub/v1/message.proto",
     "pubsub/v1/publisher.proto",
+    "pubsub/v1/schema.proto",
     "pubsub/v1/subscriber.proto",
 ];
 

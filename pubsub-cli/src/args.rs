@@ -54,6 +54,9 @@ pub(crate) enum Command {
     /// Create, list, describe and delete topics
     #[command(subcommand, visible_alias = "topics")]
     Topic(Topic),
+    /// Set, show and check what a topic takes: a media type and a schema
+    #[command(subcommand, visible_alias = "schemas")]
+    Schema(Schema),
     /// Create, list, describe, delete and move subscriptions
     #[command(subcommand, visible_aliases = ["subscriptions", "sub"])]
     Subscription(Subscription),
@@ -168,6 +171,84 @@ pub(crate) struct TopicSettings {
     /// How long to remember idempotency keys, up to 7days [default: 7days]
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub(crate) idempotency_window: Option<Duration>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Schema {
+    /// Set what a topic takes from now on: the next revision, unless it is the present one
+    #[command(after_help = "\
+Examples:
+  pubsub schema set orders --json-schema order.schema.json
+  pubsub schema set orders --protobuf order.binpb --message shop.v1.Order
+  pubsub schema set logs --content-type text/plain
+  pubsub schema set orders --anything --compatibility none
+
+A descriptor set comes from `buf build -o order.binpb`, or from `protoc --include_imports
+--descriptor_set_out=order.binpb order.proto`.")]
+    Set(SetSchema),
+    /// Show what a topic takes: the present revision, another one, or all
+    Show {
+        /// The topic
+        topic: String,
+        /// Show this revision
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        revision: Option<u32>,
+        /// List all revisions
+        #[arg(long, conflicts_with = "revision")]
+        all: bool,
+    },
+    /// Check payloads, or whether a schema may come next; nothing is stored
+    #[command(after_help = "\
+Payloads are checked with the schema that is given, or with the topic's present one.
+
+Examples:
+  pubsub schema check orders order-1.json order-2.json    a payload in each file
+  pubsub schema check orders < orders.jsonl               a payload on each line
+  pubsub schema check orders --json-schema next.json      may it be set?
+  pubsub schema check orders --json-schema next.json - < orders.jsonl")]
+    Check(CheckSchema),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct SetSchema {
+    /// The topic
+    pub(crate) topic: String,
+    #[command(flatten)]
+    pub(crate) rules: Rules,
+    /// Take everything
+    #[arg(long, conflicts_with_all = ["json_schema", "protobuf", "content_type"])]
+    pub(crate) anything: bool,
+    /// What the present revision promised, and the new one has to keep
+    #[arg(long, value_name = "WHAT", default_value = "backward")]
+    pub(crate) compatibility: values::Keep,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct CheckSchema {
+    /// The topic
+    pub(crate) topic: String,
+    /// Files with one payload each; "-" for standard input, each line of which is one
+    #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) payloads: Vec<String>,
+    #[command(flatten)]
+    pub(crate) rules: Rules,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Rules {
+    /// A file with a JSON Schema
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) json_schema: Option<String>,
+    /// A file with an encoded protobuf FileDescriptorSet, with all imports
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath,
+        conflicts_with = "json_schema", requires = "message")]
+    pub(crate) protobuf: Option<String>,
+    /// The full name of the protobuf message type
+    #[arg(long, value_name = "NAME", requires = "protobuf")]
+    pub(crate) message: Option<String>,
+    /// The media type of all payloads [default: application/json or application/protobuf]
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) content_type: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -366,6 +447,8 @@ Examples:
   pubsub publish orders 'hello' --create
   pubsub publish orders '{\"id\": 7}' --content-type application/json --attr region=eu
   pubsub publish orders 'paid' --idempotency-key order-7-paid    safe to run twice
+  pubsub publish orders --batch < order-7.jsonl                  all of it or nothing
+  pubsub publish account-7 'paid out' --expect-head 41           only if nothing came after 41
   tail -f app.log | pubsub publish logs --quiet")]
 pub(crate) struct Publish {
     /// The topic
@@ -376,7 +459,14 @@ pub(crate) struct Publish {
     /// The ordering key: messages of one key keep their order
     #[arg(long, value_name = "KEY")]
     pub(crate) key: Option<String>,
-    /// Your own identity of the one message: published again under it, it is stored once
+    /// Store all messages together or not at all: up to 1000 with 4 MiB
+    #[arg(long)]
+    pub(crate) batch: bool,
+    /// Store them, as a batch, only if this is the last message of the topic; 0 if it has none
+    #[arg(long, value_name = "SEQUENCE")]
+    pub(crate) expect_head: Option<u64>,
+    /// Your own identity of the one message, or of the batch: published again under it, it is
+    /// stored once
     #[arg(long, value_name = "KEY")]
     pub(crate) idempotency_key: Option<String>,
     /// An attribute; may be given several times

@@ -168,6 +168,7 @@ impl From<PublishError> for Failure {
             }
             PublishErrorKind::TooLarge { .. } => Self::new(Exit::Limit, error.to_string())
                 .with_fix("Create the topic with a larger --max-message-bytes, up to 16MiB."),
+            PublishErrorKind::BatchSize { .. } => Self::new(Exit::Limit, error.to_string()),
             PublishErrorKind::DeadlineElapsed | PublishErrorKind::Closed => {
                 let again = "It was never sent, so publishing it again is safe.";
                 Self::failed(error.to_string()).with_fix(again)
@@ -213,6 +214,10 @@ fn exit(reason: Reason) -> Exit {
         | Reason::SubscriptionBusy
         | Reason::Superseded
         | Reason::Fenced
+        | Reason::SchemaViolation
+        | Reason::ContentTypeMismatch
+        | Reason::SchemaIncompatible
+        | Reason::HeadMismatch
         | Reason::IdempotencyKeyReused => Exit::Conflict,
         Reason::MessageTooLarge | Reason::LimitReached | Reason::TopicFull | Reason::DiskFull => {
             Exit::Limit
@@ -258,6 +263,17 @@ fn fix(reason: Reason) -> Option<&'static str> {
         }
         Reason::TopicFull => {
             "`pubsub topic describe TOPIC` shows its subscriptions; one of them is far behind."
+        }
+        Reason::SchemaViolation | Reason::ContentTypeMismatch => {
+            "`pubsub schema show TOPIC` shows what the topic takes; `pubsub schema check TOPIC` \
+             checks payloads without publishing them."
+        }
+        Reason::HeadMismatch => {
+            "Somebody else has published: read what has come since, and decide again."
+        }
+        Reason::SchemaIncompatible => {
+            "`pubsub schema check TOPIC` lists all problems; to set it all the same, say \
+             --compatibility none."
         }
         Reason::BeyondHead => "`pubsub topic describe TOPIC` shows its last message.",
         _ => return None,

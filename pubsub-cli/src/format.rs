@@ -41,6 +41,10 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+pub(crate) fn base64(bytes: &[u8]) -> String {
+    BASE64.encode(bytes)
+}
+
 /// The epoch as it stands in ids; as a number it would not survive most JSON readers.
 fn epoch(epoch: u64) -> String {
     format!("{epoch:x}")
@@ -203,13 +207,14 @@ pub(crate) fn message(message: &ReceivedMessage) -> Value {
         "attributes": message.attributes,
         "ordering_key": message.ordering_key,
         "content_type": message.content_type,
+        "schema_revision": message.schema_revision,
         "idempotency_key": message.idempotency_key,
         "recipients": message.recipients,
     });
     // One of the two, so that no program takes one for the other.
     match std::str::from_utf8(&message.payload) {
         Ok(text) => value["payload"] = text.into(),
-        Err(_) => value["payload_base64"] = BASE64.encode(&message.payload).into(),
+        Err(_) => value["payload_base64"] = base64(&message.payload).into(),
     }
     value
 }

@@ -5,6 +5,7 @@
 //! way to standard output.
 
 mod args;
+mod batch;
 mod dlq;
 mod failure;
 mod format;
@@ -12,6 +13,7 @@ mod interrupt;
 mod output;
 mod publish;
 mod receipts;
+mod schema;
 mod snapshot;
 mod status;
 mod subscribe;
@@ -61,6 +63,7 @@ async fn execute(args: Args) -> Result<Exit, Failure> {
     let client = Client::connect(&args.server).await?;
     let done = match args.command {
         Command::Topic(command) => topic::run(command, &client, &mut output).await,
+        Command::Schema(command) => schema::run(command, &client, &mut output).await,
         Command::Subscription(command) => subscription::run(command, &client, &mut output).await,
         Command::Snapshot(command) => snapshot::run(command, &client, &mut output).await,
         Command::Dlq(command) => dlq::run(command, &client, &mut output).await,

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::args::Publish;
+use crate::batch;
 use crate::failure::{Exit, Failure};
 use crate::format;
 use crate::interrupt::Interrupt;
@@ -33,8 +34,10 @@ pub(crate) async fn run(
     client: &Client,
     output: &mut Output,
 ) -> Result<Exit, Failure> {
-    if args.idempotency_key.is_some() && args.messages.len() != 1 {
-        let text = "--idempotency-key is the identity of one message: give one as an argument";
+    let whole = args.batch || args.expect_head.is_some();
+    if args.idempotency_key.is_some() && args.messages.len() != 1 && !whole {
+        let text = "--idempotency-key is the identity of one message, given as an argument, or of a \
+                    --batch";
         return Err(Failure::usage(text));
     }
     if args.create {
@@ -52,6 +55,9 @@ pub(crate) async fn run(
         () = interrupt.asked() => return Ok(Exit::Interrupted),
     };
     let _announcing = announcer.go_on(publisher.state());
+    if whole {
+        return batch::run(&args, &publisher, interrupt, output).await;
+    }
     let (fates, queue) = mpsc::channel(IN_FLIGHT);
     let source = Source::new(args.messages.clone());
     let feed = feed(source, Template(&args), publisher, interrupt, fates);
@@ -71,13 +77,13 @@ fn not_taken_in(limit: Duration) -> Failure {
 }
 
 /// Where messages come from.
-enum Source {
+pub(crate) enum Source {
     Arguments(std::vec::IntoIter<String>),
     Lines(BufReader<Stdin>),
 }
 
 impl Source {
-    fn new(messages: Vec<String>) -> Self {
+    pub(crate) fn new(messages: Vec<String>) -> Self {
         if !messages.is_empty() {
             return Self::Arguments(messages.into_iter());
         }
@@ -87,7 +93,7 @@ impl Source {
         Self::Lines(BufReader::new(tokio::io::stdin()))
     }
 
-    async fn next(&mut self) -> Result<Option<Vec<u8>>, Failure> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Vec<u8>>, Failure> {
         match self {
             Self::Arguments(messages) => Ok(messages.next().map(String::into_bytes)),
             Self::Lines(stdin) => next_line(stdin).await,
@@ -113,10 +119,10 @@ async fn next_line(stdin: &mut BufReader<Stdin>) -> Result<Option<Vec<u8>>, Fail
 }
 
 /// What all messages of one command have in common.
-struct Template<'a>(&'a Publish);
+pub(crate) struct Template<'a>(pub(crate) &'a Publish);
 
 impl Template<'_> {
-    fn message(&self, payload: Vec<u8>) -> Message {
+    pub(crate) fn message(&self, payload: Vec<u8>) -> Message {
         let mut message = Message::new(payload);
         message.attributes = self.0.attributes.iter().cloned().collect();
         message.ordering_key = self.0.key.clone();

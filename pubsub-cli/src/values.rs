@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::time::{Duration, SystemTime};
 
-use pubsub_client::{MessageId, Start, SubscriptionKind, WhenFull};
+use pubsub_client::{Compatibility, MessageId, Start, SubscriptionKind, WhenFull};
 
 /// The help of every option that takes a [`Where`].
 macro_rules! from_help {
@@ -52,6 +52,24 @@ impl Full {
         match self {
             Self::Reject => WhenFull::Reject,
             Self::DropOldest => WhenFull::DropOldest,
+        }
+    }
+}
+
+/// What a new revision of a schema has to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Keep {
+    /// What was written by the present revision can be read by the new one
+    Backward,
+    /// Nothing
+    None,
+}
+
+impl Keep {
+    pub(crate) fn compatibility(self) -> Compatibility {
+        match self {
+            Self::Backward => Compatibility::Backward,
+            Self::None => Compatibility::None,
         }
     }
 }

@@ -44,9 +44,10 @@ mod subscriber;
 mod transport;
 
 pub use admin::{
-    ActiveConsumer, Admin, CreateSubscription, DeadLetter, DeadLetters, Page, Purged, Receipt,
-    ReceiptState, Redriven, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionPosition,
-    TopicConfig, TopicInfo, WhenFull,
+    ActiveConsumer, Admin, Compatibility, CreateSubscription, DeadLetter, DeadLetters,
+    InvalidPayload, Page, PayloadRules, Purged, Receipt, ReceiptState, Redriven, Schema,
+    SchemaCheck, SchemaKind, SchemaProblem, SchemaRevision, ServerInfo, SnapshotInfo,
+    SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo, WhenFull,
 };
 pub use client::{Client, ClientBuilder, ShutdownReport};
 #[cfg(feature = "json")]
@@ -57,13 +58,13 @@ pub use codec::{Codec, CodecError, Raw};
 pub use env::Env;
 pub use error::{
     AckError, AdminError, Cause, CloseError, ConnectError, EnqueueError, FlushError, ForeignAnswer,
-    Outcome, PublishError, PublishErrorKind, Reason, ServerError, SubscribeError, TransportError,
-    Unresolved,
+    Outcome, PublishError, PublishErrorKind, Reason, SchemaViolation, ServerError, SubscribeError,
+    TransportError, Unresolved,
 };
 pub use message::{InvalidMessageId, Message, MessageId, ReceivedMessage};
 pub use publisher::{
-    OnRecreated, Permit, PublishReceipt, PublishTicket, Publisher, PublisherBuilder,
-    TypedPublishError, TypedPublisher,
+    Batch, BatchTicket, OnRecreated, Permit, PublishReceipt, PublishTicket, Publisher,
+    PublisherBuilder, TypedPublishError, TypedPublisher,
 };
 pub use retry::RetryPolicy;
 pub use state::{ConnectionState, StateWatch};

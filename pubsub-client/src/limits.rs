@@ -7,6 +7,10 @@ pub(crate) const BATCH_MESSAGES: usize = 512;
 /// Bytes of one batch, beside one message of any size: large enough to amortise a frame, small
 /// enough not to sit in front of a heartbeat.
 pub(crate) const BATCH_BYTES: usize = 256 * 1024;
+/// Messages of one batch that is stored whole or not at all: what the server takes.
+pub(crate) const ATOMIC_MESSAGES: usize = 1_000;
+/// Bytes of these.
+pub(crate) const ATOMIC_BYTES: usize = 4 * 1024 * 1024;
 /// Messages of a publisher whose fate is open.
 pub(crate) const WINDOW_MESSAGES: usize = 5_000;
 /// Bytes of these.

@@ -32,7 +32,8 @@ pub struct Message {
     /// Messages of one key keep their order in subscriptions that order by key. At most 128
     /// bytes.
     pub ordering_key: Option<String>,
-    /// The media type of the payload.
+    /// The media type of the payload. Without one a message gets that of its topic, if that has
+    /// one; another one is refused then.
     pub content_type: Option<String>,
     /// The application's own identity of this publish, at most 128 bytes.
     ///
@@ -106,6 +107,7 @@ impl Message {
             content_type: self.content_type.unwrap_or_default(),
             idempotency_key: self.idempotency_key.unwrap_or_default(),
             recipients: self.recipients,
+            schema_revision: 0,
         }
     }
 
@@ -201,6 +203,8 @@ pub struct ReceivedMessage {
     pub ordering_key: Option<String>,
     /// The media type of the payload.
     pub content_type: Option<String>,
+    /// The revision of the topic's schema that the payload was checked with, if it had one.
+    pub schema_revision: Option<u32>,
     /// The idempotency key that it was published with.
     pub idempotency_key: Option<String>,
     /// The subscriptions that it is for; empty: all of them.
@@ -220,6 +224,7 @@ impl ReceivedMessage {
             attributes: message.attributes,
             ordering_key: non_empty(message.ordering_key),
             content_type: non_empty(message.content_type),
+            schema_revision: (message.schema_revision > 0).then_some(message.schema_revision),
             idempotency_key: non_empty(message.idempotency_key),
             recipients: message.recipients,
             publish_time: time(received.publish_time),

@@ -1,7 +1,7 @@
-//! What the server reads of a stored message's body, which is an encoded `pubsub.v1.Message`, and
-//! what it writes into that of a dead letter. The rest is the application's.
+//! What the server reads and writes of a message's body, which is an encoded `pubsub.v1.Message`,
+//! and of that of a dead letter. The rest is the application's.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use prost::Message as _;
 use pubsub_proto::v1;
 
@@ -117,6 +117,45 @@ fn parse_rfc3339(text: &str) -> Option<Timestamp> {
     u64::try_from(millis).ok().map(Timestamp)
 }
 
+/// What a schema is about.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct Content {
+    /// The application's data.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub(crate) payload: Bytes,
+    /// Its media type; empty if it is not said.
+    #[prost(string, tag = "4")]
+    pub(crate) content_type: String,
+}
+
+impl Content {
+    /// That of a body; nothing if it is no message.
+    pub(crate) fn of(body: &Bytes) -> Option<Self> {
+        Self::decode(body.clone()).ok()
+    }
+}
+
+/// What the server adds to a message that was checked with a schema.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct Stamp {
+    /// The media type, if the publisher has not said it.
+    #[prost(string, tag = "4")]
+    pub(crate) content_type: String,
+    /// The revision of the schema.
+    #[prost(uint32, tag = "7")]
+    pub(crate) schema_revision: u32,
+}
+
+impl Stamp {
+    /// The body with this in it: of a field that comes twice the last one counts.
+    pub(crate) fn on(&self, body: &Bytes) -> Bytes {
+        let mut stamped = BytesMut::with_capacity(body.len() + self.encoded_len());
+        stamped.extend_from_slice(body);
+        self.encode(&mut stamped).expect("the buffer grows");
+        stamped.freeze()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,5 +201,24 @@ mod tests {
         let revived = v1::Message::decode(&*revived(&copy, "one").unwrap()).unwrap();
         assert_eq!(revived, v1::Message { recipients: vec!["one".to_owned()], ..message.clone() });
         assert_eq!(Origin::of(&message.encode_to_vec()), None);
+    }
+
+    #[test]
+    fn a_stamp_adds_to_a_message_and_changes_nothing_else() {
+        let message = v1::Message {
+            payload: "{}".into(),
+            attributes: [("a".to_owned(), "b".to_owned())].into(),
+            ..v1::Message::default()
+        };
+        let body = Bytes::from(message.encode_to_vec());
+        let content = Content { payload: "{}".into(), content_type: String::new() };
+        assert_eq!(Content::of(&body), Some(content));
+        let stamp = Stamp { content_type: "application/json".to_owned(), schema_revision: 300 };
+        let expected = v1::Message {
+            content_type: "application/json".to_owned(),
+            schema_revision: 300,
+            ..message
+        };
+        assert_eq!(v1::Message::decode(stamp.on(&body)), Ok(expected));
     }
 }

@@ -22,6 +22,7 @@ mod envelope;
 pub mod limits;
 pub mod names;
 pub mod record;
+pub mod schema;
 pub mod server;
 pub mod storage;
 mod wire;

@@ -36,6 +36,29 @@ pub const MAX_RECIPIENTS: usize = 64;
 /// Messages of one batch or unary publish.
 pub const MAX_BATCH_MESSAGES: usize = 512;
 
+/// Messages of one batch that is stored whole or not at all.
+pub const MAX_ATOMIC_MESSAGES: usize = 1_000;
+/// Bytes of one batch that is stored whole or not at all: what one commit is meant to hold.
+pub const MAX_ATOMIC_BYTES: usize = MAX_COMMIT_BYTES;
+
+/// Bytes of one schema: large ones that people write have a tenth of it.
+pub const MAX_SCHEMA_BYTES: usize = 256 * 1024;
+/// Revisions of the schema of one topic. All are kept, so that each message can be read by its own.
+pub const MAX_SCHEMA_REVISIONS: u32 = 100;
+/// Bytes of all schemas of one server: they are kept in memory, and read at the start.
+pub const MAX_SCHEMAS_BYTES: usize = 64 * 1024 * 1024;
+/// Patterns of one JSON Schema: each takes up to half a megabyte when it is compiled.
+pub const MAX_SCHEMA_PATTERNS: usize = 64;
+/// Problems that are told of a new schema.
+pub const MAX_SCHEMA_PROBLEMS: usize = 50;
+/// Bytes of payloads that are checked with a schema on the spot, in a third of a millisecond or so:
+/// 1 KiB of JSON takes 20 to 50 µs, most of it parsing. More are checked beside the runtime.
+pub const MAX_INLINE_CHECK_BYTES: usize = 8 * 1024;
+/// Bytes of the text of a refusal: a publisher's row may hold one for each unanswered message.
+pub const MAX_REFUSAL_BYTES: usize = 200;
+/// Bytes of the path of a field in a refusal, and of what is said about it.
+pub const MAX_REFUSAL_FIELD_BYTES: usize = 120;
+
 /// Messages of one publisher that may be unanswered: what its row has to remember.
 pub const MAX_IN_FLIGHT_MESSAGES: u32 = 10_000;
 /// Bytes of one publisher that may be unanswered, beside one message of any size.

@@ -35,7 +35,11 @@ fn acks(session: &SubscribeWelcome, number: u64, acked: SequenceRange) -> Reques
 }
 
 async fn publish(channel: &Channel, count: usize) -> Result<()> {
-    let request = PublishRequest { topic: TOPIC.into(), messages: vec![raw::message("x"); count] };
+    let request = PublishRequest {
+        topic: TOPIC.into(),
+        messages: vec![raw::message("x"); count],
+        atomic: None,
+    };
     raw::publisher(channel).publish(request).await?;
     Ok(())
 }

@@ -78,7 +78,7 @@ fn topics_are_not_deleted_faster_than_their_consumers_are_told() {
                 admin::create_topic(&channel, &topic).await?;
             }
             let messages = vec![raw::message("x")];
-            let request = PublishRequest { topic: topic.clone(), messages };
+            let request = PublishRequest { topic: topic.clone(), messages, atomic: None };
             raw::publisher(&channel).publish(request).await?;
             let request = DeleteTopicRequest { name: topic };
             if let Err(status) = raw::admin(&channel).delete_topic(request).await {

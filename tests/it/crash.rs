@@ -179,7 +179,7 @@ fn a_call_that_is_cut_off_has_happened_once_or_not_at_all() {
         for number in 1..=CUTS {
             let topic = format!("topic-{number}");
             let messages = vec![raw::message("kept")];
-            let request = PublishRequest { topic: topic.clone(), messages };
+            let request = PublishRequest { topic: topic.clone(), messages, atomic: None };
             raw::publisher(&channel).publish(request).await?;
             expected.push(admin::topic(&channel, &topic).await?);
         }

@@ -33,7 +33,7 @@ fn values(count: u32) -> impl Iterator<Item = Value> {
 }
 
 async fn publish(channel: &Channel, messages: Vec<Message>) -> Result<()> {
-    let request = PublishRequest { topic: TOPIC.into(), messages };
+    let request = PublishRequest { topic: TOPIC.into(), messages, atomic: None };
     let answer = raw::publisher(channel).publish(request).await?;
     ensure!(!answer.into_inner().results.is_empty(), "an answer without fates");
     Ok(())
@@ -272,8 +272,11 @@ fn a_full_disk_refuses_publishes_and_keeps_reads_and_acks_working() {
 /// Publishes until the server says that the disk is full. What it takes until then is small.
 async fn refused_as_full(channel: &Channel) -> Result<()> {
     wait::until_ok("a refusal", SOON, async || {
-        let request =
-            PublishRequest { topic: TOPIC.into(), messages: vec![raw::message(vec![1; 64 << 10])] };
+        let request = PublishRequest {
+            topic: TOPIC.into(),
+            messages: vec![raw::message(vec![1; 64 << 10])],
+            atomic: None,
+        };
         let answer = raw::publisher(channel).publish(request).await;
         let reason = raw::publish_refusal(answer)?;
         ensure!(reason == "DISK_FULL", "{reason} instead of DISK_FULL");

@@ -39,7 +39,7 @@ fn payloads(audit: &Audit) -> Vec<String> {
 }
 
 async fn publish_one(channel: &Channel, message: Message) -> Result<Stored> {
-    let request = PublishRequest { topic: TOPIC.into(), messages: vec![message] };
+    let request = PublishRequest { topic: TOPIC.into(), messages: vec![message], atomic: None };
     let answer = raw::publisher(channel).publish(request).await?.into_inner();
     match answer.results.into_iter().next().and_then(|fate| fate.outcome) {
         Some(publish_result::Outcome::Stored(stored)) => Ok(stored),
@@ -48,7 +48,7 @@ async fn publish_one(channel: &Channel, message: Message) -> Result<Stored> {
 }
 
 async fn refusal_of(channel: &Channel, message: Message) -> Result<String> {
-    let request = PublishRequest { topic: TOPIC.into(), messages: vec![message] };
+    let request = PublishRequest { topic: TOPIC.into(), messages: vec![message], atomic: None };
     raw::publish_refusal(raw::publisher(channel).publish(request).await)
 }
 
@@ -150,6 +150,7 @@ fn a_key_twice_in_one_request_is_stored_once() {
         let request = PublishRequest {
             topic: TOPIC.into(),
             messages: vec![keyed("k", "one"), keyed("k", "one"), keyed("k", "two")],
+            atomic: None,
         };
         let answer = raw::publisher(&channel).publish(request).await?.into_inner();
         let outcomes: Vec<_> = answer.results.iter().map(|fate| fate.outcome.as_ref()).collect();

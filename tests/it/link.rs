@@ -129,6 +129,7 @@ async fn publish_directly(channel: &Channel, topic: &str, count: usize) -> Resul
     let request = pubsub_proto::v1::PublishRequest {
         topic: topic.into(),
         messages: vec![raw::message("x"); count],
+        atomic: None,
     };
     raw::publisher(channel).publish(request).await?;
     Ok(())

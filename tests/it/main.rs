@@ -8,6 +8,7 @@
 mod acks;
 mod app;
 mod bad_input;
+mod batches;
 mod bounds;
 mod chaos;
 mod consumers;
@@ -21,6 +22,7 @@ mod link;
 mod load;
 mod outcomes;
 mod retention;
+mod schemas;
 mod sealing;
 mod seeks;
 mod sharing;

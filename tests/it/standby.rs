@@ -29,7 +29,7 @@ async fn prepared(lab: &mut Lab, count: usize) -> Result<(Server, Channel)> {
     admin::create_subscription(&channel, SUBSCRIPTION, &[TOPIC]).await?;
     if count > 0 {
         let messages = vec![raw::message("x"); count];
-        let request = PublishRequest { topic: TOPIC.into(), messages };
+        let request = PublishRequest { topic: TOPIC.into(), messages, atomic: None };
         raw::publisher(&channel).publish(request).await?;
     }
     Ok((server, channel))

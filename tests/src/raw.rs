@@ -215,6 +215,7 @@ impl PublishStream {
             first_sequence,
             messages,
             resolved_below: 0,
+            atomic: None,
         }))
         .await
     }

@@ -3,4 +3,5 @@
 mod admin;
 mod harness;
 mod publish;
+mod schema;
 mod subscribe;

@@ -145,3 +145,23 @@ fn a_timeout_that_no_clock_can_tell_is_none() -> Result<()> {
     lab.run("publish orders a --timeout 500000000000years")?.succeeds()?;
     Ok(())
 }
+
+#[test]
+fn a_batch_is_stored_whole_or_not_at_all() -> Result<()> {
+    let lab = Lab::with_orders(&[])?;
+    let ids = lab.run_with_input("publish orders --batch", b"one\ntwo\nthree")?.succeeds()?;
+    assert_eq!(ids.lines().count(), 3);
+    let stderr = lab.run("publish orders four --expect-head 2")?.fails(4)?;
+    assert!(stderr.contains("is 3, and not 2"), "{stderr}");
+    lab.run("publish orders four --expect-head 3 --quiet")?.succeeds()?;
+    let keyed = "publish orders five six --batch --idempotency-key k --json";
+    let first = json(&lab.run(keyed)?.succeeds()?)?;
+    let again = json(&lab.run(keyed)?.succeeds()?)?;
+    assert_eq!((&first[1]["id"], &again[1]["duplicate"]), (&again[1]["id"], &true.into()));
+    let many: String = (0..1001).map(|number| format!("{number}\n")).collect();
+    let stderr = lab.run_with_input("publish orders --batch", many.as_bytes())?.fails(7)?;
+    assert!(stderr.contains("1001 messages") && stderr.contains("1000"), "{stderr}");
+    let read = lab.run(&format!("{READ} --raw"))?.succeeds()?;
+    assert_eq!(read, "one\ntwo\nthree\nfour\nfive\nsix\n");
+    Ok(())
+}

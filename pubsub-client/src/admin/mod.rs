@@ -2,12 +2,17 @@
 
 mod call;
 mod convert;
+mod schema;
 mod types;
 
 use std::sync::Arc;
 
 use pubsub_proto::v1 as pb;
 
+pub use self::schema::{
+    Compatibility, InvalidPayload, PayloadRules, Schema, SchemaCheck, SchemaKind, SchemaProblem,
+    SchemaRevision,
+};
 pub use self::types::{
     ActiveConsumer, CreateSubscription, DeadLetter, DeadLetters, Page, Purged, Receipt,
     ReceiptState, Redriven, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionPosition,

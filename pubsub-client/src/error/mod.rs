@@ -7,7 +7,8 @@ mod server;
 mod subscribe;
 
 pub use publish::{
-    CloseError, EnqueueError, FlushError, Outcome, PublishError, PublishErrorKind, Unresolved,
+    CloseError, EnqueueError, FlushError, Outcome, PublishError, PublishErrorKind, SchemaViolation,
+    Unresolved,
 };
 pub(crate) use server::Verdict;
 pub use server::{Cause, ForeignAnswer, Reason, ServerError, TransportError};

@@ -1,6 +1,8 @@
 //! How a publish can fail.
 
+use crate::admin::SchemaProblem;
 use crate::error::{ForeignAnswer, Reason, ServerError};
+use crate::limits;
 use crate::message::Message;
 
 /// Whether something that failed may have happened all the same.
@@ -39,6 +41,18 @@ pub enum PublishErrorKind {
         /// The bytes that are allowed.
         limit: usize,
     },
+    /// A batch is empty, or larger than one that can be stored at once.
+    #[error(
+        "the batch has {messages} messages with {bytes} bytes; 1 to {} with {} are allowed",
+        limits::ATOMIC_MESSAGES,
+        limits::ATOMIC_BYTES
+    )]
+    BatchSize {
+        /// How many messages.
+        messages: usize,
+        /// Their bytes as encoded.
+        bytes: usize,
+    },
     /// The message's own deadline passed.
     #[error("the message's deadline passed")]
     DeadlineElapsed,
@@ -64,6 +78,14 @@ pub enum PublishErrorKind {
         expected: u64,
         /// The last sequence that it knows of now.
         found: u64,
+    },
+    /// The topic's schema does not take everything that the schema of this publisher does.
+    #[error("the topic's schema does not take what this publisher was written for: {}", told(*revision, problems))]
+    SchemaMismatch {
+        /// The topic's present revision, if it has one.
+        revision: Option<u32>,
+        /// What of the publisher's schema it does not take. Empty if the topic has none.
+        problems: Vec<SchemaProblem>,
     },
     /// Something else publishes under this publisher's identity.
     #[error("a newer publisher of the same identity has taken over")]
@@ -121,12 +143,14 @@ impl PublishError {
             | PublishErrorKind::Session(error)
             | PublishErrorKind::Blocked(error) => Some(error.reason()),
             PublishErrorKind::TooLarge { .. }
+            | PublishErrorKind::BatchSize { .. }
             | PublishErrorKind::DeadlineElapsed
             | PublishErrorKind::HorizonElapsed
             | PublishErrorKind::ProducerStateLost
             | PublishErrorKind::Diverged
             | PublishErrorKind::TopicRecreated
             | PublishErrorKind::ServerRegressed { .. }
+            | PublishErrorKind::SchemaMismatch { .. }
             | PublishErrorKind::Fenced
             | PublishErrorKind::Protocol(_)
             | PublishErrorKind::Foreign(_)
@@ -134,6 +158,30 @@ impl PublishError {
             | PublishErrorKind::TaskGone
             | PublishErrorKind::Closed => None,
         }
+    }
+
+    /// Where the payload breaks the topic's schema, if that is why it was refused.
+    pub fn schema_violation(&self) -> Option<SchemaViolation<'_>> {
+        let PublishErrorKind::Refused(error) = &self.kind else { return None };
+        (error.reason() == Reason::SchemaViolation).then(|| SchemaViolation {
+            revision: error
+                .metadata("schema_revision")
+                .and_then(|revision| revision.parse().ok())
+                .unwrap_or_default(),
+            field: error.metadata("field").unwrap_or_default(),
+        })
+    }
+
+    /// The last message of the topic, if a batch was refused because it expected another one.
+    pub fn actual_head(&self) -> Option<u64> {
+        let PublishErrorKind::Refused(error) = &self.kind else { return None };
+        error.metadata("head").and_then(|head| head.parse().ok())
+    }
+
+    /// Which message of a batch, from 0, it was refused for, if it was for one of them.
+    pub fn batch_index(&self) -> Option<usize> {
+        let PublishErrorKind::Refused(error) = &self.kind else { return None };
+        error.metadata("index").and_then(|index| index.parse().ok())
     }
 
     /// Whether publishing the same message again can succeed. If the
@@ -152,11 +200,30 @@ impl PublishError {
             PublishErrorKind::Refused(error) => error.reason() == Reason::ResultExpired,
             PublishErrorKind::Session(error) => error.is_retryable(),
             PublishErrorKind::TooLarge { .. }
+            | PublishErrorKind::BatchSize { .. }
             | PublishErrorKind::ServerRegressed { .. }
+            | PublishErrorKind::SchemaMismatch { .. }
             | PublishErrorKind::Fenced
             | PublishErrorKind::Protocol(_)
             | PublishErrorKind::Foreign(_) => false,
         }
+    }
+}
+
+/// Where a payload breaks the schema of its topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SchemaViolation<'e> {
+    /// The revision of the schema.
+    pub revision: u32,
+    /// A JSON pointer, or the path of a protobuf field. Empty: the payload as a whole.
+    pub field: &'e str,
+}
+
+fn told(revision: Option<u32>, problems: &[SchemaProblem]) -> String {
+    match (revision, problems) {
+        (Some(revision), [first, ..]) => format!("revision {revision}: {first}"),
+        _ => "it has none".to_owned(),
     }
 }
 

@@ -99,6 +99,14 @@ reasons! {
     SnapshotExists = "SNAPSHOT_EXISTS",
     /// The topic holds the dead letters of a subscription; the metadata `subscription` names it.
     TopicInUse = "TOPIC_IN_USE",
+    /// The payload is not valid by the topic's schema.
+    SchemaViolation = "SCHEMA_VIOLATION",
+    /// The content type is not the topic's.
+    ContentTypeMismatch = "CONTENT_TYPE_MISMATCH",
+    /// A new schema breaks what the present one promised, or may do so.
+    SchemaIncompatible = "SCHEMA_INCOMPATIBLE",
+    /// The last message of the topic is not the one that a batch expected.
+    HeadMismatch = "HEAD_MISMATCH",
 }
 
 impl Reason {
@@ -128,6 +136,10 @@ impl ServerError {
     pub(crate) fn new(reason: Reason, message: impl Into<String>) -> Self {
         let message = message.into();
         Self { reason, message, metadata: BTreeMap::new(), retry_after: None }
+    }
+
+    pub(crate) fn with_metadata(self, metadata: BTreeMap<String, String>) -> Self {
+        Self { metadata, ..self }
     }
 
     /// Why: what programs decide on.
@@ -184,6 +196,10 @@ impl ServerError {
             | Reason::TopicInUse
             | Reason::SnapshotNotFound
             | Reason::SnapshotExists
+            | Reason::SchemaViolation
+            | Reason::ContentTypeMismatch
+            | Reason::SchemaIncompatible
+            | Reason::HeadMismatch
             | Reason::Other => false,
         }
     }

@@ -61,9 +61,11 @@ pub(super) struct Entry {
     number: u64,
     given: Option<Duration>,
     deadline: Option<Instant>,
+    /// What holds for a batch of which this is the first message.
+    pub(super) atomic: Option<pb::AtomicBatch>,
     /// Nothing once the fate is told.
     ticket: Option<oneshot::Sender<Result<PublishReceipt, PublishError>>>,
-    _permits: Permits,
+    _permits: Option<Permits>,
 }
 
 /// A place in the window.
@@ -176,8 +178,9 @@ impl Core {
         let (ticket, receiver) = oneshot::channel();
         let number = queue.entries;
         queue.entries += 1;
+        let (ticket, atomic) = (Some(ticket), None);
         let entry =
-            Entry { message, number, given, deadline, ticket: Some(ticket), _permits: permits };
+            Entry { message, number, given, deadline, atomic, ticket, _permits: Some(permits) };
         queue.window.push(entry, size, now);
         let sooner = deadline.is_some_and(|new| queue.deadline.is_none_or(|old| new < old));
         if sooner {
@@ -189,6 +192,61 @@ impl Core {
         }
         self.wake.notify_one();
         Ok(PublishTicket::new(receiver))
+    }
+
+    /// Waits for as many places as a batch takes, or all there are. Cancel-safe.
+    pub(super) async fn admit_together(
+        &self,
+        messages: usize,
+        bytes: usize,
+    ) -> Result<Permits, EnqueueError> {
+        let places = messages.clamp(1, self.settings.window_messages);
+        let places = u32::try_from(places).unwrap_or(u32::MAX);
+        let message = Arc::clone(&self.messages).acquire_many_owned(places).await;
+        let message = message.map_err(|_| self.closed(None))?;
+        let bytes = Arc::clone(&self.bytes).acquire_many_owned(self.permits(bytes)).await;
+        let bytes = bytes.map_err(|_| self.closed(None))?;
+        Ok(Permits { _message: message, _bytes: bytes })
+    }
+
+    /// Puts messages into the window that are stored all together or not at all. They have one
+    /// deadline, so that they are given up together, too.
+    pub(super) fn push_together(
+        &self,
+        messages: Vec<Checked>,
+        atomic: pb::AtomicBatch,
+        deadline: Option<Instant>,
+        permits: Permits,
+    ) -> Result<Vec<PublishTicket>, EnqueueError> {
+        let mut queue = self.lock();
+        if queue.closing.is_some() || queue.ended {
+            drop(queue);
+            return Err(self.closed(None));
+        }
+        let (mut atomic, mut permits) = (Some(atomic), Some(permits));
+        let mut tickets = Vec::with_capacity(messages.len());
+        let mut entries = Vec::with_capacity(messages.len());
+        for Checked { message, size, given, .. } in messages {
+            let (ticket, receiver) = oneshot::channel();
+            let number = queue.entries;
+            queue.entries += 1;
+            // The first one holds the places of all: they have one fate, at one time.
+            let (atomic, _permits, ticket) = (atomic.take(), permits.take(), Some(ticket));
+            let entry = Entry { message, number, given, deadline, atomic, ticket, _permits };
+            entries.push((entry, size));
+            tickets.push(PublishTicket::new(receiver));
+        }
+        queue.window.push_together(entries, Instant::now());
+        let sooner = deadline.is_some_and(|new| queue.deadline.is_none_or(|old| new < old));
+        if sooner {
+            queue.deadline = deadline;
+        }
+        drop(queue);
+        if sooner {
+            self.changed.notify_waiters();
+        }
+        self.wake.notify_one();
+        Ok(tickets)
     }
 
     pub(super) fn closed(&self, message: Option<Checked>) -> EnqueueError {

@@ -1,6 +1,8 @@
 //! Publishing.
 
+mod batch;
 mod core;
+mod schema;
 mod session;
 mod ticket;
 mod typed;
@@ -13,9 +15,12 @@ use std::time::Duration;
 
 use tokio::time::timeout_at;
 
+pub use self::batch::{Batch, BatchTicket};
 pub(crate) use self::core::Core;
+use self::schema::Written;
 pub use self::ticket::{Permit, PublishReceipt, PublishTicket};
 pub use self::typed::{TypedPublishError, TypedPublisher};
+use crate::admin::Schema;
 use crate::client::Shared;
 use crate::error::{CloseError, EnqueueError, FlushError, PublishError};
 use crate::limits;
@@ -83,6 +88,32 @@ impl Publisher {
         message: impl Into<Message>,
     ) -> Result<PublishReceipt, PublishError> {
         self.enqueue(message).await?.await
+    }
+
+    /// Messages that are stored all together, one after another, or not at all: at most 1,000
+    /// with 4 MiB as encoded. They keep their place in the order of the calls.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let server = pubsub_server::Server::start(pubsub_server::Config::in_memory()).await?;
+    /// # let client = pubsub_client::Client::connect(server.url()).await?;
+    /// # client.admin().create_topic("account-7", Default::default()).await?;
+    /// let publisher = client.publisher("account-7").open().await?;
+    /// let receipts = publisher.publish_batch(["opened", "paid in"]).expect_head(0).await?;
+    /// assert_eq!(receipts[1].id.sequence, 2);
+    ///
+    /// // Somebody who has not seen these does not add to them.
+    /// let error = publisher.publish_batch(["paid out"]).expect_head(0).await.unwrap_err();
+    /// assert_eq!(error.actual_head(), Some(2));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn publish_batch(
+        &self,
+        messages: impl IntoIterator<Item = impl Into<Message>>,
+    ) -> Batch<'_> {
+        Batch::new(&self.handle.core, messages.into_iter().map(Into::into).collect())
     }
 
     /// Puts a message into the window, waiting for room, and returns a ticket for its fate.
@@ -268,6 +299,7 @@ struct Settings {
 pub struct PublisherBuilder {
     client: Arc<Shared>,
     settings: Settings,
+    written: Option<Written>,
 }
 
 impl PublisherBuilder {
@@ -282,7 +314,7 @@ impl PublisherBuilder {
             on_recreated: OnRecreated::default(),
             heartbeat: client.heartbeat,
         };
-        Self { client, settings }
+        Self { client, settings, written: None }
     }
 
     /// Sets how many messages may wait for their fate: 5,000 by default.
@@ -332,6 +364,45 @@ impl PublisherBuilder {
         self
     }
 
+    /// Names the schema that this publisher was written for: [`open`](Self::open) fails unless the
+    /// topic's present schema takes everything that this one does.
+    ///
+    /// What is published is checked by the server, with the topic's schema, in any case. This
+    /// tells at the start what would show with the first message that does not fit.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let server = pubsub_server::Server::start(pubsub_server::Config::in_memory()).await?;
+    /// # let client = pubsub_client::Client::connect(server.url()).await?;
+    /// # client.admin().create_topic("orders", Default::default()).await?;
+    /// use pubsub_client::{PublishErrorKind, Schema};
+    ///
+    /// let schema = Schema::json(r#"{"type": "object", "required": ["id"]}"#);
+    /// let error = client.publisher("orders").schema(schema.clone()).open().await.unwrap_err();
+    /// assert!(matches!(error.kind(), PublishErrorKind::SchemaMismatch { .. }));
+    ///
+    /// client.publisher("orders").schema(schema.clone()).register_schema().open().await?;
+    /// client.publisher("orders").schema(schema).open().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn schema(mut self, schema: Schema) -> Self {
+        let register = self.written.is_some_and(|written| written.register);
+        self.written = Some(Written { schema, register });
+        self
+    }
+
+    /// Lets [`open`](Self::open) make the [schema](Self::schema) the topic's next revision if it
+    /// never was one: it has to be backward compatible, so that consumers of the present revision
+    /// can be upgraded first. Without a schema this does nothing.
+    pub fn register_schema(mut self) -> Self {
+        if let Some(written) = &mut self.written {
+            written.register = true;
+        }
+        self
+    }
+
     /// Opens it, and waits until the server has taken it in. While the server is away this
     /// waits, without limit.
     ///
@@ -339,14 +410,24 @@ impl PublisherBuilder {
     ///
     /// The server refuses it, for example because there is no such topic, or because it has as many
     /// publishers as it may. Or something that is no pubsub server has answered for a minute.
-    pub async fn open(self) -> Result<Publisher, PublishError> {
+    ///
+    /// With a [schema](Self::schema) also if the topic's is not like it
+    /// ([`PublishErrorKind::SchemaMismatch`](crate::PublishErrorKind::SchemaMismatch)), or it
+    /// cannot be [registered](Self::register_schema)
+    /// ([`Reason::SchemaIncompatible`](crate::Reason::SchemaIncompatible)).
+    pub async fn open(mut self) -> Result<Publisher, PublishError> {
+        let (client, written) = (Arc::clone(&self.client), self.written.take());
         let publisher = self.open_lazy();
         publisher.handle.core.ready().await?;
+        if let Some(written) = written {
+            written.settle(&client, &publisher).await?;
+        }
         Ok(publisher)
     }
 
     /// Opens it without waiting: messages can be enqueued at once. What [`open`](Self::open)
-    /// would fail with comes as the fate of the messages.
+    /// would fail with comes as the fate of the messages. A [schema](Self::schema) is not looked
+    /// at.
     ///
     /// The publisher lives on the runtime on which this is called, and fails when that ends.
     ///

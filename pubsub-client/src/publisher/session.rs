@@ -360,15 +360,18 @@ impl<'a> Session<'a> {
             permit.send(request(Request::Ping(pb::Ping { nonce })));
             return;
         }
-        let mut messages = Vec::new();
+        let (mut messages, mut atomic) = (Vec::new(), None);
         let mut queue = self.core.lock();
-        let take = |entry: &Entry| messages.push(entry.message.clone());
+        let take = |entry: &Entry| {
+            atomic = atomic.take().or_else(|| entry.atomic.clone());
+            messages.push(entry.message.clone());
+        };
         let first = queue.window.next_batch(&self.cut, now, take);
         let resolved_below = queue.window.first();
         drop(queue);
         if let Some(first_sequence) = first {
             self.unanswered.get_or_insert(now);
-            let batch = pb::PublishBatch { first_sequence, messages, resolved_below };
+            let batch = pb::PublishBatch { first_sequence, messages, resolved_below, atomic };
             permit.send(request(Request::Batch(batch)));
         }
     }
@@ -463,7 +466,8 @@ fn fate(
             let reason = Reason::from_wire(refused.reason);
             let expired = reason == Reason::ResultExpired;
             let outcome = if expired { Outcome::Unknown } else { Outcome::NotPersisted };
-            let error = ServerError::new(reason, refused.detail.clone());
+            let metadata = refused.metadata.clone();
+            let error = ServerError::new(reason, refused.detail.clone()).with_metadata(metadata);
             Err(PublishError::new(PublishErrorKind::Refused(error), outcome).with_key(key))
         }
     }

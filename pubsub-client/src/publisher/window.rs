@@ -22,6 +22,9 @@ struct Slot<T> {
     bytes: usize,
     queued: Instant,
     first_sent: Option<Instant>,
+    /// How many messages, from this one on, go in one batch of their own. 0: this one goes with
+    /// any, or is one of those after the first.
+    together: usize,
 }
 
 /// How a batch is cut.
@@ -39,6 +42,14 @@ pub(super) struct Cut {
     pub(super) linger: Duration,
     /// Whether messages that were never sent may go now.
     pub(super) allow_new: bool,
+}
+
+/// What goes next: one message, or several that go together.
+#[derive(Clone, Copy, Debug)]
+struct Next {
+    messages: usize,
+    bytes: usize,
+    alone: bool,
 }
 
 /// What the hello says.
@@ -118,7 +129,18 @@ impl<T> Window<T> {
     }
 
     pub(super) fn push(&mut self, item: T, bytes: usize, now: Instant) {
-        self.unsent.push_back(Slot { item, bytes, queued: now, first_sent: None });
+        let slot = Slot { item, bytes, queued: now, first_sent: None, together: 0 };
+        self.unsent.push_back(slot);
+    }
+
+    /// Messages, with their bytes, that go in one batch of their own, each time they are sent.
+    pub(super) fn push_together(&mut self, items: Vec<(T, usize)>, now: Instant) {
+        let first = self.unsent.len();
+        let count = items.len();
+        items.into_iter().for_each(|(item, bytes)| self.push(item, bytes, now));
+        if let Some(slot) = self.unsent.get_mut(first) {
+            slot.together = count;
+        }
     }
 
     /// The oldest sequence without a result; the next new one if there is none.
@@ -245,26 +267,43 @@ impl<T> Window<T> {
         }
         let first = self.first() + self.on_stream as u64;
         let (mut count, mut bytes) = (0, 0);
-        while count < cut.messages && self.on_stream < cut.in_flight {
-            let Some(size) = self.peek(cut.allow_new) else { break };
-            let fits = bytes + size <= cut.bytes || count == 0;
-            let allowed = self.bytes_on_stream + size <= cut.in_flight_bytes || self.on_stream == 0;
-            if !(fits && allowed) {
+        while let Some(next) = self.peek(cut.allow_new) {
+            let fits = count < cut.messages && bytes + next.bytes <= cut.bytes && !next.alone;
+            if !(self.is_allowed(cut, next) && (fits || count == 0)) {
                 break;
             }
-            visit(self.advance(now)?);
-            count += 1;
-            bytes += size;
+            for _ in 0..next.messages {
+                visit(self.advance(now)?);
+            }
+            count += next.messages;
+            bytes += next.bytes;
+            if next.alone {
+                break;
+            }
         }
         (count > 0).then_some(first)
     }
 
-    /// The bytes of the next message for the present stream: first those sent before, then new
-    /// ones.
-    fn peek(&self, allow_new: bool) -> Option<usize> {
-        let again = self.sent.get(self.on_stream);
-        let new = || self.unsent.front().filter(|_| allow_new);
-        again.or_else(new).map(|slot| slot.bytes)
+    /// The next message for the present stream, or those that go with it: first those sent
+    /// before, then new ones.
+    fn peek(&self, allow_new: bool) -> Option<Next> {
+        let again = self.on_stream < self.sent.len();
+        let (slots, from) = match again {
+            true => (&self.sent, self.on_stream),
+            false if allow_new => (&self.unsent, 0),
+            false => return None,
+        };
+        let together = slots.get(from)?.together;
+        let messages = together.max(1);
+        let bytes = slots.iter().skip(from).take(messages).map(|slot| slot.bytes).sum();
+        Some(Next { messages, bytes, alone: together > 0 })
+    }
+
+    /// Whether these may be unanswered, too. If nothing is, they may in any case.
+    fn is_allowed(&self, cut: &Cut, next: Next) -> bool {
+        let messages = self.on_stream + next.messages <= cut.in_flight;
+        let bytes = self.bytes_on_stream + next.bytes <= cut.in_flight_bytes;
+        messages && bytes || self.on_stream == 0
     }
 
     fn advance(&mut self, now: Instant) -> Option<&T> {
@@ -282,10 +321,8 @@ impl<T> Window<T> {
 
     /// Whether there is something to send now.
     pub(super) fn has_work(&self, cut: &Cut, now: Instant) -> bool {
-        let Some(size) = self.peek(cut.allow_new) else { return false };
-        let room = self.on_stream < cut.in_flight;
-        let bytes = self.bytes_on_stream + size <= cut.in_flight_bytes || self.on_stream == 0;
-        room && bytes && self.lingers_until(cut, now).is_none()
+        let Some(next) = self.peek(cut.allow_new) else { return false };
+        self.is_allowed(cut, next) && self.lingers_until(cut, now).is_none()
     }
 
     /// Until when new messages wait for company, if they do.
@@ -293,7 +330,8 @@ impl<T> Window<T> {
         if cut.linger.is_zero() || self.on_stream < self.sent.len() || !cut.allow_new {
             return None;
         }
-        let until = after(self.unsent.front()?.queued, cut.linger);
+        let front = self.unsent.front().filter(|front| front.together == 0)?;
+        let until = after(front.queued, cut.linger);
         let sizes = self.unsent.iter().take(cut.messages).map(|slot| slot.bytes);
         let full = self.unsent.len() >= cut.messages || sizes.sum::<usize>() >= cut.bytes;
         (!full && now < until).then_some(until)

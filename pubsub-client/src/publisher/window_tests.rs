@@ -89,6 +89,33 @@ fn a_message_larger_than_the_limit_goes_alone() {
 }
 
 #[test]
+fn messages_that_go_together_go_alone_and_whole_each_time() {
+    let together = |window: &mut Window<u32>, messages: std::ops::Range<u32>, bytes| {
+        let items = messages.map(|message| (message, bytes)).collect();
+        window.push_together(items, Instant::now());
+    };
+    let mut window = window(1);
+    // More than a usual batch holds.
+    together(&mut window, 1..5, 1);
+    window.push(5, 1, Instant::now());
+    together(&mut window, 6..7, 1);
+    connect(&mut window, None);
+    assert_eq!(batch(&mut window), Some((1, vec![0])));
+    assert_eq!(batch(&mut window), Some((2, vec![1, 2, 3, 4])));
+    assert_eq!(batch(&mut window), None, "five may be in flight");
+    connect(&mut window, Some(3));
+    assert_eq!(batch(&mut window), Some((1, vec![0])));
+    assert_eq!(batch(&mut window), Some((2, vec![1, 2, 3, 4])));
+    answer(&mut window, 1, 5);
+    assert_eq!(batch(&mut window), Some((6, vec![5])));
+    assert_eq!(batch(&mut window), Some((7, vec![6])));
+    answer(&mut window, 6, 2);
+    // More than may be in flight, in messages and bytes: when nothing else is.
+    together(&mut window, 7..15, 1000);
+    assert_eq!(batch(&mut window), Some((8, (7..15).collect())));
+}
+
+#[test]
 fn new_messages_wait_for_company_and_replays_do_not() {
     let cut = Cut { linger: Duration::from_secs(1), ..CUT };
     let now = Instant::now();
@@ -211,11 +238,28 @@ struct Server {
     /// Frames on their way, in both directions.
     batches: VecDeque<(u64, Vec<u32>)>,
     results: VecDeque<(u64, u32)>,
+    /// Messages that go together.
+    together: Vec<std::ops::Range<u32>>,
 }
 
 impl Server {
+    /// The first of those that a message goes with; itself if it goes alone.
+    fn leader(&self, message: u32) -> u32 {
+        let group = self.together.iter().find(|group| group.contains(&message));
+        group.map_or(message, |group| group.start)
+    }
+
     fn take(&mut self) {
         let Some((first, messages)) = self.batches.pop_front() else { return };
+        for group in &self.together {
+            if messages.iter().any(|message| group.contains(message)) {
+                assert_eq!(
+                    messages,
+                    group.clone().collect::<Vec<_>>(),
+                    "a batch is torn, or not alone"
+                );
+            }
+        }
         for (sequence, message) in (first..).zip(&messages) {
             assert!(sequence <= self.last + 1, "{sequence} leaves a gap after {}", self.last);
             if sequence == self.last + 1 {
@@ -231,6 +275,7 @@ impl Server {
 #[derive(Clone, Debug)]
 enum Step {
     Enqueue,
+    EnqueueTogether(u32),
     Send,
     Take,
     Answer,
@@ -245,6 +290,7 @@ proptest! {
     fn the_log_has_each_message_once_in_the_order_of_the_calls(
         steps in prop::collection::vec(prop_oneof![
             4 => Just(Step::Enqueue),
+            2 => (1..9_u32).prop_map(Step::EnqueueTogether),
             4 => Just(Step::Send),
             3 => Just(Step::Take),
             3 => Just(Step::Answer),
@@ -266,6 +312,14 @@ proptest! {
                     expected.push(next);
                     next += 1;
                 }
+                Step::EnqueueTogether(count) => {
+                    let group = next..next + count;
+                    next = group.end;
+                    let items = group.clone().map(|message| (message, 1)).collect();
+                    window.push_together(items, Instant::now());
+                    expected.extend(group.clone());
+                    server.together.push(group);
+                }
                 Step::Send => server.batches.extend(batch(&mut window)),
                 Step::Take => server.take(),
                 Step::Answer => if let Some((first, count)) = server.results.pop_front() {
@@ -273,7 +327,8 @@ proptest! {
                 },
                 Step::GiveUpUnsent => {
                     let oldest = next.saturating_sub(3);
-                    let gone = window.give_up_unsent(|message| *message >= oldest);
+                    let gone =
+                        window.give_up_unsent(|message| server.leader(*message) >= oldest);
                     expected.retain(|message| !gone.contains(message));
                 }
                 Step::Cut => {

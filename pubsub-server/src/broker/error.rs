@@ -1,8 +1,10 @@
 //! Why the broker refuses. Callers decide on [`BrokerError::code`], never on the text.
 
+use std::fmt;
 use std::time::Duration;
 
 use crate::names::{ConsumerId, SnapshotName, SubscriptionName, TopicName};
+use crate::schema::{Problem, Verdict};
 use crate::storage::{AppendRefusal, CommitError, ReadError};
 
 /// A closed list of reasons, one for each that a client can act on.
@@ -58,6 +60,8 @@ pub enum Code {
     CommitUnknown,
     /// Beyond the head.
     BeyondHead,
+    /// A new schema breaks what the present one promised, or may do so.
+    SchemaIncompatible,
 }
 
 /// Why something was refused.
@@ -160,6 +164,18 @@ pub enum BrokerError {
     /// Not now.
     #[error("{0}")]
     Unavailable(&'static str),
+    /// A new schema breaks what the present one promised, or may do so.
+    #[error(
+        "topic {topic}: the schema does not keep what revision {revision} promised: {problems}"
+    )]
+    SchemaIncompatible {
+        /// Where.
+        topic: TopicName,
+        /// The present revision.
+        revision: u32,
+        /// What is in the way; at least one.
+        problems: Problems,
+    },
     /// A commit failed and may be durable.
     #[error("a commit failed, and its outcome is not known; retry with the same identity")]
     CommitUnknown,
@@ -207,6 +223,7 @@ impl BrokerError {
             Self::Unavailable(_) => Code::Unavailable,
             Self::CommitUnknown => Code::CommitUnknown,
             Self::BeyondHead { .. } => Code::BeyondHead,
+            Self::SchemaIncompatible { .. } => Code::SchemaIncompatible,
         }
     }
 
@@ -226,6 +243,12 @@ impl BrokerError {
                 vec![("topic", topic.to_string()), ("sequence", sequence.to_string())]
             }
             Self::BeyondHead { head, .. } => vec![("head", head.to_string())],
+            Self::SchemaIncompatible { problems, .. } => {
+                let names = |problem: &Problem| {
+                    vec![("path", problem.path.clone()), ("keyword", problem.keyword.to_owned())]
+                };
+                problems.0.first().map(names).unwrap_or_default()
+            }
             Self::Invalid(_)
             | Self::Protocol(_)
             | Self::TopicNotFound(_)
@@ -271,7 +294,8 @@ impl BrokerError {
             | Code::ResultExpired
             | Code::Diverged
             | Code::DataLoss
-            | Code::BeyondHead => None,
+            | Code::BeyondHead
+            | Code::SchemaIncompatible => None,
         }
     }
 
@@ -284,6 +308,31 @@ impl BrokerError {
             }
             ReadError::DataLoss { sequence } => Self::DataLoss { topic: topic.clone(), sequence },
             ReadError::Storage(_) => Self::Unavailable("the storage cannot be read"),
+        }
+    }
+}
+
+/// What is in the way of a new schema.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problems(pub Vec<Problem>);
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// More than these nobody reads in one line; a check lists all.
+        const TOLD: usize = 3;
+        for (index, problem) in self.0.iter().take(TOLD).enumerate() {
+            let Problem { path, keyword, verdict, detail } = problem;
+            let place = if path.is_empty() { "the whole" } else { path };
+            let undecided = match verdict {
+                Verdict::Breaks => "",
+                Verdict::Undecided => " (cannot be decided)",
+            };
+            let comma = if index == 0 { "" } else { "; " };
+            write!(f, "{comma}{place}: {keyword}: {detail}{undecided}")?;
+        }
+        match self.0.len().saturating_sub(TOLD) {
+            0 => Ok(()),
+            more => write!(f, "; and {more} more"),
         }
     }
 }

@@ -27,6 +27,7 @@ pub mod publisher;
 mod receipts;
 mod retention;
 mod saving;
+mod schemas;
 pub mod session;
 mod sharing;
 mod snapshots;
@@ -37,11 +38,13 @@ mod topics;
 pub use dead_letters::{LetterPage, Letters};
 pub use error::{BrokerError, Code};
 pub use receipts::ReceiptAnswer;
+pub use schemas::{PayloadFate, SchemaCheck};
 pub use snapshots::Snapshot;
 pub use subscriptions::{Consume, NewSubscription, Start, Stream};
 pub use topics::TopicInfo;
 
 use dead_letters::DeadLetters;
+use schemas::Payloads;
 use session::{Command, SessionId};
 use subscription::{Keeper, Subscription, TopicStart, Topics};
 
@@ -85,6 +88,8 @@ struct Topic {
     head: watch::Receiver<u64>,
     /// Bytes on their way to the disk.
     uncommitted: AtomicU64,
+    /// What it takes.
+    payloads: Payloads,
     /// Whom its messages are kept for, and the durable floor of each: what lies beyond is.
     floors: Mutex<BTreeMap<Owed, Arc<AtomicU64>>>,
 }
@@ -120,7 +125,7 @@ impl Broker {
     ///
     /// If the catalog cannot be read.
     pub async fn start(storage: Arc<dyn Storage>, env: SharedEnv) -> Result<Self, StorageError> {
-        let Catalog { topics, subscriptions } = storage.catalog().await?;
+        let Catalog { topics, schemas, subscriptions } = storage.catalog().await?;
         let uncommitted = Arc::new(Semaphore::new(limits::MAX_UNCOMMITTED_BYTES));
         let inner = Inner {
             storage,
@@ -149,6 +154,11 @@ impl Broker {
             Some((topic.record.epoch, topic))
         });
         let topics: BTreeMap<Epoch, Arc<Topic>> = topics.collect();
+        for (epoch, schema) in schemas {
+            if let Some(topic) = topics.get(&epoch) {
+                topic.payloads.push(schema, None);
+            }
+        }
         for CatalogSubscription { record, cursors, departed } in subscriptions {
             if let Some(of) = &record.snapshot_of {
                 broker.add_snapshot(&record, of, cursors, &topics);
@@ -244,7 +254,8 @@ impl Broker {
         let uncommitted = AtomicU64::new(0);
         let (config, floors) = (Mutex::new(record.config.clone()), Mutex::default());
         let purged = Arc::new(AtomicU64::new(record.purged));
-        let topic = Arc::new(Topic { record, config, purged, head, uncommitted, floors });
+        let payloads = Payloads::default();
+        let topic = Arc::new(Topic { record, config, purged, head, uncommitted, payloads, floors });
         self.state().topics.insert(topic.record.name.clone(), Arc::clone(&topic));
         Some(topic)
     }

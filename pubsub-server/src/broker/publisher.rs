@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::error::BrokerError;
@@ -15,8 +16,8 @@ use crate::limits;
 use crate::names::{SubscriptionName, TopicName};
 use crate::record::{Epoch, NewMessage, Uuid};
 use crate::storage::{
-    self, Append, AppendOutcome, Item, OpenPublisher, PublisherRef, Refusal, RefusalReason, Run,
-    Ticket,
+    self, Append, AppendOutcome, Atomic, Item, OpenPublisher, PublisherRef, Refusal, RefusalReason,
+    Run, Ticket,
 };
 
 /// A publisher wants to open a stream.
@@ -47,6 +48,10 @@ pub struct Publisher {
     last_sequence: Option<u64>,
 }
 
+/// A batch of which each message was checked by itself.
+#[derive(Debug)]
+pub struct Inspected(pub(super) Batch);
+
 /// Messages with dense publisher sequences.
 #[derive(Debug)]
 pub struct Batch {
@@ -56,6 +61,8 @@ pub struct Batch {
     pub resolved_below: u64,
     /// The messages, or why they are refused.
     pub items: Vec<Item>,
+    /// Whether they are stored all together or not at all.
+    pub atomic: Option<Atomic>,
 }
 
 /// Publishes on their way to the disk. Resolves when their fate is durable.
@@ -114,10 +121,10 @@ impl Broker {
     pub async fn publish(
         &self,
         topic: &TopicName,
-        items: Vec<Item>,
+        batch: Batch,
     ) -> Result<(Epoch, Vec<Run>), BrokerError> {
         let topic = self.topic(topic)?;
-        let batch = Batch { first_sequence: 1, resolved_below: 0, items };
+        let Inspected(batch) = self.inspect(&topic, batch).await?;
         topic.check_room(&*self.inner.storage, batch.bytes())?;
         let semaphore = Arc::clone(&self.inner.uncommitted);
         let permit = semaphore.acquire_many_owned(batch.permits()).await;
@@ -136,42 +143,43 @@ impl Broker {
     ) -> Pending {
         for item in &mut batch.items {
             if let Item::Store(message) = item
-                && let Err(refusal) = self.check(topic, message)
+                && let Some(refusal) = topic.refuse_recipients(message)
             {
-                *item = Item::Refuse(refusal);
+                *item = message.refused(refusal);
             }
         }
         let bytes = batch.bytes() as u64;
         // It goes with the messages: neither a caller that hangs up gives it back too early, nor a
         // peer that does not take its answers too late.
         let room = Some(Arc::new(Room::new(Arc::clone(topic), bytes, permit)) as storage::Room);
-        let Batch { first_sequence, resolved_below, items } = batch;
+        let Batch { first_sequence, resolved_below, items, atomic } = batch;
         let topic = topic.record.epoch;
-        let append = Append { topic, publisher, first_sequence, resolved_below, items, room };
+        let append =
+            Append { topic, publisher, first_sequence, resolved_below, items, atomic, room };
         Pending { ticket: self.inner.storage.append(append), bytes }
     }
+}
 
-    fn check(&self, topic: &Topic, message: &NewMessage) -> Result<(), Refusal> {
-        let limit = topic.config().max_message_bytes;
-        if message.body.len() as u64 > limit {
-            let size = message.body.len();
-            return Err(Refusal {
-                reason: RefusalReason::TooLarge,
-                detail: format!("the message has {size} bytes, and the topic allows {limit}"),
-            });
-        }
+impl Topic {
+    fn refuse_recipients(&self, message: &NewMessage) -> Option<Refusal> {
         if message.recipients.is_empty() {
-            return Ok(());
+            return None;
         }
-        let floors = topic.floors();
+        let floors = self.floors();
         let listens =
             |name: &SubscriptionName| floors.contains_key(&Owed::Subscription(name.clone()));
-        match message.recipients.iter().find(|name| !listens(name)) {
-            None => Ok(()),
-            Some(unknown) => Err(Refusal {
-                reason: RefusalReason::UnknownRecipient,
-                detail: format!("recipient {unknown} is no subscription of this topic"),
-            }),
+        let unknown = message.recipients.iter().find(|name| !listens(name))?;
+        let detail = format!("recipient {unknown} is no subscription of this topic");
+        Some(Refusal::new(RefusalReason::UnknownRecipient, detail))
+    }
+}
+
+impl NewMessage {
+    /// This message as one that is refused for good.
+    pub(super) fn refused(&self, refusal: Refusal) -> Item {
+        match self.key {
+            Some(key) => Item::RefuseNew(key, refusal),
+            None => Item::Refuse(refusal),
         }
     }
 }
@@ -197,12 +205,18 @@ impl Publisher {
         self.topic.config().idempotency_window
     }
 
+    /// Checks each message of a batch by itself, with the topic's schema, too. A batch that takes
+    /// long is checked beside the runtime. Dropping the future loses the batch and nothing else.
+    pub fn inspect(&self, batch: Batch) -> BoxFuture<'static, Result<Inspected, BrokerError>> {
+        self.broker.inspect(&self.topic, batch)
+    }
+
     /// Whether a batch can be taken now. Replays always can: their answers are stored.
     ///
     /// # Errors
     ///
     /// If the disk or the topic is full.
-    pub fn check_room(&self, batch: &Batch) -> Result<(), BrokerError> {
+    pub fn check_room(&self, Inspected(batch): &Inspected) -> Result<(), BrokerError> {
         let last = batch.first_sequence + batch.items.len() as u64 - 1;
         if self.last_sequence.is_some_and(|decided| last <= decided) {
             return Ok(());
@@ -214,8 +228,15 @@ impl Publisher {
     /// publishers that were not used for long are forgotten.
     pub fn touch(&self) {
         let (topic, publisher) = (self.topic.record.epoch, Some(self.publisher));
-        let (first_sequence, resolved_below, items, room) = (0, 0, Vec::new(), None);
-        let append = Append { topic, publisher, first_sequence, resolved_below, items, room };
+        let append = Append {
+            topic,
+            publisher,
+            first_sequence: 0,
+            resolved_below: 0,
+            items: Vec::new(),
+            atomic: None,
+            room: None,
+        };
         // If it is refused, so is the next batch, which says why.
         drop(self.broker.inner.storage.append(append));
     }
@@ -226,11 +247,11 @@ impl Publisher {
     ///
     /// Gives the batch back if too much is waiting for its commit. It has to be tried again when
     /// earlier batches are answered, or a little later.
-    pub fn try_publish(&self, batch: Batch) -> Result<Pending, Batch> {
+    pub fn try_publish(&self, Inspected(batch): Inspected) -> Result<Pending, Inspected> {
         let semaphore = Arc::clone(&self.broker.inner.uncommitted);
         match semaphore.try_acquire_many_owned(batch.permits()) {
             Ok(permit) => Ok(self.broker.append(&self.topic, Some(self.publisher), batch, permit)),
-            Err(_) => Err(batch),
+            Err(_) => Err(Inspected(batch)),
         }
     }
 }
@@ -241,10 +262,10 @@ impl Batch {
         u32::try_from(bytes.min(limits::MAX_UNCOMMITTED_BYTES)).expect("the limit fits")
     }
 
-    fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         let stored = self.items.iter().map(|item| match item {
             Item::Store(message) => message.body.len(),
-            Item::Refuse(_) => 0,
+            Item::Refuse(_) | Item::RefuseNew(..) => 0,
         });
         stored.sum()
     }
@@ -294,10 +315,12 @@ mod tests {
         broker.open_publisher(open(1, 1)).await.unwrap()
     }
 
-    fn batch(first_sequence: u64) -> Batch {
+    fn batch(first_sequence: u64) -> Inspected {
         let body = Bytes::from(vec![1; 1000]);
         let message = NewMessage { body, recipients: Vec::new(), key: None };
-        Batch { first_sequence, resolved_below: first_sequence, items: vec![Item::Store(message)] }
+        let items = vec![Item::Store(message)];
+        let resolved_below = first_sequence;
+        Inspected(Batch { first_sequence, resolved_below, items, atomic: None })
     }
 
     #[tokio::test]

@@ -8,10 +8,13 @@ use std::collections::{HashMap, VecDeque};
 use serde::{Deserialize, Serialize};
 
 use super::clock::{Age, Now};
-use super::{Append, AppendOutcome, AppendRefusal, Fate, Item, OpenPublisher, Refusal, Run};
+use super::{
+    Append, AppendOutcome, AppendRefusal, Atomic, Fact, Fate, Item, OpenPublisher, Refusal, Run,
+};
 use super::{PublisherRef, RefusalReason};
 use crate::limits;
 use crate::record::{IdempotencyKey, NewMessage, Timestamp};
+use crate::schema::shortened;
 
 /// What is remembered of one publisher in one topic.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,15 +120,33 @@ pub(super) fn admit<E>(
         skip = known.iter().map(|run| run.count as usize).sum();
         publisher.used = context.now.age;
     }
+    if append.atomic.is_some() && skip > 0 && skip < append.items.len() {
+        // Half of it was decided before, which is not what was sent then.
+        let expected = append.first_sequence.saturating_add(skip as u64);
+        return Ok(Admission::refused(AppendRefusal::OutOfOrder { expected }));
+    }
     let mut decider = Decider::new(*context, known);
     let mut sequence = append.first_sequence.saturating_add(skip as u64);
-    for item in append.items.into_iter().skip(skip) {
-        let fate = decider.decide(item, &mut lookup)?;
+    let mut note = |runs: &mut Vec<Run>, fate: Fate| {
         if let Some(publisher) = &mut publisher {
             publisher.record(sequence, &fate);
         }
-        push(&mut decider.runs, sequence, fate);
+        push(runs, sequence, fate);
         sequence = sequence.saturating_add(1);
+    };
+    let items = append.items.into_iter().skip(skip);
+    match append.atomic.filter(|_| items.len() > 0) {
+        None => {
+            for item in items {
+                let fate = decider.decide(item, &mut lookup)?;
+                note(&mut decider.runs, fate);
+            }
+        }
+        Some(atomic) => {
+            let count = items.len() as u64;
+            let first = decider.decide_together(atomic, items, &mut lookup)?;
+            (0..count).for_each(|offset| note(&mut decider.runs, first.nth(offset)));
+        }
     }
     if decider.keys.len() as u64 > context.key_room {
         return Ok(Admission::refused(AppendRefusal::TooManyKeys));
@@ -249,7 +270,7 @@ impl Publisher {
     /// The bug that a test has to find: a frame of a fenced stream takes its sequences.
     #[cfg(pubsub_break = "fenced_frame_consumes_sequence")]
     fn broken_by_fenced_frame(mut self, append: &Append) -> Admission {
-        let refusal = Refusal { reason: RefusalReason::Invalid, detail: String::new() };
+        let refusal = Refusal::new(RefusalReason::Invalid, "");
         for _ in &append.items {
             self.record(self.decided + 1, &Fate::Refused(refusal.clone()));
         }
@@ -311,24 +332,75 @@ impl Decider {
         Self { context, runs, messages: Vec::new(), keys: HashMap::new() }
     }
 
+    /// The fate of the first of messages that have one fate. The identity comes first: an append
+    /// whose first attempt was stored has moved the head itself.
+    fn decide_together<E>(
+        &mut self,
+        atomic: Atomic,
+        items: impl Iterator<Item = Item>,
+        lookup: &mut impl FnMut(&[u8; 16]) -> Result<Option<KeyRow>, E>,
+    ) -> Result<Fate, E> {
+        let Atomic { expected_head, key } = atomic;
+        let mismatch = expected_head.and_then(|expected| self.head_mismatch(expected));
+        // The bug that a test has to find, as the two below.
+        if cfg!(pubsub_break = "head_before_identity")
+            && let Some(refusal) = &mismatch
+        {
+            return Ok(Fate::Refused(refusal.clone()));
+        }
+        if let Some(key) = key
+            && let Some(row) = self.known(&key, lookup)?
+        {
+            return Ok(known_key(&row, &key));
+        }
+        let mut messages = Vec::new();
+        for (index, item) in (0..).zip(items) {
+            match item {
+                Item::Store(message) => messages.push(message),
+                Item::Refuse(_) if cfg!(pubsub_break = "batch_in_part") => {}
+                Item::Refuse(refusal) | Item::RefuseNew(_, refusal) => {
+                    return Ok(Fate::Refused(refusal.of_one(index)));
+                }
+            }
+        }
+        if let Some(refusal) = mismatch {
+            return Ok(Fate::Refused(refusal));
+        }
+        let (sequence, at) = (self.context.head + 1, self.context.at());
+        if let Some(key) = key {
+            let expires = self.context.now.age.after(self.context.window);
+            self.keys.insert(key.key, KeyRow { content: key.content, sequence, at, expires });
+        }
+        self.messages = messages;
+        Ok(Fate::Stored { sequence, duplicate: false, at })
+    }
+
+    fn head_mismatch(&self, expected: u64) -> Option<Refusal> {
+        let head = self.context.head;
+        let detail = format!("the last message of the topic is {head}, and not {expected}");
+        let refusal = Refusal::new(RefusalReason::HeadMismatch, detail);
+        (head != expected).then(|| refusal.with(Fact::Head(head)))
+    }
+
     fn decide<E>(
         &mut self,
         item: Item,
         lookup: &mut impl FnMut(&[u8; 16]) -> Result<Option<KeyRow>, E>,
     ) -> Result<Fate, E> {
         let message = match item {
-            Item::Refuse(refusal) => return Ok(Fate::Refused(refusal)),
             Item::Store(message) => message,
+            Item::Refuse(refusal) => return Ok(Fate::Refused(refusal)),
+            Item::RefuseNew(key, refusal) => {
+                let row = self.known(&key, lookup)?.filter(|row| row.content == key.content);
+                let row = row.filter(|_| !cfg!(pubsub_break = "schema_before_identity"));
+                let known = row.map(|row| known_key(&row, &key));
+                return Ok(known.unwrap_or(Fate::Refused(refusal)));
+            }
         };
         let sequence = self.context.head + 1 + self.messages.len() as u64;
         let at = self.context.at();
         if let Some(key) = message.key {
-            // The items before this one in the same append count as stored.
-            let row = match self.keys.get(&key.key) {
-                Some(row) => Some(*row),
-                None => lookup(&key.key)?.filter(|row| row.expires > self.context.now.age),
-            };
-            if let Some(row) = row {
+            if let Some(row) = self.known(&key, lookup)? {
                 return Ok(known_key(&row, &key));
             }
             let expires = self.context.now.age.after(self.context.window);
@@ -336,6 +408,40 @@ impl Decider {
         }
         self.messages.push(message);
         Ok(Fate::Stored { sequence, duplicate: false, at })
+    }
+
+    /// What is remembered of a key, unless its window is over.
+    fn known<E>(
+        &self,
+        key: &IdempotencyKey,
+        lookup: &mut impl FnMut(&[u8; 16]) -> Result<Option<KeyRow>, E>,
+    ) -> Result<Option<KeyRow>, E> {
+        // The items before this one in the same append count as stored.
+        Ok(match self.keys.get(&key.key) {
+            Some(row) => Some(*row),
+            None => lookup(&key.key)?.filter(|row| row.expires > self.context.now.age),
+        })
+    }
+}
+
+impl Fate {
+    /// The fate of a message that comes so many after the one with this fate.
+    fn nth(&self, offset: u64) -> Self {
+        match self {
+            Self::Stored { sequence, duplicate, at } => {
+                Self::Stored { sequence: sequence + offset, duplicate: *duplicate, at: *at }
+            }
+            Self::Refused(refusal) => Self::Refused(refusal.clone()),
+        }
+    }
+}
+
+impl Refusal {
+    /// The refusal of all messages because of one of them.
+    fn of_one(mut self, index: u32) -> Self {
+        let detail = format!("message {} of the batch: {}", u64::from(index) + 1, self.detail);
+        self.detail = shortened(detail, limits::MAX_REFUSAL_BYTES);
+        self.with(Fact::Index(index))
     }
 }
 
@@ -345,7 +451,8 @@ fn known_key(row: &KeyRow, key: &IdempotencyKey) -> Fate {
     }
     let detail =
         format!("the idempotency key was used with other content by message {}", row.sequence);
-    Fate::Refused(Refusal { reason: RefusalReason::KeyReused, detail })
+    let refusal = Refusal::new(RefusalReason::KeyReused, detail);
+    Fate::Refused(refusal.with(Fact::Sequence(row.sequence)))
 }
 
 /// Adds a fate to an answer, to its last run if it continues it.

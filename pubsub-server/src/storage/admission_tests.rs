@@ -67,8 +67,19 @@ impl Naive {
             Some(_) => self.fates[first - 1..first - 1 + known].to_vec(),
             None => Vec::new(),
         };
-        for item in &append.items[known..] {
-            let fate = self.decide(item, now);
+        let new = &append.items[known..];
+        if append.atomic.is_some() && known > 0 && !new.is_empty() {
+            return Err(AppendRefusal::OutOfOrder {
+                expected: append.first_sequence + known as u64,
+            });
+        }
+        let together = append.atomic.map(|atomic| self.decide_together(new, atomic));
+        for (index, item) in new.iter().enumerate() {
+            let fate = match &together {
+                None => self.decide(item, now),
+                Some(Err(reason)) => NaiveFate::Refused(*reason),
+                Some(Ok(first)) => NaiveFate::Stored(first + index as u64),
+            };
             if append.publisher.is_some() {
                 self.fates.push(fate.clone());
             }
@@ -80,9 +91,33 @@ impl Naive {
         Ok(answer)
     }
 
+    fn decide_together(&mut self, items: &[Item], atomic: Atomic) -> Result<u64, RefusalReason> {
+        let head = self.log.len() as u64;
+        let mut messages = Vec::new();
+        for item in items {
+            match item {
+                Item::Store(message) => messages.push(message.clone()),
+                Item::Refuse(refusal) | Item::RefuseNew(_, refusal) => return Err(refusal.reason),
+            }
+        }
+        if atomic.expected_head.is_some_and(|expected| expected != head) {
+            return Err(RefusalReason::HeadMismatch);
+        }
+        self.log.extend(messages);
+        Ok(head + 1)
+    }
+
     fn decide(&mut self, item: &Item, now: u64) -> NaiveFate {
         let message = match item {
             Item::Refuse(refusal) => return NaiveFate::Refused(refusal.reason),
+            Item::RefuseNew(key, refusal) => {
+                let known = self
+                    .keys
+                    .get(&key.key)
+                    .filter(|(content, _, expires)| *content == key.content && *expires > now);
+                let refused = NaiveFate::Refused(refusal.reason);
+                return known.map_or(refused, |(_, sequence, _)| NaiveFate::Stored(*sequence));
+            }
             Item::Store(message) => message,
         };
         let next = self.log.len() as u64 + 1;
@@ -109,33 +144,55 @@ const WINDOW: u64 = 100;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Open { epoch: u32, stream: u64, resolved: u64 },
-    Append { known: bool, stream: u64, back: u64, skip: u64, items: Vec<Item>, resolved: u64 },
+    Open {
+        epoch: u32,
+        stream: u64,
+        resolved: u64,
+    },
+    Append {
+        known: bool,
+        stream: u64,
+        back: u64,
+        skip: u64,
+        items: Vec<Item>,
+        resolved: u64,
+        /// Whether it is atomic, and how far its expected head is from the real one.
+        atomic: Option<Option<u64>>,
+    },
     Wait(u64),
 }
 
 fn item() -> impl Strategy<Value = Item> {
-    let refusal = Refusal { reason: RefusalReason::TooLarge, detail: String::new() };
+    let refusal = Refusal::new(RefusalReason::TooLarge, "");
     prop_oneof![
         4 => any::<u8>().prop_map(|body| Item::Store(message([body]))),
         3 => (0..4u8, 0..2u8).prop_map(|(key, body)| Item::Store(keyed(key, [body]))),
-        1 => Just(Item::Refuse(refusal)),
+        1 => Just(Item::Refuse(refusal.clone())),
+        1 => (0..4u8, 0..2u8).prop_map(move |(key, body)| {
+            Item::RefuseNew(keyed(key, [body]).key.unwrap(), refusal.clone())
+        }),
     ]
 }
 
 fn step() -> impl Strategy<Value = Step> {
     let items = prop::collection::vec(item(), 0..6);
+    let atomic = prop_oneof![
+        2 => Just(None),
+        1 => Just(Some(None)),
+        1 => (0..2u64).prop_map(|off| Some(Some(off))),
+    ];
     prop_oneof![
         1 => (1..4u32, 0..6u64, 0..4u64)
             .prop_map(|(epoch, stream, resolved)| Step::Open { epoch, stream, resolved }),
-        8 => (prop::bool::weighted(0.8), 0..6u64, 0..6u64, 0..8u64, items, 0..4u64).prop_map(
-            |(known, stream, back, skip, items, resolved)| Step::Append {
+        8 => (prop::bool::weighted(0.8), 0..6u64, 0..6u64, 0..8u64, items, 0..4u64, atomic).prop_map(
+            |(known, stream, back, skip, items, resolved, atomic)| Step::Append {
                 known,
                 stream,
                 back,
                 skip: skip / 6,
                 items,
                 resolved,
+                atomic,
             }
         ),
         1 => (0..60u64).prop_map(Step::Wait),
@@ -233,13 +290,17 @@ fn compare(steps: Vec<Step>) {
                     Err(refusal) => assert_eq!(Err(refusal), expected),
                 }
             }
-            Step::Append { known, stream, back, skip, items, resolved } => {
+            Step::Append { known, stream, back, skip, items, resolved, atomic } => {
+                let expected_head = |off: u64| (naive.log.len() as u64).saturating_sub(off);
+                let atomic =
+                    atomic.map(|off| Atomic { expected_head: off.map(expected_head), key: None });
                 let epoch = naive.epoch;
                 let append = Append {
                     publisher: known.then(|| publisher(1, epoch, stream)),
                     first_sequence: (decided + 1 + skip).saturating_sub(back).max(1),
                     resolved_below: decided.saturating_sub(resolved),
                     items,
+                    atomic,
                     ..anonymous(1, Vec::new())
                 };
                 let expected = naive.append(&append, real.age);

@@ -22,6 +22,7 @@ use crate::record::{
     CursorRecord, Departed, Epoch, NewMessage, StoredMessage, SubscriptionRecord, Timestamp,
     TopicRecord, Uuid,
 };
+use crate::schema::SchemaRecord;
 
 /// The engine.
 #[derive(Debug)]
@@ -66,6 +67,7 @@ struct Store {
 #[derive(Debug)]
 struct Topic {
     record: TopicRecord,
+    schemas: BTreeMap<u32, Arc<SchemaRecord>>,
     head: watch::Sender<u64>,
     /// The sequence of the first of `messages`.
     first: u64,
@@ -196,6 +198,7 @@ impl Store {
             Change::Store { topic, .. } => self.topics.contains_key(topic),
             Change::CreateTopic(_)
             | Change::PutTopic(_)
+            | Change::PutSchema(..)
             | Change::DeleteTopic(_)
             | Change::PutSubscription(_)
             | Change::DeleteSubscription(_)
@@ -220,6 +223,11 @@ impl Store {
                 }
             }
             Change::DeleteTopic(topic) => self.delete_topic(topic),
+            Change::PutSchema(topic, schema) => {
+                if let Some(topic) = self.topics.get_mut(&topic) {
+                    topic.schemas.insert(schema.revision, schema);
+                }
+            }
             Change::PutSubscription(record) => {
                 self.subscriptions.insert(record.epoch, record);
             }
@@ -272,6 +280,7 @@ impl Topic {
     fn new(record: TopicRecord) -> Self {
         Self {
             record,
+            schemas: BTreeMap::new(),
             head: watch::Sender::new(0),
             first: 1,
             messages: Vec::new(),
@@ -347,6 +356,10 @@ impl Storage for Memory {
     fn catalog(&self) -> BoxFuture<'_, Result<Catalog, StorageError>> {
         let store = self.store();
         let topics = store.topics.values().map(|topic| topic.record.clone()).collect();
+        let schemas = store.topics.iter().flat_map(|(epoch, topic)| {
+            topic.schemas.values().map(|schema| (*epoch, Arc::clone(schema)))
+        });
+        let schemas = schemas.collect();
         let subscriptions = store.subscriptions.values().map(|record| {
             let own = |key: &(Epoch, Epoch)| key.1 == record.epoch;
             let cursors = store.cursors.iter().filter(|(key, _)| own(key));
@@ -358,7 +371,7 @@ impl Storage for Memory {
             }
         });
         let subscriptions = subscriptions.collect();
-        ready(Ok(Catalog { topics, subscriptions })).boxed()
+        ready(Ok(Catalog { topics, schemas, subscriptions })).boxed()
     }
 
     fn append(&self, mut append: Append) -> Ticket<AppendOutcome> {

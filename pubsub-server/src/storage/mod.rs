@@ -27,6 +27,11 @@
 //!   begins with known sequences and continues with new ones is both.
 //! - A message that is refused for good ([`Item::Refuse`], or [`RefusalReason::KeyReused`] found
 //!   here) takes its sequence, so that a replay gets the same answer and leaves no gap.
+//! - A message that would be refused only because it is new ([`Item::RefuseNew`]) is answered with
+//!   its id if it is stored under its key, with the same content.
+//! - Of an append that is [`Atomic`] all messages have one fate. Whether it is stored already, by its
+//!   publisher sequences or by its key, is looked at first; then whether a message of it is refused;
+//!   then the expected head. What refuses it for good takes all its sequences.
 //! - An append that is refused as a whole ([`AppendRefusal`]) takes no sequence and changes
 //!   nothing.
 //! - An idempotency key is remembered for the topic's window since its first use, counted by a
@@ -49,9 +54,10 @@ use futures_util::future::BoxFuture;
 use tokio::sync::{oneshot, watch};
 
 use crate::record::{
-    CursorRecord, Departed, Epoch, NewMessage, StoredMessage, SubscriptionRecord, Timestamp,
-    TopicRecord, Uuid,
+    CursorRecord, Departed, Epoch, IdempotencyKey, NewMessage, StoredMessage, SubscriptionRecord,
+    Timestamp, TopicRecord, Uuid,
 };
+use crate::schema::SchemaRecord;
 
 mod admission;
 mod clock;
@@ -131,8 +137,20 @@ pub struct Append {
     /// The messages, with dense sequences. None at all say that the stream is still in use, so that
     /// its publisher is not forgotten.
     pub items: Vec<Item>,
+    /// Whether they are stored all together or not at all.
+    pub atomic: Option<Atomic>,
     /// Dropped when the messages are committed or refused, whoever waits for the ticket.
     pub room: Option<Room>,
+}
+
+/// The messages of an append are stored all together, with dense sequences, or are refused for
+/// good all together. They have no keys of their own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Atomic {
+    /// What the head of the topic has to be, unless the messages are stored already.
+    pub expected_head: Option<u64>,
+    /// The application's identity for all of it.
+    pub key: Option<IdempotencyKey>,
 }
 
 /// What messages take up between their arrival and their commit.
@@ -145,6 +163,9 @@ pub enum Item {
     Store(NewMessage),
     /// Refused for good before it came here. It takes its sequence.
     Refuse(Refusal),
+    /// Refused for good, unless it is stored under this key already: what is taken may have been
+    /// more once.
+    RefuseNew(IdempotencyKey, Refusal),
 }
 
 /// A message is refused for good.
@@ -152,8 +173,43 @@ pub enum Item {
 pub struct Refusal {
     /// Why.
     pub reason: RefusalReason,
-    /// For people; at most 200 bytes.
+    /// For people; at most [`crate::limits::MAX_REFUSAL_BYTES`].
     pub detail: String,
+    /// For programs.
+    pub facts: Vec<Fact>,
+}
+
+/// A detail of a refusal.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Fact {
+    /// The most that is allowed.
+    Limit(u64),
+    /// The message that has the key.
+    Sequence(u64),
+    /// The revision of the schema that was checked with.
+    SchemaRevision(u32),
+    /// The field that breaks it.
+    Field(String),
+    /// What was expected instead.
+    Expected(String),
+    /// The head of the topic.
+    Head(u64),
+    /// Which message of an atomic append it is about, from 0.
+    Index(u32),
+}
+
+impl Refusal {
+    /// A refusal without details for programs.
+    pub fn new(reason: RefusalReason, detail: impl Into<String>) -> Self {
+        Self { reason, detail: detail.into(), facts: Vec::new() }
+    }
+
+    /// Adds a detail for programs.
+    #[must_use]
+    pub fn with(mut self, fact: Fact) -> Self {
+        self.facts.push(fact);
+        self
+    }
 }
 
 /// Why a message is refused for good.
@@ -167,6 +223,12 @@ pub enum RefusalReason {
     UnknownRecipient,
     /// The idempotency key was used before with other content.
     KeyReused,
+    /// The payload is not valid by the topic's schema.
+    Schema,
+    /// The content type is not the topic's.
+    ContentType,
+    /// The head of the topic is not the expected one.
+    HeadMismatch,
 }
 
 /// One stream of a publisher.
@@ -273,6 +335,9 @@ pub enum Change {
     /// come back later. A cursor behind the head becomes a [`Departed`], until its floor gets
     /// there or its subscription is gone.
     DeleteTopic(Epoch),
+    /// Adds a revision of what a topic takes; nothing happens if the topic is gone. It goes with
+    /// its topic.
+    PutSchema(Epoch, Arc<SchemaRecord>),
     /// Adds a subscription or replaces its record.
     PutSubscription(SubscriptionRecord),
     /// Removes a subscription with its cursors.
@@ -319,6 +384,8 @@ pub enum Urgency {
 pub struct Catalog {
     /// The topics.
     pub topics: Vec<TopicRecord>,
+    /// The revisions of what each topic takes, in order.
+    pub schemas: Vec<(Epoch, Arc<SchemaRecord>)>,
     /// The subscriptions.
     pub subscriptions: Vec<CatalogSubscription>,
 }

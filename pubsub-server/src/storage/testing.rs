@@ -130,6 +130,7 @@ pub(super) fn anonymous(topic: u64, messages: Vec<NewMessage>) -> Append {
         first_sequence: 1,
         resolved_below: 0,
         items: messages.into_iter().map(Item::Store).collect(),
+        atomic: None,
         room: None,
     }
 }

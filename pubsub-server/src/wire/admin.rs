@@ -4,22 +4,23 @@ use std::sync::atomic::Ordering;
 
 use pubsub_proto::v1::admin_service_server::AdminService;
 use pubsub_proto::v1::{
-    CreateSnapshotRequest, CreateSnapshotResponse, CreateSubscriptionRequest,
-    CreateSubscriptionResponse, CreateTopicRequest, CreateTopicResponse, DeleteSnapshotRequest,
-    DeleteSnapshotResponse, DeleteSubscriptionRequest, DeleteSubscriptionResponse,
-    DeleteTopicRequest, DeleteTopicResponse, GetReceiptsRequest, GetReceiptsResponse,
-    GetServerRequest, GetServerResponse, GetSubscriptionRequest, GetSubscriptionResponse,
-    GetTopicRequest, GetTopicResponse, ListDeadLettersRequest, ListDeadLettersResponse,
+    CheckSchemaRequest, CheckSchemaResponse, CreateSnapshotRequest, CreateSnapshotResponse,
+    CreateSubscriptionRequest, CreateSubscriptionResponse, CreateTopicRequest, CreateTopicResponse,
+    DeleteSnapshotRequest, DeleteSnapshotResponse, DeleteSubscriptionRequest,
+    DeleteSubscriptionResponse, DeleteTopicRequest, DeleteTopicResponse, GetReceiptsRequest,
+    GetReceiptsResponse, GetSchemaRequest, GetSchemaResponse, GetServerRequest, GetServerResponse,
+    GetSubscriptionRequest, GetSubscriptionResponse, GetTopicRequest, GetTopicResponse,
+    ListDeadLettersRequest, ListDeadLettersResponse, ListSchemasRequest, ListSchemasResponse,
     ListSnapshotsRequest, ListSnapshotsResponse, ListSubscriptionsRequest,
     ListSubscriptionsResponse, ListTopicsRequest, ListTopicsResponse, PurgeDeadLettersRequest,
     PurgeDeadLettersResponse, PurgeTopicRequest, PurgeTopicResponse, RedriveDeadLettersRequest,
     RedriveDeadLettersResponse, SeekSubscriptionRequest, SeekSubscriptionResponse,
-    UpdateTopicRequest, UpdateTopicResponse,
+    SetSchemaRequest, SetSchemaResponse, UpdateTopicRequest, UpdateTopicResponse,
 };
 use tonic::{Request, Response, Status};
 
 use super::status::{invalid, status};
-use super::{Context, convert};
+use super::{Context, convert, schema};
 use crate::broker::{BrokerError, NewSubscription};
 use crate::record::TopicConfig;
 use crate::storage::Health;
@@ -115,6 +116,34 @@ impl AdminService for Service {
         let below = (request.before != 0).then_some(request.before);
         let (info, purged) = self.0.broker.purge(name, below).await.map_err(refuse)?;
         Ok(Response::new(PurgeTopicResponse { topic: Some(convert::topic(info)), purged }))
+    }
+
+    async fn set_schema(
+        &self,
+        request: Request<SetSchemaRequest>,
+    ) -> Result<Response<SetSchemaResponse>, Status> {
+        schema::set(&self.0.broker, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn get_schema(
+        &self,
+        request: Request<GetSchemaRequest>,
+    ) -> Result<Response<GetSchemaResponse>, Status> {
+        schema::get(&self.0.broker, &request.into_inner()).map(Response::new)
+    }
+
+    async fn list_schemas(
+        &self,
+        request: Request<ListSchemasRequest>,
+    ) -> Result<Response<ListSchemasResponse>, Status> {
+        schema::list(&self.0.broker, &request.into_inner()).map(Response::new)
+    }
+
+    async fn check_schema(
+        &self,
+        request: Request<CheckSchemaRequest>,
+    ) -> Result<Response<CheckSchemaResponse>, Status> {
+        schema::check(&self.0.broker, request.into_inner()).await.map(Response::new)
     }
 
     async fn create_subscription(

@@ -20,7 +20,7 @@ use crate::record::{
     Epoch, FailurePolicy, IdempotencyKey, NewMessage, Release, Sequences, StoredMessage,
     SubscriptionKind, Timestamp, TopicConfig, Uuid, WhenFull,
 };
-use crate::storage::{Fate, Item, Refusal, RefusalReason, Run};
+use crate::storage::{Atomic, Fact, Fate, Item, Refusal, RefusalReason, Run};
 
 // ---- small things
 
@@ -184,6 +184,7 @@ pub(super) fn ranges(sequences: &Sequences) -> Vec<v1::SequenceRange> {
 
 /// A message to be stored, or why it is refused.
 pub(super) fn parse_message(mut message: v1::Message) -> Item {
+    message.schema_revision = 0;
     let item = check_message(&message).and_then(|()| {
         let recipients: Result<_, _> =
             message.recipients.iter().map(|name| SubscriptionName::parse(name)).collect();
@@ -192,7 +193,7 @@ pub(super) fn parse_message(mut message: v1::Message) -> Item {
     let recipients = match item {
         Ok(recipients) => recipients,
         Err(detail) => {
-            return Item::Refuse(Refusal { reason: RefusalReason::Invalid, detail });
+            return Item::Refuse(Refusal::new(RefusalReason::Invalid, detail));
         }
     };
     let body = Bytes::from(message.encode_to_vec());
@@ -202,6 +203,41 @@ pub(super) fn parse_message(mut message: v1::Message) -> Item {
         IdempotencyKey { key, content: *blake3::hash(&message.encode_to_vec()).as_bytes() }
     });
     Item::Store(NewMessage { body, recipients, key })
+}
+
+/// The messages of a batch that is stored whole or not at all, and what holds for all of it.
+pub(super) fn parse_atomic(
+    messages: Vec<v1::Message>,
+    atomic: &v1::AtomicBatch,
+) -> Result<(Vec<Item>, Atomic), Status> {
+    let (bytes, limit) =
+        (messages.iter().map(v1::Message::encoded_len).sum::<usize>(), limits::MAX_ATOMIC_BYTES);
+    if bytes > limit {
+        return Err(invalid(format!("an atomic batch has {bytes} bytes; {limit} are allowed")));
+    }
+    let (key, limit) = (&atomic.idempotency_key, limits::MAX_KEY_BYTES);
+    if key.len() > limit {
+        let size = key.len();
+        return Err(invalid(format!("idempotency_key has {size} bytes; {limit} are allowed")));
+    }
+    let mut content = blake3::Hasher::new();
+    let parse = |mut message: v1::Message| {
+        if !message.idempotency_key.is_empty() {
+            let detail = "a message of an atomic batch has no idempotency key of its own";
+            return Item::Refuse(Refusal::new(RefusalReason::Invalid, detail));
+        }
+        message.schema_revision = 0;
+        if !key.is_empty() {
+            content.update(blake3::hash(&message.encode_to_vec()).as_bytes());
+        }
+        parse_message(message)
+    };
+    let items = messages.into_iter().map(parse).collect();
+    let key = (!key.is_empty()).then(|| IdempotencyKey {
+        key: truncated(blake3::hash(key.as_bytes())),
+        content: *content.finalize().as_bytes(),
+    });
+    Ok((items, Atomic { expected_head: atomic.expected_head, key }))
 }
 
 fn truncated(hash: blake3::Hash) -> [u8; 16] {
@@ -272,7 +308,22 @@ fn stored(epoch: Epoch, sequence: u64, duplicate: bool, at: Timestamp) -> v1::St
 
 fn refused(refusal: Refusal) -> v1::Refused {
     let reason = status::refusal_reason(refusal.reason).into();
-    v1::Refused { reason, detail: refusal.detail }
+    let metadata = refusal.facts.into_iter().map(fact).collect();
+    v1::Refused { reason, detail: refusal.detail, metadata }
+}
+
+/// A fact as the protocol names it.
+fn fact(fact: Fact) -> (String, String) {
+    let (name, value) = match fact {
+        Fact::Limit(limit) => ("limit", limit.to_string()),
+        Fact::Sequence(sequence) => ("sequence", sequence.to_string()),
+        Fact::SchemaRevision(revision) => ("schema_revision", revision.to_string()),
+        Fact::Field(field) => ("field", field),
+        Fact::Expected(expected) => ("expected", expected),
+        Fact::Head(head) => ("head", head.to_string()),
+        Fact::Index(index) => ("index", index.to_string()),
+    };
+    (name.to_owned(), value)
 }
 
 // ---- consuming

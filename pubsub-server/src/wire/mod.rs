@@ -18,6 +18,7 @@ use crate::record::Timestamp;
 mod admin;
 mod convert;
 mod publish;
+mod schema;
 mod status;
 mod stream;
 mod subscribe;

@@ -6,14 +6,16 @@ use std::pin::Pin;
 use std::task::Poll;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
 use pubsub_proto::PROTOCOL_VERSION;
 use pubsub_proto::v1::publish_stream_request::Frame as Request;
 use pubsub_proto::v1::publish_stream_response::Frame as Response;
 use pubsub_proto::v1::publisher_service_server::PublisherService;
 use pubsub_proto::v1::{
-    ErrorReason, PublishBatch, PublishRequest, PublishResponse, PublishResults,
-    PublishStreamRequest, PublishStreamResponse, PublisherBlocked, PublisherHeartbeat,
-    PublisherHello, PublisherWelcome,
+    AtomicBatch, ErrorReason, Message, PublishBatch, PublishRequest, PublishResponse,
+    PublishResults, PublishStreamRequest, PublishStreamResponse, PublisherBlocked,
+    PublisherHeartbeat, PublisherHello, PublisherWelcome,
 };
 use tokio::time::Instant;
 use tonic::{Status, Streaming};
@@ -25,9 +27,9 @@ use super::stream::{
 };
 use super::{Context, turned};
 use crate::broker::BrokerError;
-use crate::broker::publisher::{Batch, Open, Pending, Publisher};
+use crate::broker::publisher::{Batch, Inspected, Open, Pending, Publisher};
 use crate::limits;
-use crate::storage::Run;
+use crate::storage::{Atomic, Item, Run};
 
 /// The publisher service.
 #[derive(Debug)]
@@ -43,9 +45,9 @@ impl PublisherService for Service {
     ) -> Result<tonic::Response<PublishResponse>, Status> {
         let request = request.into_inner();
         let topic = convert::parse_topic(&request.topic)?;
-        check_count(request.messages.len())?;
-        let items = request.messages.into_iter().map(convert::parse_message).collect();
-        let published = self.0.broker.publish(&topic, items).await;
+        let (items, atomic) = parse_items(request.messages, request.atomic)?;
+        let batch = Batch { first_sequence: 1, resolved_below: 0, items, atomic };
+        let published = self.0.broker.publish(&topic, batch).await;
         let (epoch, runs) = published.map_err(|error| status(&error))?;
         let results = convert::publish_results(epoch, runs);
         Ok(tonic::Response::new(PublishResponse { results }))
@@ -103,6 +105,7 @@ async fn open(
         publisher,
         heartbeat,
         last_nonce: 0,
+        inspecting: None,
         waiting: None,
         pending: VecDeque::new(),
         blocked: false,
@@ -133,13 +136,17 @@ fn parse_hello(hello: &PublisherHello) -> Result<Open, Status> {
     })
 }
 
+type Inspecting = BoxFuture<'static, Result<Inspected, BrokerError>>;
+
 /// An open publisher stream.
 struct Stream {
     publisher: Publisher,
     heartbeat: Duration,
     last_nonce: u64,
+    /// A batch whose messages are being checked.
+    inspecting: Option<Inspecting>,
     /// A batch that has not been handed to the log, because there is no room.
-    waiting: Option<Batch>,
+    waiting: Option<Inspected>,
     /// Batches on their way to the disk, in order.
     pending: VecDeque<Pending>,
     /// Whether the client was told that it is blocked.
@@ -180,6 +187,9 @@ impl Stream {
                 runs = results(&mut self.pending), if !self.pending.is_empty() => {
                     self.answer(runs, frames).await
                 }
+                inspected = inspected(&mut self.inspecting), if self.inspecting.is_some() => {
+                    self.on_inspected(inspected, frames).await
+                }
                 () = tokio::time::sleep(ROOM_RETRY), if self.waiting.is_some() => {
                     self.hand_over(frames).await
                 }
@@ -211,7 +221,7 @@ impl Stream {
             if let Err(end) = step {
                 return end;
             }
-            if !open && self.pending.is_empty() && self.waiting.is_none() {
+            if !open && self.is_idle() {
                 return End::Gone;
             }
         }
@@ -221,7 +231,12 @@ impl Stream {
     fn takes_more(&self) -> bool {
         let bytes: u64 = self.pending.iter().map(Pending::bytes).sum();
         let fits = self.pending.len() < MAX_PENDING && bytes < limits::MAX_IN_FLIGHT_BYTES;
-        self.waiting.is_none() && fits
+        self.waiting.is_none() && self.inspecting.is_none() && fits
+    }
+
+    /// Whether nothing of what was received is under way.
+    fn is_idle(&self) -> bool {
+        self.pending.is_empty() && self.waiting.is_none() && self.inspecting.is_none()
     }
 
     async fn on_frame(
@@ -231,8 +246,14 @@ impl Stream {
     ) -> Result<(), End> {
         match frame.frame {
             Some(Request::Batch(batch)) => {
-                self.waiting = Some(parse_batch(batch)?);
-                self.hand_over(frames).await
+                let mut inspecting = self.publisher.inspect(parse_batch(batch)?);
+                match (&mut inspecting).now_or_never() {
+                    Some(inspected) => self.on_inspected(inspected, frames).await,
+                    None => {
+                        self.inspecting = Some(inspecting);
+                        Ok(())
+                    }
+                }
             }
             Some(Request::Ping(ping)) => {
                 self.last_nonce = ping.nonce;
@@ -241,6 +262,15 @@ impl Stream {
             Some(Request::Hello(_)) => Err(protocol("a second hello").into()),
             None => Err(protocol("an empty frame").into()),
         }
+    }
+
+    async fn on_inspected(
+        &mut self,
+        inspected: Result<Inspected, BrokerError>,
+        frames: &Frames<PublishStreamResponse>,
+    ) -> Result<(), End> {
+        self.waiting = Some(inspected?);
+        self.hand_over(frames).await
     }
 
     /// Gives the waiting batch to the log, or keeps it and says why.
@@ -283,7 +313,7 @@ impl Stream {
         if self.waiting.is_some() { self.hand_over(frames).await } else { Ok(()) }
     }
 
-    async fn beat(&self, frames: &Frames<PublishStreamResponse>) -> Result<(), End> {
+    async fn beat(&mut self, frames: &Frames<PublishStreamResponse>) -> Result<(), End> {
         let echoed_nonce = self.last_nonce;
         send(frames, Response::Heartbeat(PublisherHeartbeat { echoed_nonce })).await
     }
@@ -296,6 +326,20 @@ impl Stream {
 
 async fn send(frames: &Frames<PublishStreamResponse>, frame: Response) -> Result<(), End> {
     frames.send(PublishStreamResponse { frame: Some(frame) }).await
+}
+
+/// The batch, once its messages are checked.
+///
+/// Cancel-safe: it leaves its place only when it is there.
+async fn inspected(inspecting: &mut Option<Inspecting>) -> Result<Inspected, BrokerError> {
+    match inspecting {
+        Some(batch) => {
+            let inspected = batch.await;
+            *inspecting = None;
+            inspected
+        }
+        None => std::future::pending().await,
+    }
 }
 
 /// The results of all batches at the front that are decided, at least one.
@@ -340,8 +384,7 @@ fn merge(runs: &mut Vec<Run>, run: Run) {
 }
 
 fn parse_batch(batch: PublishBatch) -> Result<Batch, Status> {
-    let PublishBatch { first_sequence, messages, resolved_below } = batch;
-    check_count(messages.len())?;
+    let PublishBatch { first_sequence, messages, resolved_below, atomic } = batch;
     if first_sequence == 0 || first_sequence.checked_add(messages.len() as u64).is_none() {
         return Err(invalid("first_sequence: sequences start at 1"));
     }
@@ -349,12 +392,29 @@ fn parse_batch(batch: PublishBatch) -> Result<Batch, Status> {
         let limit = limits::MAX_IN_FLIGHT_MESSAGES;
         return Err(protocol(format!("more than {limit} messages are unanswered")));
     }
-    let items = messages.into_iter().map(convert::parse_message).collect();
-    Ok(Batch { first_sequence, resolved_below, items })
+    let (items, atomic) = parse_items(messages, atomic)?;
+    Ok(Batch { first_sequence, resolved_below, items, atomic })
 }
 
-fn check_count(messages: usize) -> Result<(), Status> {
-    let limit = limits::MAX_BATCH_MESSAGES;
+/// The messages of one batch or request.
+fn parse_items(
+    messages: Vec<Message>,
+    atomic: Option<AtomicBatch>,
+) -> Result<(Vec<Item>, Option<Atomic>), Status> {
+    match atomic {
+        None => {
+            check_count(messages.len(), limits::MAX_BATCH_MESSAGES)?;
+            Ok((messages.into_iter().map(convert::parse_message).collect(), None))
+        }
+        Some(atomic) => {
+            check_count(messages.len(), limits::MAX_ATOMIC_MESSAGES)?;
+            let (items, atomic) = convert::parse_atomic(messages, &atomic)?;
+            Ok((items, Some(atomic)))
+        }
+    }
+}
+
+fn check_count(messages: usize, limit: usize) -> Result<(), Status> {
     if (1..=limit).contains(&messages) {
         return Ok(());
     }

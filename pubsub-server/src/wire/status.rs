@@ -55,6 +55,9 @@ pub(super) fn refusal_reason(reason: RefusalReason) -> ErrorReason {
         RefusalReason::TooLarge => ErrorReason::MessageTooLarge,
         RefusalReason::UnknownRecipient => ErrorReason::UnknownRecipient,
         RefusalReason::KeyReused => ErrorReason::IdempotencyKeyReused,
+        RefusalReason::Schema => ErrorReason::SchemaViolation,
+        RefusalReason::ContentType => ErrorReason::ContentTypeMismatch,
+        RefusalReason::HeadMismatch => ErrorReason::HeadMismatch,
     }
 }
 
@@ -86,6 +89,7 @@ pub(super) fn reason(code: Code) -> ErrorReason {
         Code::Unavailable => ErrorReason::Unavailable,
         Code::CommitUnknown => ErrorReason::CommitUnknown,
         Code::BeyondHead => ErrorReason::BeyondHead,
+        Code::SchemaIncompatible => ErrorReason::SchemaIncompatible,
     }
 }
 
@@ -106,6 +110,7 @@ fn grpc_code(code: Code) -> GrpcCode {
         | Code::SubscriptionBusy
         | Code::OutOfOrder
         | Code::ResultExpired
+        | Code::SchemaIncompatible
         | Code::Diverged => GrpcCode::FailedPrecondition,
         Code::Superseded | Code::Fenced => GrpcCode::Aborted,
         Code::LimitReached | Code::TopicFull | Code::DiskFull => GrpcCode::ResourceExhausted,

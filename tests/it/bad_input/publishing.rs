@@ -50,7 +50,7 @@ fn bad_messages_are_refused_one_by_one() {
         let mut findings = Findings::default();
         let publish = async |topic: &str, messages: Vec<Message>| {
             let topic = topic.into();
-            let request = PublishRequest { topic, messages };
+            let request = PublishRequest { topic, messages, atomic: None };
             raw::publish_refusal(raw::publisher(&channel).publish(request).await)
         };
         for (what, expected, message) in bad_messages() {
@@ -116,7 +116,7 @@ fn bad_publisher_frames_end_the_stream_with_a_reason() {
             findings.expect(what, expected, found);
         }
         let batch = |first_sequence, messages| {
-            Frame::Batch(PublishBatch { first_sequence, messages, resolved_below: 0 })
+            Frame::Batch(PublishBatch { first_sequence, messages, resolved_below: 0, atomic: None })
         };
         let hello = || Frame::Hello(raw::publisher_hello(TOPIC, [7; 16]));
         let one = || vec![raw::message("x")];

@@ -6,11 +6,11 @@ use super::super::testing::{
     anonymous, bodies, from, keyed, message, publisher, topic, topic_with_window,
 };
 use super::super::{
-    Append, AppendRefusal, Change, Fate, Item, OpenPublisher, Refusal, RefusalReason, Run,
+    Append, AppendRefusal, Change, Fact, Fate, Item, OpenPublisher, Refusal, RefusalReason, Run,
 };
 use super::{Lab, T, batch, places};
 use crate::limits;
-use crate::record::Epoch;
+use crate::record::{Epoch, NewMessage};
 
 pub(super) async fn a_replay_is_answered_as_the_first_time(lab: &mut Lab) {
     let me = publisher(1, 1, 1);
@@ -107,7 +107,7 @@ pub(super) async fn a_newer_stream_or_epoch_fences_the_older(lab: &mut Lab) {
 pub(super) async fn a_refused_message_takes_its_sequence(lab: &mut Lab) {
     let me = publisher(1, 1, 1);
     lab.storage.opened(T, me).await.unwrap();
-    let refusal = Refusal { reason: RefusalReason::TooLarge, detail: "2 MiB".to_owned() };
+    let refusal = Refusal::new(RefusalReason::TooLarge, "2 MiB");
     let mut append = from(me, T, 1, batch(&["a", "b"]));
     append.items.insert(1, Item::Refuse(refusal.clone()));
     let runs = lab.storage.decided(append.clone()).await.unwrap();
@@ -119,6 +119,23 @@ pub(super) async fn a_refused_message_takes_its_sequence(lab: &mut Lab) {
     let runs = lab.storage.decided(append).await.unwrap();
     assert_eq!(places(&runs), [(1, 1, true), (3, 2, true)]);
     assert_eq!(runs[1], Run { first_sequence: 2, count: 1, fate: Fate::Refused(refusal) });
+}
+
+pub(super) async fn a_refusal_of_what_is_new_does_not_concern_what_is_stored(lab: &mut Lab) {
+    let refusal = Refusal::new(RefusalReason::Schema, "3").with(Fact::SchemaRevision(3));
+    let refuse = |message: NewMessage| Item::RefuseNew(message.key.unwrap(), refusal.clone());
+    lab.store(vec![keyed(1, "a")]).await;
+    lab.reopen().await;
+    let me = publisher(1, 1, 1);
+    lab.storage.opened(T, me).await.unwrap();
+    let items = vec![refuse(keyed(1, "a")), refuse(keyed(1, "b")), refuse(keyed(2, "c"))];
+    let append = Append { items, ..from(me, T, 1, Vec::new()) };
+    let runs = lab.storage.decided(append).await.unwrap();
+    assert_eq!(places(&runs), [(1, 1, true)]);
+    let refused = Run { first_sequence: 2, count: 2, fate: Fate::Refused(refusal) };
+    assert_eq!(runs[1..], [refused]);
+    let free = lab.store(vec![keyed(2, "c")]).await;
+    assert_eq!(places(&free), [(1, 2, false)], "the key of what was refused was not used");
 }
 
 pub(super) async fn results_are_kept_until_they_are_resolved(lab: &mut Lab) {

@@ -12,9 +12,12 @@ use super::testing::{
 use super::{AppendRefusal, Change, CommitError, ReadError, ReadLimit, Run, Storage, Urgency};
 use crate::names::SubscriptionName;
 use crate::record::{CursorRecord, Departed, Epoch, Failure, NewMessage, Timestamp, Verdict};
+use crate::schema::{Compatibility, PayloadRules, SchemaRecord};
 
+use self::atomic::*;
 use self::identity::*;
 
+mod atomic;
 mod identity;
 
 /// An engine under test.
@@ -328,6 +331,38 @@ async fn the_catalog_is_what_was_applied(lab: &mut Lab) {
     }
 }
 
+async fn the_schemas_of_a_topic_are_kept_as_long_as_it_is(lab: &mut Lab) {
+    let revision = |revision| {
+        let content_type = format!("text/v{revision}");
+        Arc::new(SchemaRecord {
+            revision,
+            rules: PayloadRules { content_type, schema: None },
+            compatibility: Compatibility::Backward,
+            created_at: Timestamp(u64::from(revision)),
+        })
+    };
+    let put = |epoch, number| Change::PutSchema(Epoch(epoch), revision(number));
+    lab.storage.done(vec![Change::CreateTopic(topic("u", 8)), put(8, 1)]).await;
+    for number in 1..=11 {
+        lab.storage.done(vec![put(T, number), put(99, number)]).await;
+    }
+    let expected: Vec<_> = (1..=11).map(|number| (Epoch(T), revision(number))).collect();
+    for _ in 0..2 {
+        let schemas = lab.storage.catalog().await.unwrap().schemas;
+        assert_eq!(schemas, [&*expected, &[(Epoch(8), revision(1))]].concat());
+        lab.reopen().await;
+    }
+    lab.storage.done(vec![Change::DeleteTopic(Epoch(T))]).await;
+    for _ in 0..2 {
+        let schemas = lab.storage.catalog().await.unwrap().schemas;
+        assert_eq!(schemas, [(Epoch(8), revision(1))]);
+        lab.reopen().await;
+    }
+    // A topic that is made again under the same epoch would show what is left.
+    lab.storage.done(vec![Change::CreateTopic(topic("t", T))]).await;
+    assert_eq!(lab.storage.catalog().await.unwrap().schemas.len(), 1);
+}
+
 async fn published_at_never_decreases_and_is_searched(lab: &mut Lab) {
     for (wall, body) in [(50_000_000, "a"), (60_000_000, "b"), (40_000_000, "c")] {
         lab.env.set(wall);
@@ -413,6 +448,11 @@ suite! {
     a_key_with_other_content_is_refused_for_good
     a_key_is_free_again_after_its_window_and_not_before
     a_key_belongs_to_its_topic
+    an_atomic_append_is_stored_whole_or_refused_whole
+    an_atomic_append_is_stored_once_under_its_key
+    an_expected_head_holds_at_the_commit
+    a_retry_of_what_is_stored_does_not_meet_the_head_that_it_moved
+    half_an_atomic_append_is_none
     heads_rise_before_tickets_resolve
     a_change_that_can_wait_is_committed_soon
     a_read_keeps_its_limits
@@ -422,6 +462,8 @@ suite! {
     what_a_subscription_missed_of_a_deleted_topic_stays_known
     a_message_is_stored_together_with_changes_or_not_at_all
     the_catalog_is_what_was_applied
+    the_schemas_of_a_topic_are_kept_as_long_as_it_is
+    a_refusal_of_what_is_new_does_not_concern_what_is_stored
     published_at_never_decreases_and_is_searched
     every_boot_is_in_the_ledger
     close_commits_what_was_accepted_and_refuses_the_rest

@@ -253,6 +253,7 @@ fn garbage_piece(
         let removed = remove_some(&mut tables.publishers, keys.clone(), PIECE_ROWS)?
             + remove_some(&mut tables.messages, rows(0, u64::MAX), PIECE_BYTES / ROW_BYTES)?
             + remove_some(&mut tables.cursors, rows(0, u64::MAX), PIECE_ROWS)?
+            + remove_some(&mut tables.schemas, rows(0, u64::MAX), PIECE_ROWS)?
             + remove_some(&mut tables.keys, keys, PIECE_ROWS)?;
         state.publisher_rows = tables.publishers.len()?;
         if removed > 0 {

@@ -244,6 +244,12 @@ impl<'t, 's> Group<'t, 's> {
                 }
             }
             Change::DeleteTopic(topic) => self.delete_topic(topic)?,
+            Change::PutSchema(topic, schema) => {
+                if self.state.topics.contains_key(&topic) {
+                    let key = (topic.0, u64::from(schema.revision));
+                    put(&mut self.tables.schemas, key, encode(&*schema))?;
+                }
+            }
             Change::PutSubscription(record) => {
                 put(&mut self.tables.subscriptions, record.epoch.0, encode(&record))?;
                 self.state.subscriptions.insert(record.epoch);

@@ -19,8 +19,8 @@ use crate::storage::testing::{
     ALL, Random, TestEnv, anonymous, from, keyed, message, publisher, subscription, topic,
 };
 use crate::storage::{
-    Append, AppendOutcome, Change, CommitError, Fate, OpenPublisher, Run, Storage, Ticket, Urgency,
-    ticket,
+    Append, AppendOutcome, Atomic, Change, CommitError, Fate, OpenPublisher, Run, Storage, Ticket,
+    Urgency, ticket,
 };
 
 /// Cuts in a usual run of the tests. `PUBSUB_POWER_CUTS` asks for another number.
@@ -157,6 +157,8 @@ struct TopicModel {
     answered: u64,
     /// Messages of the publisher without an answer, and those with a key.
     open: Vec<NewMessage>,
+    /// Those of the publisher are stored all together or not at all.
+    atomic: Option<Atomic>,
     open_keys: Vec<(u8, NewMessage)>,
 }
 
@@ -177,7 +179,8 @@ impl World {
         self.compare(engine);
         for _ in 0..30 {
             match self.random.below(10) {
-                0..=3 => self.publish(engine)?,
+                0..=2 => self.publish(engine)?,
+                3 => self.publish_atomic(engine)?,
                 4..=5 => self.publish_keyed(engine)?,
                 6..=7 => self.publish_together(engine)?,
                 8 => self.save_floor(engine)?,
@@ -223,6 +226,7 @@ impl World {
     fn open_stream(&mut self, engine: &Redb, epoch: u64) -> Result<(), Dark> {
         let model = &self.model.topics[&epoch];
         let (answered, open) = (model.answered, model.open.len() as u64);
+        let atomic = model.atomic.is_some();
         let request = OpenPublisher {
             topic: Epoch(epoch),
             publisher: self.publisher(),
@@ -232,6 +236,8 @@ impl World {
         let decided = outcome.expect("nobody else publishes").unwrap_or(0);
         let possible = answered..=answered + open;
         assert!(possible.contains(&decided), "{decided} decided of {possible:?}");
+        let whole = decided == answered || decided == answered + open;
+        assert!(!atomic || whole, "half of a batch is decided");
         Ok(())
     }
 
@@ -240,6 +246,7 @@ impl World {
         if !model.open.is_empty() {
             let messages = model.open.clone();
             let append = from(self.publisher(), epoch, model.answered + 1, messages);
+            let append = Append { atomic: model.atomic, ..append };
             let outcome = self.done(engine.append(append))?;
             self.answer(epoch, &outcome);
         }
@@ -288,6 +295,18 @@ impl World {
     fn publish(&mut self, engine: &Redb) -> Result<(), Dark> {
         let epoch = self.topic();
         let append = self.next(epoch);
+        let outcome = self.done(engine.append(append))?;
+        self.answer(epoch, &outcome);
+        Ok(())
+    }
+
+    /// Messages that are stored all together, after exactly what is there, or not at all.
+    fn publish_atomic(&mut self, engine: &Redb) -> Result<(), Dark> {
+        let epoch = self.topic();
+        let expected_head = Some(*engine.head(Epoch(epoch)).unwrap().borrow());
+        let atomic = Some(Atomic { expected_head, key: None });
+        let append = Append { atomic, ..self.next(epoch) };
+        self.model.topics.get_mut(&epoch).unwrap().atomic = atomic;
         let outcome = self.done(engine.append(append))?;
         self.answer(epoch, &outcome);
         Ok(())
@@ -376,6 +395,7 @@ impl World {
     fn answer(&mut self, epoch: u64, outcome: &AppendOutcome) {
         let runs = outcome.as_ref().expect("a publish is not refused");
         let model = self.model.topics.get_mut(&epoch).unwrap();
+        model.atomic = None;
         for (sequence, id, duplicate) in places(runs) {
             if sequence <= model.answered {
                 continue;
@@ -410,6 +430,10 @@ impl World {
         for (id, body) in model.log.range(first(engine, epoch)..) {
             assert_eq!(stored.get(id), Some(body), "message {id} of topic {epoch} is lost");
         }
+        let of_batch = |body: &Vec<u8>| model.open.iter().any(|message| message.body == *body);
+        let of_batch = stored.values().filter(|body| of_batch(body)).count();
+        let whole = of_batch == 0 || of_batch == model.open.len();
+        assert!(model.atomic.is_none() || whole, "half of a batch is stored");
         for (id, body) in stored.iter().filter(|(id, _)| !model.log.contains_key(id)) {
             let keyed = model.open_keys.iter().map(|(_, message)| message);
             let mut open = model.open.iter().chain(keyed);

@@ -34,17 +34,13 @@ impl Request {
     fn bytes(&self) -> usize {
         let item = |item: &Item| match item {
             Item::Store(message) => 64 + message.body.len(),
-            Item::Refuse(_) => 64,
+            Item::Refuse(_) | Item::RefuseNew(..) => 64,
         };
+        #[expect(clippy::wildcard_enum_match_arm, reason = "the others are small")]
         let change = |change: &Change| match change {
+            Change::PutSchema(_, schema) => 256 + schema.rules.len(),
             Change::Store { message, .. } => 64 + message.body.len(),
-            Change::CreateTopic(_)
-            | Change::PutTopic(_)
-            | Change::DeleteTopic(_)
-            | Change::PutSubscription(_)
-            | Change::DeleteSubscription(_)
-            | Change::PutCursor { .. }
-            | Change::Trim { .. } => 256,
+            _ => 256,
         };
         match self {
             Self::Append(append, _) => 64 + append.items.iter().map(item).sum::<usize>(),

@@ -2,6 +2,7 @@
 //! that is open keeps redb from using freed pages again.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use ::redb::{ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable};
 use bytes::Bytes;
@@ -9,7 +10,9 @@ use bytes::Bytes;
 use super::rows::{BatchHeader, Messages, decode, decode_header};
 use super::sealed::Segment;
 use super::shared::{Shared, ViewState};
-use super::tables::{CURSORS, DEPARTED, MESSAGES, Row, SUBSCRIPTIONS, TOPICS, Trouble, decoded};
+use super::tables::{
+    CURSORS, DEPARTED, MESSAGES, Row, SCHEMAS, SUBSCRIPTIONS, TOPICS, Trouble, decoded,
+};
 use super::writer::explain;
 use crate::record::{
     CursorRecord, Departed, Epoch, StoredMessage, SubscriptionRecord, Timestamp, TopicRecord,
@@ -74,6 +77,14 @@ pub(super) fn catalog(shared: &Shared) -> Result<Catalog, Trouble> {
         let topic: TopicRecord = decoded::<u64, _>("topics", &epoch, row.value(), decode)?;
         topics.insert(epoch);
         catalog.topics.push(topic);
+    }
+    for entry in txn.open_table(SCHEMAS)?.iter()? {
+        let (key, row) = entry?;
+        let topic = key.value().0;
+        if topics.contains(&topic) {
+            let schema = decoded::<(u64, u64), _>("schemas", &key.value(), row.value(), decode)?;
+            catalog.schemas.push((Epoch(topic), Arc::new(schema)));
+        }
     }
     let mut cursors: HashMap<u64, Vec<(Epoch, CursorRecord)>> = HashMap::new();
     for entry in txn.open_table(CURSORS)?.iter()? {

@@ -25,6 +25,8 @@ pub(super) const BOOTS: TableDefinition<'_, u64, Row> = TableDefinition::new("bo
 pub(super) const TOPICS: TableDefinition<'_, u64, Row> = TableDefinition::new("topics");
 /// Topic -> what it holds. Apart from its record, since every commit writes it.
 pub(super) const HEADS: TableDefinition<'_, u64, Row> = TableDefinition::new("heads");
+/// (topic, revision) -> what the topic takes from this revision on.
+pub(super) const SCHEMAS: TableDefinition<'_, (u64, u64), Row> = TableDefinition::new("schemas");
 /// (topic, sequence of the first message) -> messages.
 pub(super) const MESSAGES: TableDefinition<'_, (u64, u64), Row> = TableDefinition::new("messages");
 /// (topic, publisher) -> what is remembered of the publisher.
@@ -65,6 +67,7 @@ pub(super) struct Tables<'t> {
     pub(super) boots: Table<'t, u64, Row>,
     pub(super) topics: Table<'t, u64, Row>,
     pub(super) heads: Table<'t, u64, Row>,
+    pub(super) schemas: Table<'t, (u64, u64), Row>,
     pub(super) messages: Table<'t, (u64, u64), Row>,
     pub(super) publishers: Table<'t, (u64, u128), Row>,
     pub(super) keys: Table<'t, (u64, u128), Row>,
@@ -90,6 +93,7 @@ impl<'t> Tables<'t> {
             boots: txn.open_table(BOOTS)?,
             topics: txn.open_table(TOPICS)?,
             heads: txn.open_table(HEADS)?,
+            schemas: txn.open_table(SCHEMAS)?,
             messages: txn.open_table(MESSAGES)?,
             publishers: txn.open_table(PUBLISHERS)?,
             keys: txn.open_table(KEYS)?,
