@@ -33,8 +33,11 @@ mod client;
 mod codec;
 mod env;
 mod error;
+mod inbox;
 mod limits;
 mod liveness;
+#[cfg(any(feature = "inbox", feature = "outbox"))]
+mod local;
 mod message;
 mod publisher;
 mod reconnect;
@@ -59,6 +62,11 @@ pub use error::{
     Outcome, PublishError, PublishErrorKind, Reason, ServerError, SubscribeError, TransportError,
     Unresolved,
 };
+#[cfg(feature = "inbox")]
+pub use inbox::FileInbox;
+pub use inbox::{InboxError, MemoryInbox, ProcessedStore};
+#[cfg(any(feature = "inbox", feature = "outbox"))]
+pub use local::FileError;
 pub use message::{InvalidMessageId, Message, MessageId, ReceivedMessage};
 pub use publisher::{
     OnRecreated, Permit, PublishReceipt, PublishTicket, Publisher, PublisherBuilder,

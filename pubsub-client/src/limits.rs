@@ -36,6 +36,12 @@ pub(crate) const NACK_DELAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// giving one up too early shows it twice.
 pub(crate) const MAX_PROCESSING: Duration = Duration::from_secs(60 * 60);
 
+/// Separate runs of processed messages in an inbox: about 100 bytes each. A server leaves at most
+/// 19,000 messages of a topic unacked, each of which can make one hole.
+pub(crate) const INBOX_RUNS: usize = 100_000;
+/// How often an inbox may forget what lies below the floor.
+pub(crate) const FORGET_INTERVAL: Duration = Duration::from_secs(30);
+
 /// How long a connection may take.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the server's answer to a hello may take.
