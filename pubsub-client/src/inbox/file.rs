@@ -44,7 +44,7 @@ const RUNS: TableDefinition<'_, (&str, &str, u64, u64), (u64, u64)> = TableDefin
 #[derive(Debug)]
 pub struct FileInbox {
     processed: Arc<Mutex<Processed>>,
-    committer: Arc<Committer<Request>>,
+    committer: Committer<Request>,
 }
 
 #[derive(Debug)]
@@ -76,7 +76,7 @@ impl FileInbox {
         let processed = load(&database).map_err(|error| FileError::explain(path, error))?;
         let processed = Arc::new(Mutex::new(processed));
         let writer = Writer { processed: Arc::clone(&processed) };
-        let committer = Arc::new(Committer::spawn(path, Arc::new(database), writer)?);
+        let committer = Committer::spawn(path, Arc::new(database), writer)?;
         Ok(Self { processed, committer })
     }
 
@@ -87,8 +87,8 @@ impl FileInbox {
     ///
     /// A write has failed since it was opened.
     pub async fn close(&self) -> Result<(), FileError> {
-        let committer = Arc::clone(&self.committer);
-        let closed = tokio::task::spawn_blocking(move || committer.close()).await;
+        let closing = self.committer.closing();
+        let closed = tokio::task::spawn_blocking(move || closing.wait()).await;
         closed.map_err(|_| FileError::Closed)?
     }
 

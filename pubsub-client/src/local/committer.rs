@@ -34,6 +34,8 @@ type Answer = oneshot::Sender<Result<(), FileError>>;
 /// A file that is written by a thread of its own, which ends when the last sender is gone.
 #[derive(Debug)]
 pub(crate) struct Committer<R> {
+    #[cfg(feature = "outbox")]
+    path: PathBuf,
     sender: Mutex<Option<mpsc::Sender<(R, Answer)>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     failure: Arc<Mutex<Option<FileError>>>,
@@ -53,7 +55,13 @@ impl<R: Send + 'static> Committer<R> {
             .name("pubsub-local".to_owned())
             .spawn(move || writer.run(receiver))
             .map_err(|error| FileError::io(path, error))?;
-        Ok(Self { sender: Mutex::new(Some(sender)), thread: Mutex::new(Some(thread)), failure })
+        Ok(Self {
+            #[cfg(feature = "outbox")]
+            path: path.to_owned(),
+            sender: Mutex::new(Some(sender)),
+            thread: Mutex::new(Some(thread)),
+            failure,
+        })
     }
 
     /// Waits for a place in the queue. Cancel-safe.
@@ -84,11 +92,31 @@ impl<R: Send + 'static> Committer<R> {
         failure.clone().unwrap_or(FileError::Closed)
     }
 
-    /// Takes nothing more, and waits until everything is written. It blocks.
-    pub(crate) fn close(&self) -> Result<(), FileError> {
+    /// Takes nothing more. What has queued is still written.
+    pub(crate) fn closing(&self) -> Closing {
         drop(self.sender.lock().unwrap_or_else(PoisonError::into_inner).take());
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread {
+        Closing { thread, failure: Arc::clone(&self.failure) }
+    }
+
+    /// Something else is wrong with the file.
+    #[cfg(feature = "outbox")]
+    pub(crate) fn trouble(&self, detail: String) -> FileError {
+        FileError::Io { path: self.path.clone(), detail }
+    }
+}
+
+/// A file that is being closed.
+#[derive(Debug)]
+pub(crate) struct Closing {
+    thread: Option<JoinHandle<()>>,
+    failure: Arc<Mutex<Option<FileError>>>,
+}
+
+impl Closing {
+    /// Waits until everything is written. It blocks.
+    pub(crate) fn wait(self) -> Result<(), FileError> {
+        if let Some(thread) = self.thread {
             // A panic of it was caught, and is a failure.
             let _ = thread.join();
         }
