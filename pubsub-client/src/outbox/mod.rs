@@ -8,6 +8,8 @@ mod failpoint;
 mod lane;
 mod ledger;
 mod offline;
+#[cfg(test)]
+mod power_cuts;
 mod rows;
 mod state;
 
