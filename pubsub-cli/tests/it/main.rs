@@ -2,5 +2,6 @@
 
 mod admin;
 mod harness;
+mod outbox;
 mod publish;
 mod subscribe;
