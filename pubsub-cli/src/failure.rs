@@ -130,6 +130,7 @@ impl From<ConnectError> for Failure {
 }
 
 impl From<OutboxError> for Failure {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "the others say it all in their text")]
     fn from(error: OutboxError) -> Self {
         let text = error.to_string();
         match error {

@@ -1,16 +1,13 @@
 //! Programs that scenarios start and kill: this test binary, started again to run one ignored test.
 
-use std::{
-    env,
-    process::Stdio,
-    time::{Duration, Instant},
-};
+use std::{env, process::Stdio, time::Duration};
 
 use anyhow::{Context as _, Result};
 use pubsub_tests::wait;
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader, Lines},
     process::{Child, ChildStderr, Command},
+    time::{Instant, timeout_at},
 };
 
 use crate::app::SOON;
@@ -58,13 +55,10 @@ impl Program {
 
     /// Lets it run for this long, and kills it unless it has ended; gives what it has said.
     pub(crate) async fn kill_after(mut self, time: Duration) -> Result<Vec<String>> {
-        let (start, mut said) = (Instant::now(), Vec::new());
-        while let Some(left) = time.checked_sub(start.elapsed()) {
-            match tokio::time::timeout(left, self.lines.next_line()).await {
-                Ok(Ok(Some(line))) => said.push(line),
-                Ok(Ok(None)) | Err(_) => break,
-                Ok(Err(error)) => return Err(error.into()),
-            }
+        let (end, mut said) = (Instant::now() + time, Vec::new());
+        while let Ok(line) = timeout_at(end, self.lines.next_line()).await {
+            let Some(line) = line? else { break };
+            said.push(line);
         }
         said.extend(self.kill().await?);
         Ok(said)

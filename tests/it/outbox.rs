@@ -174,6 +174,7 @@ impl Env for Ahead {
         getrandom::fill(bytes).expect("the operating system has randomness");
     }
 
+    #[expect(clippy::disallowed_methods, reason = "this is an injected clock")]
     fn now(&self) -> SystemTime {
         SystemTime::now() + self.0
     }
@@ -318,6 +319,33 @@ fn a_topic_that_does_not_exist_waits_visibly_and_holds_up_no_other() {
         flush(&outbox).await??;
         ensure!(stored(&channel).await? == (0..10).collect::<Vec<_>>());
         ensure!(outbox.state().get().topics.iter().all(|topic| topic.waiting.is_none()));
+        outbox.close(SOON).await?;
+        app::shutdown(client).await
+    });
+}
+
+#[test]
+fn a_client_that_is_shut_down_closes_its_outbox_and_loses_nothing() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let channel = raw::connect(&server.url()).await?;
+        admin::create_topic(&channel, TOPIC).await?;
+        let client = app::client(&server.url())?;
+        let outbox = client.outbox(lab.path("outbox")).open().await?;
+        outbox.enqueue(TOPIC, "0").await?;
+        flush(&outbox).await??;
+        let mut watch = outbox.state();
+        app::shutdown(client).await?;
+        wait::soon("the end", SOON, async { while watch.changed().await.is_some() {} }).await?;
+        let refused = outbox.enqueue(TOPIC, "1").await.map(drop);
+        ensure!(matches!(refused, Err(OutboxError::Closed)), "{refused:?}");
+        ensure!(flush(&outbox).await?.is_ok(), "nothing is left");
+        drop(outbox);
+        let client = app::client(&server.url())?;
+        let outbox = open(&client, &lab.path("outbox")).await?;
+        outbox.enqueue(TOPIC, "1").await?;
+        flush(&outbox).await??;
+        ensure!(stored(&channel).await? == [0, 1]);
         outbox.close(SOON).await?;
         app::shutdown(client).await
     });

@@ -110,7 +110,7 @@ pub(crate) fn open_or_create(
 /// Opens a file that must exist. All of it is read and checked.
 pub(crate) fn open(path: &Path, format: &'static str) -> Result<Database, FileError> {
     // What is in the system's cache only must not be built upon.
-    let synced = File::open(path).and_then(|file| file.sync_all());
+    let synced = File::options().write(true).open(path).and_then(|file| file.sync_all());
     synced.map_err(|error| FileError::io(path, error))?;
     let mut builder = Builder::new();
     builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
@@ -152,7 +152,7 @@ fn create(path: &Path, format: &str, env: &SharedEnv) -> Result<(), redb::Error>
         transaction.open_table(META)?.insert(FORMAT, format.as_bytes())?;
         transaction.commit()?;
         database.close()?;
-        File::open(&temporary)?.sync_all()?;
+        File::options().write(true).open(&temporary)?.sync_all()?;
         match fs::hard_link(&temporary, path) {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error.into()),
             Ok(()) | Err(_) => Ok(()),

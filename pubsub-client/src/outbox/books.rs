@@ -131,10 +131,6 @@ impl Books {
         Some(size)
     }
 
-    pub(super) fn is_parked(&self, item: u64) -> bool {
-        self.parked.contains_key(&item)
-    }
-
     /// How many of the items below this one are set aside.
     pub(super) fn parked_below(&self, item: u64) -> usize {
         self.parked.range(..item).count()

@@ -163,25 +163,26 @@ impl Core {
         let place = self.committer.reserve().await.map_err(|error| self.refused(error))?;
         let (again, answer) = {
             let mut inner = self.ledger.lock();
-            if !inner.books.is_parked(item) {
-                return Err(OutboxError::NotParked { item });
+            if inner.closing {
+                return Err(OutboxError::Closed);
             }
-            let new = inner.books.join(&topic);
+            let books = &mut inner.books;
+            let new = books.join(&topic);
             let new = new.map_err(|limit| OutboxError::TooManyTopics { limit, message: None })?;
             if new {
                 self.start_lane(Arc::clone(&topic));
             }
-            let again = inner.books.number();
-            (again, place.put(Request::Resend { topic, item, again }))
+            let size = books.take_back(item).ok_or(OutboxError::NotParked { item })?;
+            let again = books.number();
+            (again, place.put(Request::Resend { topic, item, again, size }))
         };
         self.committer.answered(answer).await.map_err(|error| self.refused(error))?;
         Ok(again)
     }
 
     pub(super) async fn discard(&self, item: u64) -> Result<(), OutboxError> {
-        if !self.ledger.lock().books.is_parked(item) {
-            return Err(OutboxError::NotParked { item });
-        }
+        let taken = self.ledger.lock().books.take_back(item);
+        taken.ok_or(OutboxError::NotParked { item })?;
         self.commit(Request::Discard { item }).await
     }
 
@@ -220,7 +221,7 @@ impl Core {
             written
         });
         let closed = closed.await.unwrap_or(Err(FileError::Closed));
-        self.ledger.change(|inner| inner.closed = true);
+        self.ledger.close();
         closed?;
         Ok(self.snapshot())
     }
@@ -231,10 +232,7 @@ impl Core {
         self.lanes.close();
         drop(self.committer.closing());
         drop(self.database.lock().unwrap_or_else(PoisonError::into_inner).take());
-        self.ledger.change(|inner| {
-            inner.closing = true;
-            inner.closed = true;
-        });
+        self.ledger.close();
     }
 
     pub(super) fn snapshot(&self) -> OutboxState {

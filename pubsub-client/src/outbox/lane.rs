@@ -25,6 +25,8 @@ use crate::state::ConnectionState;
 enum End {
     /// With the outbox.
     Stopped,
+    /// With the client, which was shut down.
+    ShutDown,
     /// Another one goes on with whatever is in the file.
     Again,
 }
@@ -51,6 +53,7 @@ pub(super) async fn run(core: Arc<Core>, topic: Arc<str>) {
         };
         match end {
             End::Stopped => return,
+            End::ShutDown => return core.ledger.close(),
             End::Again => tokio::select! {
                 () = sleep(backoff.next_delay(None)) => {}
                 () = core.stop.cancelled() => return,
@@ -103,15 +106,15 @@ async fn open(core: &Core, topic: &Arc<str>) -> Result<Publisher, End> {
     let detail: Arc<str> = error.to_string().into();
     let reason = error.reason();
     core.trouble(topic, Waiting { reason, detail: Arc::clone(&detail) });
-    match error.kind() {
-        PublishErrorKind::Closed => Err(End::Stopped),
-        // The name of the topic breaks a rule, and always will.
-        PublishErrorKind::Session(refused) if refused.reason() == Reason::InvalidArgument => {
-            let why = Why { reason, detail: detail.to_string() };
-            Err(park_all(core, topic, why).await)
-        }
-        _ => Err(End::Again),
+    if matches!(error.kind(), PublishErrorKind::Closed) {
+        return Err(End::ShutDown);
     }
+    // The name of the topic breaks a rule, and always will.
+    if reason == Some(Reason::InvalidArgument) {
+        let why = Why { reason, detail: detail.to_string() };
+        return Err(park_all(core, topic, why).await);
+    }
+    Err(End::Again)
 }
 
 /// Sets aside what waits for a topic that can never be.
@@ -236,6 +239,7 @@ impl<'a> Lane<'a> {
                 () = answered(&mut self.in_flight) => {}
                 _ = changes.changed() => {}
                 changed = state.changed() => match changed {
+                    Some(ConnectionState::Closed { cause: None }) => return End::ShutDown,
                     Some(state) => self.show(&state),
                     None => return End::Again,
                 },
@@ -290,7 +294,11 @@ impl<'a> Lane<'a> {
         failpoint::stop("sending").await;
         for (Stored { item, bytes, message, .. }, left) in send {
             // One that is sent again must be gone before its key is forgotten.
-            let message = Message::from_wire(message, left);
+            let mut message = Message::from_wire(message, left);
+            // A deliberate bug, for tests of tests.
+            if cfg!(pubsub_break = "outbox_mints_new_keys") {
+                message.idempotency_key = None;
+            }
             // The window is larger than what is in flight: this does not wait.
             let answer = match self.publisher.enqueue(message).await {
                 Ok(ticket) => Either::Left(ticket),
@@ -319,7 +327,7 @@ impl<'a> Lane<'a> {
                     }
                     end = Err(End::Again);
                 }
-                Fate::ShutDown => end = Err(End::Stopped),
+                Fate::ShutDown => end = Err(End::ShutDown),
             }
             self.bytes -= first.bytes;
             self.in_flight.pop_front();

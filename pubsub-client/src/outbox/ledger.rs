@@ -89,6 +89,14 @@ impl Ledger {
         });
     }
 
+    /// Nothing is taken any more, and nothing happens.
+    pub(super) fn close(&self) {
+        self.change(|inner| {
+            inner.closing = true;
+            inner.closed = true;
+        });
+    }
+
     pub(super) fn snapshot(&self) -> OutboxState {
         let inner = self.lock();
         let topics = inner.books.topics().map(|(name, topic)| OutboxTopic {
@@ -142,8 +150,8 @@ fn keep(books: &mut Books, request: Request) {
         }
     };
     match request {
-        // It has its place in them since it was admitted.
-        Request::Enqueue { .. } => {}
+        // It has its place in them since it was asked for.
+        Request::Enqueue { .. } | Request::Discard { .. } => {}
         Request::Prepare { topic, parked, .. } => park(books, &topic, parked),
         Request::Settle { topic, published, parked, .. } => {
             for item in published {
@@ -151,13 +159,6 @@ fn keep(books: &mut Books, request: Request) {
             }
             park(books, &topic, parked);
         }
-        Request::Resend { topic, item, again } => {
-            if let Some(size) = books.take_back(item) {
-                books.pend(&topic, again, size);
-            }
-        }
-        Request::Discard { item } => {
-            books.take_back(item);
-        }
+        Request::Resend { topic, again, size, .. } => books.pend(&topic, again, size),
     }
 }

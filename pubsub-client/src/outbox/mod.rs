@@ -91,7 +91,8 @@ use crate::message::Message;
 /// again. `pubsub outbox inspect FILE` shows what is in it.
 ///
 /// When the last handle is dropped publishing stops, and what is left stays in the file; use
-/// [`close`](Self::close) to wait for it. Close the outbox before its client is shut down.
+/// [`close`](Self::close) to wait for it. Shutting its client down closes the outbox, too, without
+/// waiting for what is in it.
 #[derive(Clone, Debug)]
 pub struct Outbox {
     handle: Arc<Handle>,

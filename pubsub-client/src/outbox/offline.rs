@@ -91,7 +91,7 @@ impl OutboxFile {
     pub fn resend(&mut self, item: u64) -> Result<u64, OutboxError> {
         let topic: Arc<str> = self.find(item)?.topic.into();
         let again = self.next;
-        self.write(Request::Resend { topic, item, again })?;
+        self.write(Request::Resend { topic, item, again, size: 0 })?;
         self.next += 1;
         Ok(again)
     }

@@ -98,6 +98,7 @@ pub(super) enum Request {
         topic: Arc<str>,
         item: u64,
         again: u64,
+        size: u64,
     },
     Discard {
         item: u64,
@@ -135,6 +136,13 @@ impl<'t> Tables<'t> {
             }
             Request::Prepare { topic, now, first, parked } => {
                 for item in first {
+                    // Deliberate bugs, for tests of tests.
+                    if cfg!(pubsub_break = "outbox_forgets_what_it_sent") {
+                        continue;
+                    }
+                    if cfg!(pubsub_break = "outbox_removes_before_the_answer") {
+                        self.pending.remove((&**topic, *item))?;
+                    }
                     self.sent.insert((&**topic, *item), *now)?;
                 }
                 self.put(CLOCK, *now)?;
