@@ -143,7 +143,7 @@ impl Core {
         after: u64,
     ) -> Result<Vec<Stored>, OutboxError> {
         let topic = Arc::clone(topic);
-        let most = (limits::OUTBOX_CHUNK_MESSAGES, limits::OUTBOX_CHUNK_BYTES);
+        let most = (limits::outbox::CHUNK_MESSAGES, limits::outbox::CHUNK_BYTES);
         self.blocking(move |database| rows::read(database, &topic, after, most)).await
     }
 

@@ -82,7 +82,7 @@ async fn open(core: &Core, topic: &Arc<str>) -> Result<Publisher, End> {
     // Where a publisher would go on with later messages although earlier ones are lost, this one
     // fails, so that another one can send them again in order.
     let publisher = core.client.publisher(&**topic).stop_at_loss();
-    let publisher = publisher.window_bytes(limits::OUTBOX_WINDOW_BYTES).open_lazy();
+    let publisher = publisher.window_bytes(limits::outbox::WINDOW_BYTES).open_lazy();
     let refused = {
         let mut ready = pin!(publisher.ready());
         let mut state = publisher.state();
@@ -182,7 +182,7 @@ fn fate(result: Result<PublishReceipt, PublishError>) -> Fate {
 /// How long after it was first sent a message may still be sent again, if the server remembers
 /// keys for so long: it has to arrive before that is over.
 fn resend_window(remembered: Duration) -> Duration {
-    remembered - (remembered / 10).min(limits::RESEND_MARGIN)
+    remembered - (remembered / 10).min(limits::outbox::RESEND_MARGIN)
 }
 
 /// A message on its way.
@@ -251,8 +251,8 @@ impl<'a> Lane<'a> {
     /// Does what can be done now; says whether there may be more.
     async fn advance(&mut self, connected: bool) -> Result<bool, End> {
         self.settle().await?;
-        let room = self.in_flight.len() < limits::OUTBOX_IN_FLIGHT_MESSAGES
-            && self.bytes < limits::OUTBOX_IN_FLIGHT_BYTES;
+        let room = self.in_flight.len() < limits::outbox::IN_FLIGHT_MESSAGES
+            && self.bytes < limits::outbox::IN_FLIGHT_BYTES;
         // Nothing goes to a publisher that cannot send it now: it would count as sent.
         let more = connected && self.core.ledger.lock().books.has_after(self.topic, self.handed);
         if room && more { self.feed().await } else { Ok(false) }
@@ -293,7 +293,8 @@ impl<'a> Lane<'a> {
         }
         failpoint::stop("sending").await;
         for (Stored { item, bytes, message, .. }, left) in send {
-            // One that is sent again must be gone before its key is forgotten.
+            // One that is sent again must not be on its way any more when its key is forgotten: at
+            // its deadline the publisher is abandoned, and sends nothing again.
             let mut message = Message::from_wire(message, left);
             // A deliberate bug, for tests of tests.
             if cfg!(pubsub_break = "outbox_mints_new_keys") {
@@ -379,7 +380,7 @@ mod tests {
     #[test]
     fn a_message_that_is_sent_again_arrives_before_its_key_is_forgotten() {
         let days = |days: u64| Duration::from_secs(days * 24 * 3600);
-        assert_eq!(resend_window(days(7)), days(7) - limits::RESEND_MARGIN);
+        assert_eq!(resend_window(days(7)), days(7) - limits::outbox::RESEND_MARGIN);
         assert_eq!(resend_window(Duration::from_secs(10)), Duration::from_secs(9));
         assert_eq!(resend_window(Duration::ZERO), Duration::ZERO);
     }

@@ -207,9 +207,9 @@ impl Client {
     /// application starts, and enqueues, while that is away.
     pub fn outbox(&self, path: impl Into<PathBuf>) -> OutboxBuilder {
         let bounds = Bounds {
-            messages: limits::OUTBOX_MESSAGES,
-            bytes: limits::OUTBOX_BYTES,
-            topics: limits::OUTBOX_TOPICS,
+            messages: limits::outbox::MESSAGES,
+            bytes: limits::outbox::BYTES,
+            topics: limits::outbox::TOPICS,
         };
         OutboxBuilder { client: self.clone(), path: path.into(), bounds }
     }
