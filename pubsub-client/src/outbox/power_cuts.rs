@@ -9,7 +9,7 @@ use redb::{Builder, Database, StorageBackend};
 use super::books::{Books, Bounds};
 use super::ledger::{Ledger, Writer};
 use super::rows::{self, Contents, PendingRow, Request, Why};
-use crate::local::Committer;
+use crate::local::{Committer, FileError};
 
 /// A disk that remembers what it was.
 #[derive(Clone, Debug, Default)]
@@ -22,6 +22,8 @@ struct Image {
     synced: Vec<u8>,
     /// What a crash of the process leaves after each write, if that is of interest.
     writes: Option<Vec<Vec<u8>>>,
+    /// Whether there is no room any more.
+    full: bool,
 }
 
 impl Image {
@@ -57,9 +59,11 @@ impl StorageBackend for Disk {
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), io::Error> {
         let offset = usize::try_from(offset).unwrap();
-        self.0.lock().unwrap().change(|image| {
-            image[offset..offset + data.len()].copy_from_slice(data);
-        });
+        let mut image = self.0.lock().unwrap();
+        if image.full {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        image.change(|image| image[offset..offset + data.len()].copy_from_slice(data));
         Ok(())
     }
 }
@@ -122,6 +126,22 @@ async fn a_crash_at_any_write_of_a_removal_leaves_all_of_it_or_nothing() {
         seen[usize::from(is_after)] += 1;
     }
     assert!(seen[0] > 0 && seen[1] > 0, "crashes before and after: {seen:?}");
+}
+
+#[tokio::test]
+async fn a_failed_write_is_told_and_nothing_is_written_after_it() {
+    let disk = Disk::default();
+    let committer = start(&disk);
+    committer.commit(enqueue(1)).await.unwrap();
+    disk.0.lock().unwrap().full = true;
+    let error = committer.commit(enqueue(2)).await.unwrap_err();
+    assert!(matches!(error, FileError::Io { .. }), "{error}");
+    disk.0.lock().unwrap().full = false;
+    // What is on disk of the second is known after the file is opened again.
+    assert_eq!(committer.commit(enqueue(3)).await.unwrap_err(), error);
+    assert_eq!(committer.closing().wait().unwrap_err(), error);
+    let (pending, _) = items(disk.0.lock().unwrap().now.clone());
+    assert!(pending == [1] || pending == [1, 2], "{pending:?}");
 }
 
 #[test]
