@@ -174,7 +174,7 @@ impl Subscriber {
     /// let subscriber = subscriber.open().await?;
     /// let stopper = subscriber.stopper();
     /// subscriber
-    ///     .run_once(MemoryInbox::new(), 8, |message| {
+    ///     .run_once(MemoryInbox::new(), 8, move |message| {
     ///         let stopper = stopper.clone();
     ///         async move {
     ///             println!("billed once: {}", message.id);
