@@ -118,7 +118,7 @@ fn effects(file: &Path) -> Result<BTreeMap<u64, u64>> {
 
 #[test]
 fn messages_that_come_again_after_a_crash_are_acked_without_their_handler() {
-    const COUNT: u64 = 20;
+    const COUNT: u64 = 200;
     scenario(WITHIN, async |lab| {
         let rig = lab.rig().await?;
         publish(&rig, COUNT).await?;

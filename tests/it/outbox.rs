@@ -9,7 +9,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use pubsub_client::{
-    Client, Env, FileError, Message, Outbox, OutboxError, OutboxState, Reason, RetryPolicy,
+    Client, Env, FileError, Message, Outbox, OutboxError, OutboxFile, OutboxState, Reason,
+    RetryPolicy,
 };
 use pubsub_proto::v1::TopicConfig;
 use pubsub_tests::{admin, auditor, lab::scenario, process::Server, raw, wait};
@@ -116,10 +117,12 @@ fn a_publisher_killed_at_any_point_of_the_hand_over_publishes_each_message_once(
             }
             program.kill().await?;
 
+            let left = async || Ok(OutboxFile::open(&file)?.topics()?);
+            let left = wait::until_ok("the file", SOON, left).await?;
+            ensure!(left[0].pending.messages == COUNT, "{place}: it has removed some: {left:?}");
+
             let client = app::client(&server.url())?;
             let outbox = open(&client, &file).await?;
-            let left = outbox.state().get();
-            ensure!(left.pending.messages == COUNT, "{place}: nothing was removed: {left:?}");
             flush(&outbox).await??;
             let left = outbox.close(SOON).await?;
             ensure!(left.pending.messages + left.parked.messages == 0, "{place}: {left:?}");
@@ -185,19 +188,21 @@ fn later(url: &str, by: Duration) -> Result<Client> {
     Ok(Client::builder(url).fast().retry(retry).env(Arc::new(Ahead(by))).connect_lazy()?)
 }
 
+/// Leaves messages in a file, of which at least the first is noted as sent.
+async fn leave_some_sent(url: &str, file: &Path) -> Result<()> {
+    let mut program = start(url, file, (0, 5), &[("PUBSUB_FAILPOINT", "sending")])?;
+    program.says("failpoint sending").await?;
+    program.kill().await.map(drop)
+}
+
 #[test]
 fn what_was_sent_too_long_ago_is_set_aside_and_resent_on_request_only() {
-    const COUNT: u64 = 5;
     scenario(WITHIN, async |lab| {
         let server = lab.server().await?;
         let channel = raw::connect(&server.url()).await?;
         admin::create_topic(&channel, TOPIC).await?;
         let file = lab.path("outbox");
-        let fail = [("PUBSUB_FAILPOINT", "sending")];
-        let mut program = start(&server.url(), &file, (0, COUNT), &fail)?;
-        program.says("failpoint sending").await?;
-        // Those that are enqueued now are not in the chunk that was prepared.
-        program.kill().await?;
+        leave_some_sent(&server.url(), &file).await?;
 
         let client = later(&server.url(), 8 * DAY)?;
         let outbox = open(&client, &file).await?;
@@ -205,15 +210,13 @@ fn what_was_sent_too_long_ago_is_set_aside_and_resent_on_request_only() {
         let Err(OutboxError::Parked { messages }) = refused else { bail!("{refused:?}") };
         let parked = outbox.parked(0, 100).await?;
         ensure!(parked.len() == messages && messages > 0, "{parked:?}");
+        let mut aside = Vec::new();
         for parked in &parked {
             ensure!(parked.refused.is_none() && parked.first_sent.is_some(), "{parked:?}");
             ensure!(parked.detail.contains("resend"), "{parked:?}");
+            aside.push(std::str::from_utf8(&parked.message.payload)?.parse::<u64>()?);
         }
         let before = stored(&channel).await?;
-        let aside: Vec<u64> = parked
-            .iter()
-            .map(|p| String::from_utf8_lossy(&p.message.payload).parse())
-            .collect::<Result<_, _>>()?;
         ensure!(before.iter().all(|number| !aside.contains(number)), "{before:?} {aside:?}");
 
         let mut items = parked.iter().map(|parked| parked.item);
@@ -231,6 +234,33 @@ fn what_was_sent_too_long_ago_is_set_aside_and_resent_on_request_only() {
         let left = outbox.close(SOON).await?;
         ensure!(left.parked.messages + left.pending.messages == 0, "{left:?}");
         app::shutdown(client).await
+    });
+}
+
+#[test]
+fn how_long_ago_is_too_long_is_up_to_the_topic() {
+    const HOUR: Duration = Duration::from_secs(3600);
+    scenario(WITHIN, async |lab| {
+        for (window, later_by, too_long) in
+            [(None, 6 * DAY, false), (Some(HOUR), 2 * HOUR, true), (Some(3 * HOUR), HOUR, false)]
+        {
+            let name = format!("{window:?}-{later_by:?}");
+            let server = lab.server_on(&lab.path(&name)).await?;
+            let channel = raw::connect(&server.url()).await?;
+            let window = window.map(prost_types::Duration::try_from).transpose()?;
+            let config = TopicConfig { idempotency_window: window, ..TopicConfig::default() };
+            admin::create_topic_with(&channel, TOPIC, config).await?;
+            let file = lab.path(&format!("{name}.outbox"));
+            leave_some_sent(&server.url(), &file).await?;
+            let client = later(&server.url(), later_by)?;
+            let outbox = open(&client, &file).await?;
+            let flushed = flush(&outbox).await?;
+            let parked = matches!(flushed, Err(OutboxError::Parked { .. }));
+            ensure!(parked == too_long, "{name}: {flushed:?}");
+            outbox.close(SOON).await?;
+            app::shutdown(client).await?;
+        }
+        Ok(())
     });
 }
 

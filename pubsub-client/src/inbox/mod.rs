@@ -42,7 +42,8 @@ use crate::subscriber::{Position, Subscriber};
 ///
 /// # Identity
 ///
-/// A [`MessageId`] never repeats, unless the data of the server is restored from an older copy,
+/// Messages are remembered by the name of the subscription, also if that is deleted and created
+/// again. A [`MessageId`] never repeats, unless the data of the server is restored from an older copy,
 /// which then gives the ids after that copy once more, to other messages. These have later
 /// [publish times](ReceivedMessage::publish_time): whoever keeps ids keeps that with them, as the
 /// stores here do, or takes such a message for one that was processed.
