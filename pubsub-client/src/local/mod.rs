@@ -148,6 +148,7 @@ fn create(path: &Path, format: &str, env: &SharedEnv) -> Result<(), redb::Error>
     let temporary = path.with_file_name(temporary);
     let made: Result<(), redb::Error> = (|| {
         let database = Builder::new().set_cache_size(CACHE_BYTES).create(&temporary)?;
+        keep_private(&temporary)?;
         let transaction = database.begin_write()?;
         transaction.open_table(META)?.insert(FORMAT, format.as_bytes())?;
         transaction.commit()?;
@@ -164,6 +165,19 @@ fn create(path: &Path, format: &str, env: &SharedEnv) -> Result<(), redb::Error>
     removed?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     sync_folder(folder.unwrap_or(Path::new(".")))?;
+    Ok(())
+}
+
+/// Payloads are nobody else's business.
+#[cfg(unix)]
+fn keep_private(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+}
+
+/// Other systems have their own ways.
+#[cfg(not(unix))]
+fn keep_private(_: &Path) -> io::Result<()> {
     Ok(())
 }
 
@@ -203,6 +217,16 @@ mod tests {
         drop(first);
         drop(open(&path, WHAT).unwrap());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_is_for_its_owner_only() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        drop(open_or_create(&path, WHAT, &env()).unwrap());
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     }
 
     #[test]
