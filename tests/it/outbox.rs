@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    ops::RangeInclusive,
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -9,16 +10,24 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use pubsub_client::{
-    Client, Env, FileError, Message, Outbox, OutboxError, OutboxFile, OutboxState, Reason,
-    RetryPolicy,
+    Client, Drain, Env, FileError, MemoryInbox, Message, Outbox, OutboxError, OutboxFile,
+    OutboxState, Reason, RetryPolicy,
 };
 use pubsub_proto::v1::TopicConfig;
-use pubsub_tests::{admin, auditor, lab::scenario, process::Server, raw, wait};
+use pubsub_tests::{
+    admin, auditor, files,
+    lab::scenario,
+    process::Server,
+    proxy::{Direction, Mode},
+    raw, wait,
+};
+use tokio::{sync::mpsc, task::JoinSet};
 use tonic::transport::Channel;
 
 use crate::{
     app::{self, SOON},
     child::{self, Program},
+    lifetimes,
 };
 
 const WITHIN: Duration = Duration::from_secs(120);
@@ -377,6 +386,72 @@ fn a_client_that_is_shut_down_closes_its_outbox_and_loses_nothing() {
         flush(&outbox).await??;
         ensure!(stored(&channel).await? == [0, 1]);
         outbox.close(SOON).await?;
+        app::shutdown(client).await
+    });
+}
+
+#[test]
+fn a_restored_older_server_gets_what_was_unanswered_in_order_and_an_inbox_knows_it_as_new() {
+    scenario(WITHIN, async |lab| {
+        let mut rig = lab.rig().await?;
+        let copy = lab.path("copy");
+        admin::create_topic(&raw::connect(&rig.url()).await?, TOPIC).await?;
+        let client = app::client(&rig.url())?;
+        let (handled, mut seen) = mpsc::channel(100);
+        let subscriber = app::subscribe(&client, "billing", TOPIC).await?;
+        let stopper = subscriber.stopper();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(subscriber.run_once(MemoryInbox::new(), 1, move |message| {
+            let sent = handled.try_send(message.payload);
+            async move { sent.map_err(|error| error.to_string()) }
+        }));
+        let outbox = client.outbox(lab.path("outbox")).open().await?;
+        let enqueue = async |numbers: RangeInclusive<u64>| {
+            for number in numbers {
+                outbox.enqueue(TOPIC, number.to_string()).await?;
+            }
+            Ok::<_, OutboxError>(())
+        };
+        let mut process = async |numbers: RangeInclusive<u64>| {
+            for number in numbers {
+                let next = wait::soon("a message", SOON, seen.recv()).await?;
+                let next = next.context("the subscriber has ended")?;
+                ensure!(next == number.to_string(), "{next:?} comes instead of {number}");
+            }
+            Ok(())
+        };
+        enqueue(1..=3).await?;
+        flush(&outbox).await??;
+        process(1..=3).await?;
+        app::all_acked(&raw::connect(&rig.server.url()).await?, "billing").await?;
+        lifetimes::stop(&mut rig).await?;
+        files::copy(rig.server.data(), &copy)?;
+        rig.revive().await?;
+
+        // What the copy does not know, and will give the ids of to others.
+        enqueue(4..=6).await?;
+        flush(&outbox).await??;
+        process(4..=6).await?;
+        rig.proxy.set(Direction::Down, Mode::Discard);
+        enqueue(7..=20).await?;
+        let direct = raw::connect(&rig.server.url()).await?;
+        wait::until_ok("a message at the server", SOON, async || {
+            ensure!(head(&direct).await? > 6);
+            Ok(())
+        })
+        .await?;
+        rig.server.kill().await?;
+        rig.proxy.set(Direction::Down, Mode::Pass);
+        lifetimes::restore(lab, &mut rig, &copy).await?;
+
+        flush(&outbox).await??;
+        let stored = stored(&raw::connect(&rig.server.url()).await?).await?;
+        ensure!(stored == (1..=3).chain(7..=20).collect::<Vec<_>>(), "{stored:?}");
+        process(7..=20).await?;
+        outbox.close(SOON).await?;
+        let report = wait::soon("the stop", SOON, stopper.stop(Drain::Finish, SOON)).await?;
+        ensure!(report.is_clean(), "{report:?}");
+        tasks.join_all().await.into_iter().collect::<Result<(), _>>()?;
         app::shutdown(client).await
     });
 }
