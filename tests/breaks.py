@@ -40,6 +40,10 @@ BREAKS = {
     "resume_by_last_received": ("P2", [CLIENT + ["subscriber"], END_TO_END + ["nack"]]),
     "resume_off_by_one": ("P2", [CLIENT + ["subscriber"], END_TO_END + ["delivery"]]),
     "acks_dropped_at_reconnect": ("P5", [CLIENT + ["subscriber"], END_TO_END + ["acks"]]),
+    "outbox_mints_new_keys": ("P3", [END_TO_END + ["outbox"]]),
+    "outbox_removes_before_the_answer": ("P1", [END_TO_END + ["outbox"]]),
+    "outbox_forgets_what_it_sent": ("P9", [END_TO_END + ["outbox"]]),
+    "inbox_is_not_asked": ("P5", [CLIENT + ["inbox"], END_TO_END + ["inbox"]]),
 }
 
 FAILED = re.compile(r"^test (\S+) \.\.\. FAILED", re.M)

@@ -1,5 +1,6 @@
 //! What can be said on the command line, and its help.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueHint};
@@ -76,6 +77,9 @@ Examples:
   pubsub receipts orders 17
   pubsub receipts orders 17 --subscription billing --json")]
     Receipts(Receipts),
+    /// Look into the local file of an outbox, and decide about what was set aside
+    #[command(subcommand)]
+    Outbox(Outbox),
     /// Describe the server; fails unless it serves reads and writes
     Status,
     /// Write a script for the shell that completes commands
@@ -539,6 +543,42 @@ pub(crate) struct Subscribe {
     /// Print payloads only, one on each line
     #[arg(long, conflicts_with = "json")]
     pub(crate) raw: bool,
+}
+
+/// None of them needs the server. The file must not be in use by another process.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Outbox {
+    /// Show what waits for each topic, and what was set aside and why
+    #[command(after_help = "\
+Examples:
+  pubsub outbox inspect orders.outbox
+  pubsub outbox inspect orders.outbox --json | jq 'select(.type == \"parked\")'")]
+    Inspect {
+        /// The file
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+    },
+    /// Let messages that were set aside wait again, at the end of their topic
+    ///
+    /// They are sent when a process opens the file the next time, under the same idempotency keys.
+    /// A message of unknown fate may be stored a second time by that: look first whether it is there.
+    Resend {
+        /// The file
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// Their numbers, as `inspect` shows them
+        #[arg(required = true, value_name = "ITEM")]
+        items: Vec<u64>,
+    },
+    /// Forget messages that were set aside: they are not published
+    Discard {
+        /// The file
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// Their numbers, as `inspect` shows them
+        #[arg(required = true, value_name = "ITEM")]
+        items: Vec<u64>,
+    },
 }
 
 #[derive(Debug, ClapArgs)]

@@ -5,8 +5,8 @@ use std::io;
 use std::process::ExitCode;
 
 use pubsub_client::{
-    AdminError, ConnectError, EnqueueError, Outcome, PublishError, PublishErrorKind, Reason,
-    ServerError, SubscribeError,
+    AdminError, ConnectError, EnqueueError, FileError, OutboxError, Outcome, PublishError,
+    PublishErrorKind, Reason, ServerError, SubscribeError,
 };
 use serde_json::json;
 
@@ -129,6 +129,21 @@ impl From<ConnectError> for Failure {
             ConnectError::InvalidUrl { .. } => Self::usage(error.to_string())
                 .with_fix("Give --server or PUBSUB_SERVER, such as http://127.0.0.1:7670."),
             _ => Self::failed(error.to_string()),
+        }
+    }
+}
+
+impl From<OutboxError> for Failure {
+    #[expect(clippy::wildcard_enum_match_arm, reason = "the others say it all in their text")]
+    fn from(error: OutboxError) -> Self {
+        let text = error.to_string();
+        match error {
+            OutboxError::File(FileError::NotFound { .. }) => Self::new(Exit::NotFound, text),
+            OutboxError::NotParked { .. } => Self::new(Exit::NotFound, text)
+                .with_fix("`pubsub outbox inspect FILE` shows what was set aside."),
+            OutboxError::File(FileError::InUse { .. }) => Self::new(Exit::Conflict, text)
+                .with_fix("Stop the process that has it; its own state tells the same."),
+            _ => Self::failed(text),
         }
     }
 }

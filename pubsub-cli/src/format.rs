@@ -5,9 +5,9 @@ use std::time::{Duration, SystemTime};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use pubsub_client::{
-    ActiveConsumer, DataLoss, DeadLetter, FailurePolicy, Gap, GapReason, PublishReceipt, Receipt,
-    ReceiptState, ReceivedMessage, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionKind,
-    SubscriptionPosition, TopicInfo, WhenFull,
+    ActiveConsumer, DataLoss, DeadLetter, FailurePolicy, Gap, GapReason, Message, OutboxTopic,
+    Parked, PublishReceipt, Receipt, ReceiptState, ReceivedMessage, ServerInfo, SnapshotInfo,
+    SubscriptionInfo, SubscriptionKind, SubscriptionPosition, TopicInfo, WhenFull,
 };
 use serde_json::{Value, json};
 
@@ -211,12 +211,16 @@ pub(crate) fn message(message: &ReceivedMessage) -> Value {
         "idempotency_key": message.idempotency_key,
         "recipients": message.recipients,
     });
-    // One of the two, so that no program takes one for the other.
-    match std::str::from_utf8(&message.payload) {
-        Ok(text) => value["payload"] = text.into(),
-        Err(_) => value["payload_base64"] = base64(&message.payload).into(),
-    }
+    payload(&mut value, &message.payload);
     value
+}
+
+/// One of the two, so that no program takes one for the other.
+fn payload(value: &mut Value, payload: &[u8]) {
+    match std::str::from_utf8(payload) {
+        Ok(text) => value["payload"] = text.into(),
+        Err(_) => value["payload_base64"] = BASE64.encode(payload).into(),
+    }
 }
 
 pub(crate) fn gap(gap: &Gap) -> Value {
@@ -265,6 +269,37 @@ pub(crate) fn receipt(receipt: &Receipt) -> Value {
         }
         ReceiptState::Received | ReceiptState::Pending | ReceiptState::NotAddressed | _ => {}
     }
+    value
+}
+
+pub(crate) fn outbox_topic(topic: &OutboxTopic) -> Value {
+    json!({
+        "type": "topic",
+        "topic": &*topic.topic,
+        "messages": topic.pending.messages,
+        "bytes": topic.pending.bytes,
+    })
+}
+
+pub(crate) fn parked(parked: &Parked) -> Value {
+    let Message { attributes, ordering_key, content_type, recipients, .. } = &parked.message;
+    let mut value = json!({
+        "type": "parked",
+        "item": parked.item,
+        "topic": parked.topic,
+        "fate": if parked.refused.is_some() { "refused" } else { "unknown" },
+        "reason": parked.refused.map(|reason| reason.as_str()),
+        "detail": parked.detail,
+        "enqueue_time": time(parked.enqueue_time),
+        "park_time": time(parked.park_time),
+        "first_sent": parked.first_sent.map(time),
+        "idempotency_key": parked.message.idempotency_key,
+        "attributes": attributes,
+        "ordering_key": ordering_key,
+        "content_type": content_type,
+        "recipients": recipients,
+    });
+    payload(&mut value, &parked.message.payload);
     value
 }
 

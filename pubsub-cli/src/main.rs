@@ -10,6 +10,7 @@ mod dlq;
 mod failure;
 mod format;
 mod interrupt;
+mod outbox;
 mod output;
 mod publish;
 mod receipts;
@@ -50,6 +51,13 @@ fn run(args: Args) -> Result<Exit, Failure> {
     if let Command::Completions { shell } = args.command {
         return completions(shell);
     }
+    if let Command::Outbox(command) = args.command {
+        let mut output = Output::new(args.json);
+        // What was done counts, and is told.
+        let done = outbox::run(command, &mut output);
+        output.flush()?;
+        return done;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Failure::failed(format!("no runtime: {error}")))?;
     let result = runtime.block_on(execute(args));
@@ -71,7 +79,7 @@ async fn execute(args: Args) -> Result<Exit, Failure> {
         Command::Subscribe(command) => subscribe::run(command, &client, &mut output).await,
         Command::Receipts(command) => receipts::run(command, &client, &mut output).await,
         Command::Status => status::run(&client, &mut output).await,
-        Command::Completions { .. } => Ok(Exit::Ok),
+        Command::Completions { .. } | Command::Outbox(_) => Ok(Exit::Ok),
     };
     let flushed = output.flush();
     // What was done counts, also when nobody reads about it any more.

@@ -110,6 +110,16 @@ impl Client {
         self.shared.dialer.url()
     }
 
+    #[cfg(feature = "outbox")]
+    pub(crate) fn env(&self) -> &SharedEnv {
+        &self.shared.env
+    }
+
+    #[cfg(feature = "outbox")]
+    pub(crate) fn retry(&self) -> RetryPolicy {
+        self.shared.retry
+    }
+
     /// Ends all publishers and subscribers of this client and its clones, and waits for them, at
     /// most for `within`.
     ///

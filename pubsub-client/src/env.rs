@@ -1,16 +1,24 @@
-//! The source of randomness, which tests and simulations can replace. Monotonic time is tokio's,
-//! which they can pause.
+//! The source of randomness and the wall clock, which tests and simulations can replace. Monotonic
+//! time is tokio's, which they can pause.
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::SystemTime;
 
-/// Where random identities and the jitter of reconnects come from.
+/// Where random identities, the jitter of reconnects and the time of day come from.
 ///
 /// The default is the operating system. A simulation gives its own seeded source with
 /// [`ClientBuilder::env`](crate::ClientBuilder::env).
 pub trait Env: fmt::Debug + Send + Sync + 'static {
     /// Fills `bytes` with random bytes, unpredictable outside of simulations.
     fn fill(&self, bytes: &mut [u8]);
+
+    /// The time of day, by which an outbox tells how old its messages are; that of the operating
+    /// system by default.
+    #[expect(clippy::disallowed_methods, reason = "this is the injected clock")]
+    fn now(&self) -> SystemTime {
+        SystemTime::now()
+    }
 }
 
 pub(crate) type SharedEnv = Arc<dyn Env>;

@@ -16,12 +16,15 @@
 //!   after it was nacked.
 //! - Across a crash of the consuming process a message can come again. To process it effectively
 //!   once, keep its [`MessageId`] beside the effect, in the same transaction of the application's
-//!   own database, and skip what is there already.
+//!   own database, and skip what is there already. [`Subscriber::run_once`] does nearly as much
+//!   without such a database; [`ProcessedStore`] says what is missing.
 //!
 //! # Features
 //!
 //! - `json` (default): the [`Json`] codec.
 //! - `prost`: the `Prost` codec.
+//! - `inbox`: `FileInbox`, which remembers in a local file what was processed.
+//! - `outbox`: `Outbox`, which publishes by way of a local file, across crashes of the publisher.
 
 /// Compiles the program in the README.
 #[cfg(doctest)]
@@ -33,9 +36,14 @@ mod client;
 mod codec;
 mod env;
 mod error;
+mod inbox;
 mod limits;
 mod liveness;
+#[cfg(any(feature = "inbox", feature = "outbox"))]
+mod local;
 mod message;
+#[cfg(feature = "outbox")]
+mod outbox;
 mod publisher;
 mod reconnect;
 mod retry;
@@ -61,7 +69,17 @@ pub use error::{
     Outcome, PublishError, PublishErrorKind, Reason, SchemaViolation, ServerError, SubscribeError,
     TransportError, Unresolved,
 };
+#[cfg(feature = "inbox")]
+pub use inbox::FileInbox;
+pub use inbox::{InboxError, MemoryInbox, ProcessedStore};
+#[cfg(any(feature = "inbox", feature = "outbox"))]
+pub use local::FileError;
 pub use message::{InvalidMessageId, Message, MessageId, ReceivedMessage};
+#[cfg(feature = "outbox")]
+pub use outbox::{
+    Enqueued, Outbox, OutboxBuilder, OutboxError, OutboxFile, OutboxState, OutboxTopic,
+    OutboxWatch, Parked, Usage, Waiting,
+};
 pub use publisher::{
     Batch, BatchTicket, OnRecreated, Permit, PublishReceipt, PublishTicket, Publisher,
     PublisherBuilder, TypedPublishError, TypedPublisher,

@@ -40,6 +40,12 @@ pub(crate) const NACK_DELAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// giving one up too early shows it twice.
 pub(crate) const MAX_PROCESSING: Duration = Duration::from_secs(60 * 60);
 
+/// Separate runs of processed messages in an inbox: about 100 bytes each. A server leaves at most
+/// 19,000 messages of a topic unacked, each of which can make one hole.
+pub(crate) const INBOX_RUNS: usize = 100_000;
+/// How often an inbox may forget what lies below the floor.
+pub(crate) const FORGET_INTERVAL: Duration = Duration::from_secs(30);
+
 /// How long a connection may take.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the server's answer to a hello may take.
@@ -57,3 +63,29 @@ pub(crate) const MAX_GRACE: Duration = Duration::from_secs(10 * 60);
 pub(crate) const MAX_ADVICE: Duration = Duration::from_secs(5 * 60);
 /// The heartbeat interval of the fast profile.
 pub(crate) const FAST_HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// Those of an outbox.
+#[cfg(feature = "outbox")]
+pub(crate) mod outbox {
+    use std::time::Duration;
+
+    /// Messages that an outbox may hold, by default.
+    pub(crate) const MESSAGES: u64 = 100_000;
+    /// Bytes of these, by default: all of the file is read when it is opened.
+    pub(crate) const BYTES: u64 = 64 * 1024 * 1024;
+    /// Topics that an outbox may publish to: each is a connection.
+    pub(crate) const TOPICS: usize = 64;
+    /// Messages that an outbox reads, and prepares in one commit.
+    pub(crate) const CHUNK_MESSAGES: usize = 256;
+    /// Bytes of these; one message always may.
+    pub(crate) const CHUNK_BYTES: u64 = 256 * 1024;
+    /// Messages of a topic that an outbox may have in flight: what a crash makes it send again.
+    pub(crate) const IN_FLIGHT_MESSAGES: usize = 1_024;
+    /// Bytes of these. With one more chunk, also of a single large message, they fit into the window
+    /// of their publisher.
+    pub(crate) const IN_FLIGHT_BYTES: u64 = 4 * 1024 * 1024;
+    pub(crate) const WINDOW_BYTES: usize = 32 * 1024 * 1024;
+    /// How long a message that is sent again by an outbox may be on its way: a connection is given
+    /// up when nothing was heard for half as long, at the slowest heartbeat.
+    pub(crate) const RESEND_MARGIN: Duration = Duration::from_secs(5 * 60);
+}

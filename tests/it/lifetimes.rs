@@ -128,14 +128,14 @@ fn a_restored_older_store_is_told_to_publishers_and_survived_by_subscribers() {
     });
 }
 
-async fn stop(rig: &mut Rig) -> Result<()> {
+pub(crate) async fn stop(rig: &mut Rig) -> Result<()> {
     rig.server.begin_stop()?;
     rig.server.exited(SOON).await?;
     Ok(())
 }
 
 /// Starts the copy ten times, as an operator who tries things out, and lets clients have the last.
-async fn restore(lab: &Lab, rig: &mut Rig, copy: &std::path::Path) -> Result<()> {
+pub(crate) async fn restore(lab: &Lab, rig: &mut Rig, copy: &std::path::Path) -> Result<()> {
     for _ in 0..10 {
         let mut server = lab.server_on(copy).await?;
         server.begin_stop()?;

@@ -52,6 +52,16 @@ const LAYERS: &[Layer] = &[
         never: &["async", "tokio", "tonic"],
         why: "dedup is a state machine without I/O and without a clock",
     },
+    Layer {
+        path: "pubsub-client/src/inbox/processed",
+        never: &["async", "tokio", "tonic", "redb"],
+        why: "what was processed is a set without I/O and without a clock",
+    },
+    Layer {
+        path: "pubsub-client/src/outbox/books",
+        never: &["async", "tokio", "tonic", "redb"],
+        why: "the books of an outbox are kept without I/O and without a clock",
+    },
 ];
 
 /// Modules of the server that import nothing of ours but each other.

@@ -2,6 +2,7 @@
 
 mod admin;
 mod harness;
+mod outbox;
 mod publish;
 mod schema;
 mod subscribe;

@@ -1,5 +1,7 @@
 //! What the application and the session task of a publisher share.
 
+#[cfg(feature = "outbox")]
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -10,7 +12,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use super::ticket::{PublishReceipt, PublishTicket};
-use super::window::{Verdict, Window};
+use super::window::{Then, Verdict, Window};
 use super::{OnRecreated, Settings};
 use crate::client::Shared;
 use crate::error::{
@@ -31,6 +33,9 @@ pub(crate) struct Core {
     messages: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
     max_message: AtomicUsize,
+    /// In milliseconds.
+    #[cfg(feature = "outbox")]
+    idempotency_window: AtomicU64,
     queue: Mutex<Queue>,
     /// Wakes the session: there is something to send, or it is to close.
     pub(super) wake: Notify,
@@ -106,6 +111,8 @@ impl Core {
             messages: Arc::new(Semaphore::new(settings.window_messages)),
             bytes: Arc::new(Semaphore::new(settings.window_bytes)),
             max_message: AtomicUsize::new(limits::MAX_MESSAGE_BYTES),
+            #[cfg(feature = "outbox")]
+            idempotency_window: AtomicU64::new(0),
             settings,
             queue: Mutex::new(queue),
             wake: Notify::new(),
@@ -161,6 +168,17 @@ impl Core {
     pub(super) fn set_max_message(&self, bytes: u64) {
         let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
         self.max_message.store(bytes.clamp(1, limits::MAX_MESSAGE_BYTES), Ordering::Relaxed);
+    }
+
+    #[cfg(feature = "outbox")]
+    pub(super) fn set_idempotency_window(&self, window: Duration) {
+        let millis = u64::try_from(window.as_millis()).unwrap_or(u64::MAX);
+        self.idempotency_window.store(millis, Ordering::Relaxed);
+    }
+
+    #[cfg(feature = "outbox")]
+    pub(super) fn idempotency_window(&self) -> Duration {
+        Duration::from_millis(self.idempotency_window.load(Ordering::Relaxed))
     }
 
     pub(super) fn push(
@@ -363,15 +381,17 @@ impl Core {
         .await;
     }
 
-    pub(super) fn settle(&self, verdict: Verdict<Entry>) -> super::window::Then {
+    pub(super) fn settle(&self, verdict: Verdict<Entry>) -> Then {
         let mut queue = self.lock();
+        let loss = verdict.lost.first().filter(|_| self.settings.stop_at_loss);
+        let then = loss.map_or(verdict.then, |(_, kind)| Then::Fail(kind.clone()));
         for (entry, kind) in verdict.lost {
             queue
                 .resolve(entry, |key| Err(PublishError::new(kind, Outcome::Unknown).with_key(key)));
         }
         drop(queue);
         self.changed.notify_waiters();
-        verdict.then
+        then
     }
 
     pub(super) fn is_closed(&self) -> bool {

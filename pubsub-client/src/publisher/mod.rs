@@ -253,6 +253,18 @@ impl Publisher {
     pub fn topic(&self) -> &str {
         self.handle.core.topic()
     }
+
+    /// Waits until the server has taken it in.
+    #[cfg(feature = "outbox")]
+    pub(crate) async fn ready(&self) -> Result<(), PublishError> {
+        self.handle.core.ready().await
+    }
+
+    /// For how long the server remembers an idempotency key, by its last welcome.
+    #[cfg(feature = "outbox")]
+    pub(crate) fn idempotency_window(&self) -> Duration {
+        self.handle.core.idempotency_window()
+    }
 }
 
 /// Shared by the clones of a publisher, so that the last one can be noticed.
@@ -290,6 +302,8 @@ struct Settings {
     batch_bytes: usize,
     linger: Duration,
     on_recreated: OnRecreated,
+    /// It fails where it would go on with what comes after a message whose fate is unknown.
+    stop_at_loss: bool,
     heartbeat: Duration,
 }
 
@@ -312,6 +326,7 @@ impl PublisherBuilder {
             batch_bytes: limits::BATCH_BYTES,
             linger: Duration::ZERO,
             on_recreated: OnRecreated::default(),
+            stop_at_loss: false,
             heartbeat: client.heartbeat,
         };
         Self { client, settings, written: None }
@@ -354,6 +369,14 @@ impl PublisherBuilder {
     /// [`OnRecreated::Fail`] by default.
     pub fn on_recreated(mut self, choice: OnRecreated) -> Self {
         self.settings.on_recreated = choice;
+        self
+    }
+
+    /// Fails the publisher when the fate of a message is lost: what comes after it must not
+    /// overtake it.
+    #[cfg(feature = "outbox")]
+    pub(crate) fn stop_at_loss(mut self) -> Self {
+        self.settings.stop_at_loss = true;
         self
     }
 

@@ -230,6 +230,8 @@ fn welcomed(
     if welcome.max_message_bytes > 0 {
         core.set_max_message(welcome.max_message_bytes);
     }
+    #[cfg(feature = "outbox")]
+    core.set_idempotency_window(duration(welcome.idempotency_window).unwrap_or_default());
     let settings = &core.settings;
     // A limit of 0 would be one that nothing fits into: then there is none.
     let limit = |theirs: usize| if theirs == 0 { usize::MAX } else { theirs };

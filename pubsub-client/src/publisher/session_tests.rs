@@ -91,3 +91,28 @@ async fn a_server_that_answers_pings_and_no_messages_is_left() {
     assert!(session.due(sent + 30 * SECOND).is_ok());
     drop(ticket);
 }
+
+#[cfg(feature = "outbox")]
+#[tokio::test]
+async fn where_nothing_may_overtake_a_lost_message_the_publisher_ends_with_it() {
+    for strict in [false, true] {
+        let core = publisher(|builder| if strict { builder.stop_at_loss() } else { builder });
+        let mut tickets = Vec::new();
+        for payload in ["1", "2"] {
+            let permits = core.admit(1).await.unwrap();
+            tickets.push(core.push(core.check(payload.into()).unwrap(), permits).unwrap());
+            if tickets.len() == 1 {
+                let (_, cut, _) = welcome(&core, Instant::now());
+                core.lock().window.next_batch(&cut, Instant::now(), |_| {});
+            }
+        }
+        let end = refused(&core, Reason::ResultExpired);
+        assert_eq!(matches!(end, End::Failed(PublishErrorKind::HorizonElapsed)), strict, "{end:?}");
+        core.end(PublishErrorKind::HorizonElapsed, None);
+        let mut outcomes = Vec::new();
+        for ticket in tickets {
+            outcomes.push(ticket.await.unwrap_err().outcome());
+        }
+        assert_eq!(outcomes, [Outcome::Unknown, Outcome::NotPersisted]);
+    }
+}

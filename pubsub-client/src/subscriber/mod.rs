@@ -132,6 +132,12 @@ impl Subscriber {
         self.core.position()
     }
 
+    /// Its name, and its position as long as anyone asks: for an inbox.
+    pub(crate) fn observe(&self) -> (String, impl Fn() -> Position + Send + Sync + use<>) {
+        let core = Arc::clone(&self.core);
+        (core.settings.subscription.clone(), move || core.position())
+    }
+
     /// Waits until the application was handed everything that was published until now, as far as
     /// the server has told: it tells with each message and heartbeat. Also returns when the
     /// subscriber ends.

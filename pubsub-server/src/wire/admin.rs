@@ -20,7 +20,7 @@ use pubsub_proto::v1::{
 use tonic::{Request, Response, Status};
 
 use super::status::{invalid, status};
-use super::{Context, convert, schema};
+use super::{Context, convert, describe, schema};
 use crate::broker::{BrokerError, NewSubscription};
 use crate::record::TopicConfig;
 use crate::storage::Health;
@@ -55,10 +55,10 @@ impl AdminService for Service {
     ) -> Result<Response<CreateTopicResponse>, Status> {
         let request = request.into_inner();
         let name = convert::parse_topic(&request.name)?;
-        let config = convert::parse_config(request.config, TopicConfig::default())?;
+        let config = describe::parse_config(request.config, TopicConfig::default())?;
         let create = self.0.broker.create_topic(name, config, request.if_not_exists);
         let (info, created) = create.await.map_err(refuse)?;
-        Ok(Response::new(CreateTopicResponse { topic: Some(convert::topic(info)), created }))
+        Ok(Response::new(CreateTopicResponse { topic: Some(describe::topic(info)), created }))
     }
 
     async fn get_topic(
@@ -67,7 +67,7 @@ impl AdminService for Service {
     ) -> Result<Response<GetTopicResponse>, Status> {
         let name = convert::parse_topic(&request.into_inner().name)?;
         let info = self.0.broker.get_topic(&name).map_err(refuse)?;
-        Ok(Response::new(GetTopicResponse { topic: Some(convert::topic(info)) }))
+        Ok(Response::new(GetTopicResponse { topic: Some(describe::topic(info)) }))
     }
 
     async fn list_topics(
@@ -82,7 +82,7 @@ impl AdminService for Service {
         let limit = page(request.page_size);
         let topics = self.0.broker.list_topics(after.as_ref(), limit);
         let next_page_token = next_page(&topics, limit, |info| info.record.name.to_string());
-        let topics = topics.into_iter().map(convert::topic).collect();
+        let topics = topics.into_iter().map(describe::topic).collect();
         Ok(Response::new(ListTopicsResponse { topics, next_page_token }))
     }
 
@@ -102,9 +102,9 @@ impl AdminService for Service {
         let request = request.into_inner();
         let name = convert::parse_topic(&request.name)?;
         let before = self.0.broker.get_topic(&name).map_err(refuse)?.record.config;
-        let config = convert::parse_config(request.config, before)?;
+        let config = describe::parse_config(request.config, before)?;
         let info = self.0.broker.update_topic(name, config).await.map_err(refuse)?;
-        Ok(Response::new(UpdateTopicResponse { topic: Some(convert::topic(info)) }))
+        Ok(Response::new(UpdateTopicResponse { topic: Some(describe::topic(info)) }))
     }
 
     async fn purge_topic(
@@ -115,7 +115,7 @@ impl AdminService for Service {
         let name = convert::parse_topic(&request.name)?;
         let below = (request.before != 0).then_some(request.before);
         let (info, purged) = self.0.broker.purge(name, below).await.map_err(refuse)?;
-        Ok(Response::new(PurgeTopicResponse { topic: Some(convert::topic(info)), purged }))
+        Ok(Response::new(PurgeTopicResponse { topic: Some(describe::topic(info)), purged }))
     }
 
     async fn set_schema(
@@ -162,7 +162,7 @@ impl AdminService for Service {
         };
         let create = self.0.broker.create_subscription(new, request.if_not_exists);
         let (description, created) = create.await.map_err(refuse)?;
-        let subscription = Some(convert::subscription(description));
+        let subscription = Some(describe::subscription(description));
         Ok(Response::new(CreateSubscriptionResponse { subscription, created }))
     }
 
@@ -172,7 +172,7 @@ impl AdminService for Service {
     ) -> Result<Response<GetSubscriptionResponse>, Status> {
         let name = convert::parse_subscription(&request.into_inner().name)?;
         let description = self.0.broker.describe(&name).await.map_err(refuse)?;
-        let subscription = Some(convert::subscription(description));
+        let subscription = Some(describe::subscription(description));
         Ok(Response::new(GetSubscriptionResponse { subscription }))
     }
 
@@ -188,7 +188,7 @@ impl AdminService for Service {
         let limit = page(request.page_size);
         let entries = self.0.broker.list_subscriptions(after.as_ref(), limit).await;
         let next_page_token = next_page(&entries, limit, |entry| entry.record.name.to_string());
-        let subscriptions = entries.into_iter().map(convert::subscription).collect();
+        let subscriptions = entries.into_iter().map(describe::subscription).collect();
         Ok(Response::new(ListSubscriptionsResponse { subscriptions, next_page_token }))
     }
 
@@ -213,7 +213,7 @@ impl AdminService for Service {
             }
             let snapshot = convert::parse_snapshot(&request.snapshot)?;
             let description = self.0.broker.seek_to_snapshot(&name, &snapshot).await;
-            let subscription = Some(convert::subscription(description.map_err(refuse)?));
+            let subscription = Some(describe::subscription(description.map_err(refuse)?));
             return Ok(Response::new(SeekSubscriptionResponse { subscription }));
         }
         let topic = match request.topic.as_str() {
@@ -225,7 +225,7 @@ impl AdminService for Service {
         }
         let to = convert::parse_start(request.to)?;
         let description = self.0.broker.seek(&name, topic.as_ref(), to).await.map_err(refuse)?;
-        let subscription = Some(convert::subscription(description));
+        let subscription = Some(describe::subscription(description));
         Ok(Response::new(SeekSubscriptionResponse { subscription }))
     }
 
@@ -237,7 +237,7 @@ impl AdminService for Service {
         let name = convert::parse_snapshot(&request.name)?;
         let subscription = convert::parse_subscription(&request.subscription)?;
         let made = self.0.broker.create_snapshot(name, subscription).await.map_err(refuse)?;
-        let snapshot = Some(convert::snapshot(&made));
+        let snapshot = Some(describe::snapshot(&made));
         Ok(Response::new(CreateSnapshotResponse { snapshot }))
     }
 
@@ -253,7 +253,7 @@ impl AdminService for Service {
         let limit = page(request.page_size);
         let entries = self.0.broker.list_snapshots(after.as_ref(), limit);
         let next_page_token = next_page(&entries, limit, |entry| entry.name.to_string());
-        let snapshots = entries.iter().map(|entry| convert::snapshot(entry)).collect();
+        let snapshots = entries.iter().map(|entry| describe::snapshot(entry)).collect();
         Ok(Response::new(ListSnapshotsResponse { snapshots, next_page_token }))
     }
 
@@ -280,7 +280,7 @@ impl AdminService for Service {
         let page = page.await.map_err(refuse)?;
         let last = page.letters.last().filter(|_| page.more);
         let next_page_token = last.map(|last| last.sequence.to_string()).unwrap_or_default();
-        let dead_letters = convert::dead_letters(&page)?;
+        let dead_letters = describe::dead_letters(&page)?;
         Ok(Response::new(ListDeadLettersResponse { dead_letters, next_page_token }))
     }
 
@@ -290,7 +290,7 @@ impl AdminService for Service {
     ) -> Result<Response<RedriveDeadLettersResponse>, Status> {
         let request = request.into_inner();
         let name = convert::parse_subscription(&request.subscription)?;
-        let which = convert::parse_letters(&request.sequences, request.max_messages)?;
+        let which = describe::parse_letters(&request.sequences, request.max_messages)?;
         let settled = self.0.broker.redrive(&name, which).await.map_err(refuse)?;
         let (redriven, homeless, left) = (settled.settled, settled.homeless, settled.left);
         Ok(Response::new(RedriveDeadLettersResponse { redriven, homeless, left }))
@@ -302,7 +302,7 @@ impl AdminService for Service {
     ) -> Result<Response<PurgeDeadLettersResponse>, Status> {
         let request = request.into_inner();
         let name = convert::parse_subscription(&request.subscription)?;
-        let which = convert::parse_letters(&request.sequences, request.max_messages)?;
+        let which = describe::parse_letters(&request.sequences, request.max_messages)?;
         let settled = self.0.broker.purge_dead_letters(&name, which).await.map_err(refuse)?;
         let (purged, left) = (settled.settled, settled.left);
         Ok(Response::new(PurgeDeadLettersResponse { purged, left }))
@@ -321,7 +321,7 @@ impl AdminService for Service {
         let epoch = convert::parse_epoch(request.epoch);
         let broker = &self.0.broker;
         let answers = broker.receipts(&topic, epoch, request.sequence, subscription.as_ref());
-        let receipts = answers.await.map_err(refuse)?.into_iter().map(convert::receipt).collect();
+        let receipts = answers.await.map_err(refuse)?.into_iter().map(describe::receipt).collect();
         Ok(Response::new(GetReceiptsResponse { receipts }))
     }
 

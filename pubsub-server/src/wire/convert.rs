@@ -9,16 +9,14 @@ use pubsub_proto::v1;
 use tonic::Status;
 
 use super::status::{self, invalid};
-use crate::broker::delivery::{Claim, Nack, Receipt};
+use crate::broker::Start;
+use crate::broker::delivery::{Claim, Nack};
 use crate::broker::session::{self, GapReason, Lease, Leased, Missing, TopicAcks};
-use crate::broker::subscription::{ActiveConsumer, Description, Position};
-use crate::broker::{LetterPage, Letters, ReceiptAnswer, Snapshot, Start, TopicInfo};
-use crate::envelope::Origin;
 use crate::limits;
 use crate::names::{SnapshotName, SubscriptionName, TopicName, TopicPattern};
 use crate::record::{
-    Epoch, FailurePolicy, IdempotencyKey, NewMessage, Release, Sequences, StoredMessage,
-    SubscriptionKind, Timestamp, TopicConfig, Uuid, WhenFull,
+    Epoch, FailurePolicy, IdempotencyKey, NewMessage, Sequences, StoredMessage, SubscriptionKind,
+    Timestamp, Uuid,
 };
 use crate::storage::{Atomic, Fact, Fate, Item, Refusal, RefusalReason, Run};
 
@@ -472,156 +470,4 @@ pub(super) fn parse_ids(
         sequences.insert(id.sequence..=id.sequence);
     }
     Ok(by_topic)
-}
-
-// ---- administration
-
-/// Settings; what is not said is as before.
-pub(super) fn parse_config(
-    config: Option<v1::TopicConfig>,
-    default: TopicConfig,
-) -> Result<TopicConfig, Status> {
-    let config = config.unwrap_or_default();
-    let or = |value, default| if value == 0 { default } else { value };
-    let window = parse_duration("idempotency_window", config.idempotency_window)?;
-    Ok(TopicConfig {
-        retention: parse_duration("retention", config.retention)?.unwrap_or(default.retention),
-        max_age_unacked: match parse_duration("max_age_unacked", config.max_age_unacked)? {
-            Some(age) => Some(age).filter(|age| !age.is_zero()),
-            None => default.max_age_unacked,
-        },
-        max_bytes: or(config.max_bytes, default.max_bytes),
-        when_full: match v1::WhenFull::try_from(config.when_full) {
-            Ok(v1::WhenFull::Unspecified) => default.when_full,
-            Ok(v1::WhenFull::Reject) => WhenFull::Reject,
-            Ok(v1::WhenFull::DropOldest) => WhenFull::DropOldest,
-            Err(_) => return Err(invalid("when_full is not known to this server")),
-        },
-        max_message_bytes: or(config.max_message_bytes, default.max_message_bytes),
-        idempotency_window: window.unwrap_or(default.idempotency_window),
-    })
-}
-
-pub(super) fn topic(info: TopicInfo) -> v1::Topic {
-    let TopicConfig { retention, max_bytes, max_message_bytes, idempotency_window, .. } =
-        info.record.config;
-    let when_full = match info.record.config.when_full {
-        WhenFull::Reject => v1::WhenFull::Reject,
-        WhenFull::DropOldest => v1::WhenFull::DropOldest,
-    };
-    v1::Topic {
-        name: info.record.name.to_string(),
-        epoch: info.record.epoch.0,
-        config: Some(v1::TopicConfig {
-            retention: duration(retention),
-            max_bytes,
-            max_message_bytes,
-            idempotency_window: duration(idempotency_window),
-            max_age_unacked: info.record.config.max_age_unacked.and_then(duration),
-            when_full: when_full.into(),
-        }),
-        create_time: timestamp(info.record.created_at),
-        first: info.stats.first,
-        head: info.stats.head,
-        stored_bytes: info.stats.bytes,
-        subscriptions: info.subscriptions.iter().map(ToString::to_string).collect(),
-    }
-}
-
-pub(super) fn subscription(description: Description) -> v1::Subscription {
-    let Description { record, consumers, standby, positions, dead_letters } = description;
-    v1::Subscription {
-        name: record.name.to_string(),
-        epoch: record.epoch.0,
-        kind: kind(record.kind).into(),
-        topics: record.topics.iter().map(|pattern| pattern.as_str().to_owned()).collect(),
-        create_time: timestamp(record.created_at),
-        active_consumers: consumers.into_iter().map(active_consumer).collect(),
-        standby_consumers: standby.iter().map(ToString::to_string).collect(),
-        positions: positions.into_iter().map(position).collect(),
-        on_failure: Some(policy(&record.on_failure)),
-        ack_timeout: record.ack_timeout.and_then(duration),
-        expires_after: record.expires_after.and_then(duration),
-        dead_letters,
-    }
-}
-
-fn active_consumer(consumer: ActiveConsumer) -> v1::ActiveConsumer {
-    let ActiveConsumer { id, connected, outstanding } = consumer;
-    v1::ActiveConsumer { id: id.to_string(), connected, outstanding }
-}
-
-fn position(position: Position) -> v1::SubscriptionPosition {
-    v1::SubscriptionPosition {
-        topic: position.topic.to_string(),
-        epoch: position.epoch.0,
-        floor: position.floor,
-        head: position.head,
-        backlog: position.backlog,
-        outstanding: position.outstanding,
-        oldest_unacked: position.oldest_unacked.unwrap_or(0),
-        waits_for: position.waits_for.unwrap_or_default(),
-    }
-}
-
-pub(super) fn receipt(answer: ReceiptAnswer) -> v1::Receipt {
-    let (state, released_by, oldest_answerable) = match answer.receipt {
-        Receipt::Received => (v1::ReceiptState::Received, "", 0),
-        Receipt::Pending => (v1::ReceiptState::Pending, "", 0),
-        Receipt::NotAddressed => (v1::ReceiptState::NotAddressed, "", 0),
-        Receipt::Released(Release::Seek) => (v1::ReceiptState::Released, "seek", 0),
-        Receipt::Released(Release::Gap) => (v1::ReceiptState::Released, "gap", 0),
-        Receipt::Released(Release::DeadLetter) => (v1::ReceiptState::Released, "dead letter", 0),
-        Receipt::Released(Release::Skip) => (v1::ReceiptState::Released, "skip", 0),
-        Receipt::Trimmed { oldest } => (v1::ReceiptState::Trimmed, "", oldest),
-    };
-    v1::Receipt {
-        subscription: answer.subscription.to_string(),
-        state: state.into(),
-        released_by: released_by.to_owned(),
-        oldest_answerable,
-    }
-}
-
-pub(super) fn snapshot(snapshot: &Snapshot) -> v1::Snapshot {
-    v1::Snapshot {
-        name: snapshot.name.to_string(),
-        subscription: snapshot.subscription.to_string(),
-        create_time: timestamp(snapshot.created_at),
-        backlog: snapshot.backlog(),
-    }
-}
-
-pub(super) fn dead_letters(page: &LetterPage) -> Result<Vec<v1::DeadLetter>, Status> {
-    let letter = |copy: &StoredMessage| {
-        let received = received(copy.clone(), 0)?;
-        let origin = received.message.as_ref().and_then(Origin::of_message);
-        let origin = origin.ok_or_else(|| Status::internal("a dead letter has no origin"))?;
-        let (topic, epoch) = (page.topic.to_string(), page.epoch.0);
-        Ok(v1::DeadLetter {
-            id: Some(v1::MessageId { topic, epoch, sequence: copy.sequence }),
-            origin: Some(v1::MessageId {
-                topic: origin.topic,
-                epoch: origin.epoch.0,
-                sequence: origin.sequence,
-            }),
-            attempts: origin.attempts,
-            reason: origin.reason,
-            first_failure_time: timestamp(origin.first_failure),
-            last_failure_time: timestamp(origin.last_failure),
-            message: received.message,
-            publish_time: received.publish_time,
-        })
-    };
-    page.letters.iter().map(letter).collect()
-}
-
-/// Which dead letters are meant; the oldest if none are named.
-pub(super) fn parse_letters(ranges: &[v1::SequenceRange], most: u32) -> Result<Letters, Status> {
-    let named = parse_ranges(ranges)?;
-    let most = match usize::try_from(most).unwrap_or(usize::MAX) {
-        0 => limits::MAX_DEAD_LETTERS,
-        most => most.min(limits::MAX_DEAD_LETTERS),
-    };
-    Ok(if named.is_empty() { Letters::Oldest(most) } else { Letters::These(named) })
 }

@@ -17,6 +17,7 @@ use crate::record::Timestamp;
 
 mod admin;
 mod convert;
+mod describe;
 mod publish;
 mod schema;
 mod status;
