@@ -1,7 +1,7 @@
 //! What can be said on the command line, and its help.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
@@ -449,6 +449,7 @@ Prints the id of each message, topic/epoch/sequence, once it is on the server's 
 Examples:
   pubsub publish orders 'hello'
   pubsub publish orders 'hello' --create
+  pubsub publish reminders 'call back' --delay 2h
   pubsub publish orders '{\"id\": 7}' --content-type application/json --attr region=eu
   pubsub publish orders 'paid' --idempotency-key order-7-paid    safe to run twice
   pubsub publish orders --batch < order-7.jsonl                  all of it or nothing
@@ -482,6 +483,13 @@ pub(crate) struct Publish {
     /// The only subscriptions to receive it; may be given several times, or with commas
     #[arg(long, value_name = "SUBSCRIPTION", value_delimiter = ',')]
     pub(crate) to: Vec<String>,
+    /// Show it to subscriptions after this delay only; what comes after it goes on
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub(crate) delay: Option<Duration>,
+    /// Show it to subscriptions from this time on only, such as 2026-01-31T12:00:00Z
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_rfc3339_weak,
+        conflicts_with = "delay")]
+    pub(crate) not_before: Option<SystemTime>,
     /// Create the topic if it does not exist
     #[arg(long)]
     pub(crate) create: bool,

@@ -207,6 +207,7 @@ pub(crate) fn message(message: &ReceivedMessage) -> Value {
         "attributes": message.attributes,
         "ordering_key": message.ordering_key,
         "content_type": message.content_type,
+        "not_before": message.not_before.map(time),
         "schema_revision": message.schema_revision,
         "idempotency_key": message.idempotency_key,
         "recipients": message.recipients,

@@ -109,6 +109,11 @@ pub const MAX_DONE_RANGES: usize = 20_000;
 /// Messages of one topic that were delivered to competing consumers, or wait, and are not acked:
 /// each may be a hole in what is done.
 pub const MAX_UNSETTLED: usize = 19_000;
+/// Messages of one topic that one subscription has passed over since they are not due: each is
+/// a hole in what is done. At this number the topic waits for one of them.
+pub const MAX_DELAYED: usize = 10_000;
+/// How far ahead a message can be due: what lies further is a mistake in units.
+pub const MAX_DELAY: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Boots remembered in the ledger.
 pub const MAX_BOOTS: usize = 10_000;
 

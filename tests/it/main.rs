@@ -14,6 +14,7 @@ mod chaos;
 mod child;
 mod consumers;
 mod crash;
+mod delays;
 mod disk;
 mod docs;
 mod failures;

@@ -8,7 +8,8 @@ use tokio::time::Instant;
 
 use super::delivery::{Delivery, Out};
 use super::session::{Credit, Event, GapReason};
-use super::subscription::{Damage, Subscription, Topic};
+use super::subscription::{Damage, Keeper, Subscription, Topic};
+use crate::envelope::Label;
 use crate::limits;
 use crate::record::{Epoch, StoredMessage};
 use crate::storage::{ReadError, ReadLimit};
@@ -67,6 +68,8 @@ impl Subscription {
     }
 
     fn send(&mut self, epoch: Epoch, limit: ReadLimit, messages: Vec<StoredMessage>) {
+        // A reader sees the log as it is.
+        let (now, delays) = (self.now(), self.keeper == Keeper::Server);
         let topic = self.topics.get_mut(&epoch);
         let session = self.seats.values_mut().find_map(|seat| seat.session.as_mut());
         let (Some(topic), Some(session)) = (topic, session) else {
@@ -83,7 +86,8 @@ impl Subscription {
             if bytes + size > limit.bytes && !out.is_empty() {
                 break;
             }
-            if let Some(attempt) = delivery.offer(&message, &self.record.name) {
+            let due = now.when(Label::of(&message.body).not_before()).filter(|_| delays);
+            if let Some(attempt) = delivery.offer(&message, &self.record.name, due) {
                 bytes += size;
                 out.push((message, attempt));
                 passed_over = false;

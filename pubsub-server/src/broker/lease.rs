@@ -11,6 +11,7 @@ use super::error::BrokerError;
 use super::session::{Credit, Lease, Leased, Missing, Pull, Pulled};
 use super::sharing::Takers;
 use super::subscription::{Damage, Subscription, Topic};
+use crate::envelope::Label;
 use crate::limits;
 use crate::names::ConsumerId;
 use crate::record::Epoch;
@@ -215,7 +216,7 @@ impl Subscription {
             };
             limit.messages = limit.messages.min(pull.max_messages - leased.len());
             let messages = self.read(epoch, from, limit).await;
-            let me = self.name().clone();
+            let (me, now) = (self.name().clone(), self.now());
             let Some(topic) = self.topics.get_mut(&epoch) else {
                 break;
             };
@@ -223,7 +224,8 @@ impl Subscription {
                 break;
             };
             for message in messages {
-                let Some(attempt) = delivery.offer(&message, &me) else {
+                let due = now.when(Label::of(&message.body).not_before());
+                let Some(attempt) = delivery.offer(&message, &me, due) else {
                     continue;
                 };
                 let sequence = message.sequence;

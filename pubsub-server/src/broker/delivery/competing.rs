@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::started::Started;
-use super::{Claim, Cursor, Holder, Moment, Out};
+use super::timed::Timed;
+use super::{Claim, Cursor, Holder, Moment, Out, Terms};
 use crate::limits;
 use crate::names::SubscriptionName;
 use crate::record::{Sequences, StoredMessage};
@@ -47,7 +47,10 @@ pub struct Competing {
     due: BTreeSet<(Instant, u64)>,
     pub(super) lanes: BTreeMap<Key, Lane>,
     out: BTreeMap<Holder, Out>,
-    pub(super) started: Started,
+    pub(super) started: Timed,
+    /// To wait for a moment that their publishers have named; they are in nobody's way.
+    delayed: BTreeMap<u64, Waiting>,
+    due_at: Timed,
     /// Of the suspects, those that are held.
     suspects_out: usize,
     /// When one was given out last, unless that is so long ago that it kills nobody.
@@ -96,7 +99,9 @@ impl Competing {
             due: BTreeSet::new(),
             lanes: BTreeMap::new(),
             out: BTreeMap::new(),
-            started: Started::default(),
+            started: Timed::default(),
+            delayed: BTreeMap::new(),
+            due_at: Timed::default(),
             suspects_out: 0,
             suspect_at: None,
             asked_at: None,
@@ -150,6 +155,7 @@ impl Competing {
         let condemned = self.cursor.condemned().len();
         self.held.len() + self.waiting.len() >= limits::MAX_UNSETTLED
             || condemned >= limits::MAX_CONDEMNED
+            || self.delayed.len() >= limits::MAX_DELAYED
     }
 
     /// When the next of the waiting messages may be shown that have to wait for a moment.
@@ -212,7 +218,7 @@ impl Competing {
             if sequence > head || self.cursor.is_done(sequence) || another || too_many {
                 dropped.insert(sequence..=sequence);
             } else if others.is_none() {
-                let known = self.unwait(sequence);
+                let known = self.unwait(sequence).or_else(|| self.undelay(sequence));
                 let Waiting { bytes, key, .. } = known.unwrap_or_default();
                 let bytes = if bytes == 0 { each } else { bytes };
                 self.give(sequence, holder, bytes, key);
@@ -261,7 +267,8 @@ impl Competing {
             None => {}
         }
         let looked_at = self.held.len() + self.waiting.len();
-        let room = limits::MAX_UNSETTLED.saturating_sub(looked_at) as u64;
+        let room = limits::MAX_UNSETTLED.saturating_sub(looked_at);
+        let room = room.min(limits::MAX_DELAYED.saturating_sub(self.delayed.len())) as u64;
         let last = self.cursor.head().min(self.next.saturating_add(room) - 1);
         (self.next <= last && can(None, 1)).then(|| (self.next, last - self.next + 1))
     }
@@ -287,18 +294,33 @@ impl Competing {
         self.held.get(held.last()?).map(|held| held.holder)
     }
 
-    /// A message that was read, with its key: to whom it is to be sent, and as which attempt.
+    /// When the first of the delayed messages is due.
+    pub fn due_at(&self) -> Option<Instant> {
+        self.due_at.earliest()
+    }
+
+    /// Messages that are not due yet.
+    pub fn delayed(&self) -> usize {
+        self.delayed.len()
+    }
+
+    fn undelay(&mut self, sequence: u64) -> Option<Waiting> {
+        self.due_at.remove(sequence);
+        self.delayed.remove(&sequence)
+    }
+
+    /// A message that was read, with its terms: to whom it is to be sent, and as which attempt.
     /// `choose` says who could take so many bytes: the consumer of its key, or anyone.
     pub fn route(
         &mut self,
         message: &StoredMessage,
-        key: Option<Key>,
+        terms: Terms,
         me: &SubscriptionName,
         choose: impl FnOnce(Option<Holder>, u64) -> Option<Holder>,
     ) -> Option<(Holder, u32)> {
         let sequence = message.sequence;
         if sequence == self.next {
-            self.look_at(message, key, me);
+            self.look_at(message, terms, me);
         }
         if sequence <= self.withheld
             || !self.ready.contains(&sequence)
@@ -316,7 +338,7 @@ impl Competing {
     }
 
     /// The first look at a message: from now on it is known what has to come before it.
-    fn look_at(&mut self, message: &StoredMessage, key: Option<Key>, me: &SubscriptionName) {
+    fn look_at(&mut self, message: &StoredMessage, terms: Terms, me: &SubscriptionName) {
         let sequence = message.sequence;
         self.next += 1;
         if self.cursor.is_done(sequence) {
@@ -327,15 +349,21 @@ impl Competing {
             self.let_go(sequence, sequence);
             return;
         }
-        let key = key.filter(|_| self.order == Order::Key);
+        let key = terms.key.filter(|_| self.order == Order::Key);
         let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
-        let since = self.started.since(sequence);
+        let since = self.started.at(sequence);
         if let Some(held) = self.take_held(sequence) {
             self.put_held(sequence, Held { bytes, key, ..held });
-            since.into_iter().for_each(|since| self.started.start(sequence, since));
-        } else {
-            let early = self.unwait(sequence).unwrap_or_default();
-            self.put_waiting(sequence, Waiting { bytes, key, ..early });
+            since.into_iter().for_each(|since| self.started.insert(sequence, since));
+            return;
+        }
+        let early = self.unwait(sequence);
+        match terms.due.filter(|_| early.is_none()) {
+            Some(due) => {
+                self.due_at.insert(sequence, due);
+                self.delayed.insert(sequence, Waiting { at: None, bytes, key });
+            }
+            None => self.put_waiting(sequence, Waiting { bytes, key, ..early.unwrap_or_default() }),
         }
     }
 
@@ -356,6 +384,11 @@ impl Competing {
 
     /// What has waited for a moment that is over waits no more for that.
     fn tick(&mut self, now: Instant) {
+        for sequence in self.due_at.until(now).collect::<Vec<_>>() {
+            if let Some(waiting) = self.undelay(sequence) {
+                self.put_waiting(sequence, waiting);
+            }
+        }
         while let Some((at, sequence)) = self.due.first().copied().filter(|(at, _)| *at <= now) {
             self.due.remove(&(at, sequence));
             if let Some(waiting) = self.waiting.get_mut(&sequence) {
@@ -389,6 +422,10 @@ impl Competing {
             self.take_held(sequence);
             self.unwait(sequence);
         }
+        let delayed = self.delayed.range(first..=last).map(|(sequence, _)| *sequence);
+        for sequence in delayed.collect::<Vec<_>>() {
+            self.undelay(sequence);
+        }
     }
 
     /// Makes a message wait that is held, or that nothing is known of. Answers its key.
@@ -413,7 +450,9 @@ impl Competing {
         self.due.clear();
         self.lanes.clear();
         self.out.clear();
-        (self.started, self.suspects_out, self.suspect_at) = (Started::default(), 0, None);
+        (self.started, self.suspects_out, self.suspect_at) = (Timed::default(), 0, None);
+        self.delayed.clear();
+        self.due_at = Timed::default();
         self.next = self.cursor.floor() + 1;
         (self.withheld, self.lost_below) = (0, 0);
     }
@@ -423,15 +462,19 @@ impl Competing {
     pub fn lose_below(&mut self, first: u64) -> Option<(u64, u64)> {
         let first = first.min(self.cursor.head() + 1).max(self.lost_below);
         // What is handed back of it is lost, too.
-        let handed_back = self.waiting.first_key_value().is_some_and(|(waits, _)| *waits < first);
+        let waiting =
+            self.waiting.first_key_value().into_iter().chain(self.delayed.first_key_value());
+        let handed_back = waiting.map(|(waits, _)| *waits).min().is_some_and(|waits| waits < first);
         if first == self.lost_below && !handed_back {
             return None;
         }
         self.lost_below = first;
         self.next = self.next.max(first);
         let gone = self.waiting.range(..first).map(|(sequence, _)| *sequence);
-        for sequence in gone.collect::<Vec<_>>() {
+        let delayed = self.delayed.range(..first).map(|(sequence, _)| *sequence);
+        for sequence in gone.chain(delayed).collect::<Vec<_>>() {
             self.unwait(sequence);
+            self.undelay(sequence);
         }
         self.lost()
     }
@@ -468,7 +511,7 @@ impl Competing {
 
     fn take_held(&mut self, sequence: u64) -> Option<Held> {
         let held = self.held.remove(&sequence)?;
-        self.started.end(sequence);
+        self.started.remove(sequence);
         self.suspects_out -= usize::from(held.suspect);
         if let Some(out) = self.out.get_mut(&held.holder) {
             out.messages -= 1;

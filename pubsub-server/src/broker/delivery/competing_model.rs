@@ -8,7 +8,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use tokio::time::Instant;
 
-use super::{Claim, Competing, Cursor, Holder, Key, Moment, Nack, Order};
+use super::{Claim, Competing, Cursor, Holder, Key, Moment, Nack, Order, Terms};
 use crate::names::SubscriptionName;
 use crate::record::{CursorRecord, Sequences, StoredMessage, Timestamp};
 
@@ -26,6 +26,10 @@ fn for_others(sequence: u64) -> bool {
 /// A topic of the log: four keys, and every fifth message has none.
 fn key(sequence: u64) -> Option<Key> {
     (!sequence.is_multiple_of(5)).then(|| Key::from(format!("k{}", sequence * sequence % 4)))
+}
+
+fn terms(sequence: u64) -> Terms {
+    Terms { key: key(sequence), due: None }
 }
 
 fn message(sequence: u64) -> StoredMessage {
@@ -158,7 +162,7 @@ impl World {
             let mut routed = None;
             for sequence in from..from + count {
                 let message = message(sequence);
-                routed = self.delivery.route(&message, key(sequence), &me(), pick);
+                routed = self.delivery.route(&message, terms(sequence), &me(), pick);
                 if let Some((holder, attempt)) = routed {
                     self.receive(number(holder), sequence, attempt);
                     sent += 1;
@@ -469,7 +473,7 @@ fn nack(sequence: u64, seconds: u64) -> Nack {
 fn sent(order: Order, head: u64, messages: u64) -> Competing {
     let mut delivery = Competing::new(Cursor::new(CursorRecord::default(), head, None), order);
     for sequence in 1..=messages {
-        delivery.route(&message(sequence), key(sequence), &me(), one);
+        delivery.route(&message(sequence), terms(sequence), &me(), one);
     }
     delivery
 }
@@ -482,7 +486,7 @@ fn what_may_be_of_the_same_key_is_taken_back_too() {
     delivery.attach(holder(1), &claim, true, at(now));
     // The key of 9 is not known yet.
     for sequence in 1..=2 {
-        delivery.route(&message(sequence), key(sequence), &me(), one);
+        delivery.route(&message(sequence), terms(sequence), &me(), one);
     }
     assert_eq!(key(1), key(9));
     let rewound = delivery.nack(holder(1), &[nack(1, 0)], at(now)).unwrap();
@@ -532,8 +536,34 @@ fn a_message_that_is_too_large_for_now_is_not_overtaken_by_smaller_ones() {
     let fits = |bytes| bytes <= 3;
     assert_eq!(delivery.wants(now, |_, bytes| fits(bytes)).map(|(from, _)| from), Some(1));
     let small = |_: Option<Holder>, bytes: u64| fits(bytes).then(|| holder(1));
-    assert_eq!(delivery.route(&message(1), None, &me(), small), None);
+    assert_eq!(delivery.route(&message(1), Terms::default(), &me(), small), None);
     assert_eq!(delivery.wants(now, |_, bytes| fits(bytes)), None);
     assert_eq!(delivery.wants(now, |_, _| true), Some((1, 1)));
-    assert_eq!(delivery.route(&message(1), None, &me(), one), Some((holder(1), 1)));
+    assert_eq!(delivery.route(&message(1), Terms::default(), &me(), one), Some((holder(1), 1)));
+}
+
+#[test]
+fn a_delayed_message_is_in_nobody_s_way_and_comes_first_of_its_key_when_it_is_due() {
+    let now = Instant::now();
+    let due = now + Duration::from_secs(60);
+    let mut delivery = Competing::new(Cursor::new(CursorRecord::default(), 4, None), Order::Key);
+    let one = |_, _| Some(holder(1));
+    let key = || Some(Key::from("k"));
+    assert_eq!(delivery.wants(now, |_, _| true), Some((1, 4)));
+    for (sequence, due) in [(1, Some(due)), (2, None), (3, Some(now + 2 * (due - now)))] {
+        let shown = delivery.route(&message(sequence), Terms { key: key(), due }, &me(), one);
+        assert_eq!(shown.is_some(), sequence == 2, "{sequence}");
+    }
+    assert_eq!((delivery.passed(), delivery.delayed()), (3, 2), "they are passed over");
+    assert_eq!(delivery.due_at(), Some(due));
+    delivery.ack(&set([2]));
+    assert_eq!(delivery.wants(now, |_, _| true), Some((4, 1)));
+    delivery.route(&message(4), Terms { key: key(), due: None }, &me(), one).unwrap();
+    assert_eq!(delivery.wants(due, |_, _| true), Some((1, 1)));
+    let first =
+        delivery.route(&message(1), Terms { key: key(), due: None }, &me(), |owner, _| owner);
+    assert_eq!(first, Some((holder(1), 1)), "it goes to who has the others of its key");
+    assert_eq!(delivery.cursor.backlog(), 3);
+    delivery.ack(&set([1, 3, 4]));
+    assert_eq!((delivery.delayed(), delivery.cursor.floor(), delivery.due_at()), (0, 4, None));
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use tokio::time::Instant;
 
-use super::started::Started;
+use super::timed::Timed;
 use super::{Claim, Cursor, LOST, Moment, Nack, Out, Rewound, backoff};
 use crate::limits;
 use crate::names::SubscriptionName;
@@ -20,7 +20,11 @@ pub struct Exclusive {
     pub(super) cursor: Cursor,
     held: BTreeMap<u64, u32>,
     held_bytes: u64,
-    started: Started,
+    started: Timed,
+    /// Passed over, and to be shown when they are due.
+    delayed: Timed,
+    /// All up to here is done, or delayed: what lies beyond counts as outstanding.
+    base: u64,
     /// No message below is to be shown in this session, but for those in `not_before`'s way.
     next: u64,
     generation: u32,
@@ -37,7 +41,9 @@ impl Exclusive {
             cursor,
             held: BTreeMap::new(),
             held_bytes: 0,
-            started: Started::default(),
+            started: Timed::default(),
+            delayed: Timed::default(),
+            base: 0,
             next,
             generation: 0,
             not_before: BTreeMap::new(),
@@ -87,7 +93,7 @@ impl Exclusive {
         let dropped = self.hold(claim);
         for sequence in claim.started.iter().flat_map(Clone::clone) {
             if self.held.contains_key(&sequence) {
-                self.started.start(sequence, before.since(sequence).unwrap_or(now.at));
+                self.started.insert(sequence, before.at(sequence).unwrap_or(now.at));
             }
         }
         dropped
@@ -122,7 +128,9 @@ impl Exclusive {
     pub fn detach(&mut self) {
         self.held.clear();
         self.held_bytes = 0;
-        self.started = Started::default();
+        self.started = Timed::default();
+        self.delayed = Timed::default();
+        self.base = 0;
         self.next = self.cursor.floor() + 1;
     }
 
@@ -147,7 +155,7 @@ impl Exclusive {
     pub fn start(&mut self, started: &Sequences, now: Instant) {
         for range in started.iter() {
             for (sequence, _) in self.held.range(range.clone()) {
-                self.started.start(*sequence, now);
+                self.started.insert(*sequence, now);
             }
         }
     }
@@ -159,7 +167,7 @@ impl Exclusive {
 
     /// What is in a handler for so long has failed.
     pub fn expire(&mut self, since: Instant, reason: &str, now: Moment) -> Option<Rewound> {
-        let overdue = self.started.since_before(since).into_iter();
+        let overdue = self.started.until(since);
         let nacks: Vec<Nack> = overdue.map(|sequence| self.failure(sequence, reason)).collect();
         self.nack(&nacks, now)
     }
@@ -168,7 +176,13 @@ impl Exclusive {
     /// of them lie within `window` of the floor.
     pub fn wants(&mut self, window: u64, now: Instant) -> Option<(u64, u64)> {
         self.skip_settled();
-        let mut last = self.cursor.floor().saturating_add(window.max(1)).min(self.cursor.head());
+        if let Some(due) = self.due(now) {
+            return Some((due, 1));
+        }
+        let mut last = self.base().saturating_add(window.max(1)).min(self.cursor.head());
+        if self.delayed.len() >= limits::MAX_DELAYED {
+            return None;
+        }
         // One that is held back ends the run before it.
         let mut later = self.not_before.range(self.next + 1..);
         if let Some((held_back, _)) = later.find(|(_, at)| **at > now) {
@@ -186,6 +200,35 @@ impl Exclusive {
             self.suspect_at = Some(now);
         }
         Some((self.next, last - self.next + 1))
+    }
+
+    /// The delayed message that is due first, unless what failed before it is in its way.
+    fn due(&self, now: Instant) -> Option<u64> {
+        let condemned = self.cursor.condemned().first().is_some_and(|first| *first <= self.next);
+        let blocked = condemned || self.ready_at(now).is_some() || self.is_suspect_tried(now);
+        self.delayed.until(now).next().filter(|_| !blocked)
+    }
+
+    /// When the first of the delayed messages is due.
+    pub fn due_at(&self) -> Option<Instant> {
+        self.delayed.earliest()
+    }
+
+    /// Messages that are not due yet.
+    pub fn delayed(&self) -> usize {
+        self.delayed.len()
+    }
+
+    fn base(&mut self) -> u64 {
+        self.base = self.base.max(self.cursor.floor());
+        loop {
+            let next = self.cursor.after_done(self.base + 1);
+            if !self.delayed.contains(next) {
+                self.base = next - 1;
+                return self.base;
+            }
+            self.base = next;
+        }
     }
 
     /// A suspect goes alone, and while no other one is out.
@@ -232,14 +275,26 @@ impl Exclusive {
         }
     }
 
-    /// The message that was read next: whether it is to be sent, and as which attempt.
-    pub fn offer(&mut self, message: &StoredMessage, me: &SubscriptionName) -> Option<u32> {
+    /// The message that was read next: whether it is to be sent, and as which attempt. `due`: until
+    /// when it waits, if that is not over.
+    pub fn offer(
+        &mut self,
+        message: &StoredMessage,
+        me: &SubscriptionName,
+        due: Option<Instant>,
+    ) -> Option<u32> {
         let sequence = message.sequence;
         let known = self.cursor.is_done(sequence) || self.held.contains_key(&sequence);
-        if sequence < self.next || known {
+        let was_delayed = self.delayed.contains(sequence);
+        if known || sequence < self.next && !was_delayed {
             return None;
         }
-        self.next = sequence + 1;
+        self.next = self.next.max(sequence + 1);
+        if let Some(due) = due.filter(|_| message.is_for(me)) {
+            self.delayed.insert(sequence, due);
+            return None;
+        }
+        self.delayed.remove(sequence);
         self.not_before.remove(&sequence);
         if !message.is_for(me) {
             self.cursor.settle(sequence, sequence);
@@ -271,7 +326,8 @@ impl Exclusive {
     /// What is done is held no more.
     pub(super) fn let_go(&mut self, settled: &Sequences) {
         for range in settled.iter() {
-            self.started.end_all(range.clone());
+            self.delayed.remove_all(range.clone());
+            self.started.remove_all(range.clone());
             let held = self.held.range(range.clone()).map(|(sequence, _)| *sequence);
             for sequence in held.collect::<Vec<_>>() {
                 self.held_bytes -= u64::from(self.held.remove(&sequence).unwrap_or(0));
@@ -304,9 +360,10 @@ impl Exclusive {
     /// Everything from `from` on that is not done is shown again.
     fn rewind(&mut self, from: u64) -> Rewound {
         let taken_back = self.held.split_off(&from);
-        self.started.end_all(from..=u64::MAX);
+        self.started.remove_all(from..=u64::MAX);
         self.held_bytes -= taken_back.values().map(|bytes| u64::from(*bytes)).sum::<u64>();
         self.next = self.next.min(from).max(self.cursor.floor() + 1);
+        self.base = 0;
         self.generation += 1;
         Rewound { from, generation: self.generation, taken_back: Sequences::new() }
     }
@@ -322,12 +379,14 @@ impl Exclusive {
     /// to be told of; it may hold some between them. The floor waits until it knows.
     pub fn lose_below(&mut self, first: u64) -> Option<(u64, u64)> {
         let first = first.min(self.cursor.head() + 1);
-        // What lies before `next` is with the consumer, or told already.
-        let (from, to) = (self.next.max(self.cursor.floor() + 1), first - 1);
+        // What lies before `next` is with the consumer, delayed, or told already.
+        let untold = self.delayed.first().map_or(self.next, |delayed| self.next.min(delayed));
+        let (from, to) = (untold.max(self.cursor.floor() + 1), first - 1);
         if from > to {
             return None;
         }
-        self.next = first;
+        self.next = self.next.max(first);
+        self.delayed.remove_all(..first);
         let held = self.held.range(from..=to).map(|(sequence, _)| *sequence);
         self.cursor.missing(&(from..=to), held)
     }
@@ -378,7 +437,7 @@ mod tests {
         let mut sent = Vec::new();
         while let Some((from, room)) = delivery.wants(window, now) {
             for sequence in from..from + room.min(3) {
-                if let Some(attempt) = delivery.offer(&message(sequence), &me()) {
+                if let Some(attempt) = delivery.offer(&message(sequence), &me(), None) {
                     sent.push((sequence, attempt));
                 }
             }
@@ -513,6 +572,45 @@ mod tests {
         // A late ack is an ack.
         delivery.ack(&set([2]));
         assert_eq!(delivery.cursor.receipt(2), Receipt::Received);
+    }
+
+    #[test]
+    fn delayed_messages_are_passed_over_and_come_when_they_are_due_the_earliest_first() {
+        let minutes = |minutes: u32| minutes * Duration::from_secs(60);
+        check(6, |delivery, now| {
+            let offer = |delivery: &mut Exclusive, sequence, due| {
+                delivery.offer(&message(sequence), &me(), due)
+            };
+            assert_eq!(offer(delivery, 1, Some(now + minutes(2))), None);
+            assert_eq!(offer(delivery, 2, Some(now + minutes(1))), None);
+            assert_eq!(pump(delivery, 2, now), [(3, 1), (4, 1)], "the window is behind them");
+            delivery.ack(&set([3, 4]));
+            assert_eq!((delivery.passed(), delivery.cursor.floor()), (4, 0));
+            assert_eq!(delivery.due_at(), Some(now + minutes(1)));
+            assert_eq!(pump(delivery, 2, now + minutes(3)), [(2, 1), (1, 1), (5, 1), (6, 1)]);
+            // One that fails is before everything later in the log.
+            let nack = Nack { sequence: 2, attempt: 1, ..Nack::default() };
+            let rewound = delivery.nack(std::slice::from_ref(&nack), at(now + minutes(3)));
+            assert_eq!(rewound.unwrap().from, 2);
+            assert_eq!(pump(delivery, 9, now + minutes(3)), []);
+            assert_eq!(pump(delivery, 9, now + minutes(4)), [(2, 2), (5, 1), (6, 1)]);
+        });
+    }
+
+    #[test]
+    fn a_delayed_message_can_be_lost_acked_and_moved_past() {
+        let delivery = check(4, |delivery, now| {
+            let due = Some(now + Duration::from_secs(60));
+            for sequence in 1..=4 {
+                delivery.offer(&message(sequence), &me(), due);
+            }
+            delivery.ack(&set([2]));
+            assert_eq!(delivery.lose_below(4), Some((1, 3)));
+            delivery.miss(&set([1, 3]));
+            assert_eq!((delivery.delayed(), delivery.cursor.floor()), (1, 3));
+            delivery.restore(4, &Sequences::new());
+        });
+        assert_eq!((delivery.delayed(), delivery.due_at()), (0, None));
     }
 
     #[test]

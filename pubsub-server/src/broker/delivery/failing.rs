@@ -33,7 +33,7 @@ impl Competing {
         for range in started.iter() {
             for (sequence, held) in self.held.range(range.clone()) {
                 if held.holder == holder {
-                    self.started.start(*sequence, now);
+                    self.started.insert(*sequence, now);
                 }
             }
         }
@@ -53,7 +53,7 @@ impl Competing {
         now: Moment,
     ) -> BTreeMap<Holder, Rewound> {
         let mut rewound: BTreeMap<Holder, Rewound> = BTreeMap::new();
-        for sequence in self.started.since_before(since) {
+        for sequence in self.started.until(since).collect::<Vec<_>>() {
             let Some(holder) = self.held.get(&sequence).map(|held| held.holder) else { continue };
             let nack = self.failure(sequence, reason);
             let mut taken_back = self.fail(holder, &nack, false, now);
