@@ -7,7 +7,9 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 use pubsub_client::FailurePolicy;
 
+use crate::dlq::Dlq;
 use crate::failure::Failure;
+use crate::snapshot::Snapshot;
 use crate::values::{self, Bytes, Full, Kind, Where};
 
 /// Publish, subscribe and administer a pubsub server.
@@ -352,79 +354,6 @@ impl Failures {
             None => policy,
         }))
     }
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum Snapshot {
-    /// Keep what a subscription has acked, and the messages that it has not
-    #[command(after_help = "\
-The messages that going back would show are kept until the snapshot is deleted.
-
-Examples:
-  pubsub snapshot create before-release billing
-  pubsub subscription seek billing --snapshot before-release
-  pubsub snapshot delete before-release")]
-    Create {
-        /// Its name, by the rules of topic names
-        name: String,
-        /// The subscription
-        subscription: String,
-    },
-    /// List snapshots
-    List,
-    /// Delete a snapshot; the messages that were kept for it can go
-    Delete {
-        /// Its name
-        name: String,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum Dlq {
-    /// List the dead letters of a subscription that wait to be redriven or purged
-    List {
-        /// The subscription that could not process them
-        subscription: String,
-    },
-    /// Show one dead letter with its payload
-    Show {
-        /// The subscription that could not process it
-        subscription: String,
-        /// Its number, as `list` prints it
-        number: u64,
-    },
-    /// Send dead letters back to the topics they come from, for this subscription only
-    #[command(after_help = "\
-Each is sent back once, however often that is asked. One that fails again is a new dead letter.
-
-Examples:
-  pubsub dlq redrive work 17 18            these two
-  pubsub dlq redrive work --all --rate 50  all of them, 50 each second; Ctrl-C stops in between")]
-    Redrive {
-        #[command(flatten)]
-        which: Letters,
-        /// How many to send back each second [default: no limit]
-        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-        rate: Option<u32>,
-    },
-    /// Let dead letters go, for good; the copies stay in their topic as long as it keeps messages
-    Purge {
-        #[command(flatten)]
-        which: Letters,
-    },
-}
-
-/// Which dead letters.
-#[derive(Debug, ClapArgs)]
-pub(crate) struct Letters {
-    /// The subscription that could not process them
-    pub(crate) subscription: String,
-    /// Their numbers, as `list` prints them
-    #[arg(value_name = "NUMBER", required_unless_present = "all", conflicts_with = "all")]
-    pub(crate) numbers: Vec<u64>,
-    /// All that there are
-    #[arg(long)]
-    pub(crate) all: bool,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -2,15 +2,63 @@
 
 use std::time::Duration;
 
+use clap::{Args as ClapArgs, Subcommand};
 use pubsub_client::{Client, DeadLetter, DeadLetters};
 use serde_json::json;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::args::{Dlq, Letters};
 use crate::failure::{Exit, Failure};
 use crate::format;
 use crate::interrupt::Interrupt;
 use crate::output::Output;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Dlq {
+    /// List the dead letters of a subscription that wait to be redriven or purged
+    List {
+        /// The subscription that could not process them
+        subscription: String,
+    },
+    /// Show one dead letter with its payload
+    Show {
+        /// The subscription that could not process it
+        subscription: String,
+        /// Its number, as `list` prints it
+        number: u64,
+    },
+    /// Send dead letters back to the topics they come from, for this subscription only
+    #[command(after_help = "\
+Each is sent back once, however often that is asked. One that fails again is a new dead letter.
+
+Examples:
+  pubsub dlq redrive work 17 18            these two
+  pubsub dlq redrive work --all --rate 50  all of them, 50 each second; Ctrl-C stops in between")]
+    Redrive {
+        #[command(flatten)]
+        which: Letters,
+        /// How many to send back each second [default: no limit]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        rate: Option<u32>,
+    },
+    /// Let dead letters go, for good; the copies stay in their topic as long as it keeps messages
+    Purge {
+        #[command(flatten)]
+        which: Letters,
+    },
+}
+
+/// Which dead letters.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Letters {
+    /// The subscription that could not process them
+    pub(crate) subscription: String,
+    /// Their numbers, as `list` prints them
+    #[arg(value_name = "NUMBER", required_unless_present = "all", conflicts_with = "all")]
+    pub(crate) numbers: Vec<u64>,
+    /// All that there are
+    #[arg(long)]
+    pub(crate) all: bool,
+}
 
 /// Dead letters of one call.
 const BATCH: u32 = 500;
