@@ -274,6 +274,12 @@ Examples:
         /// Its name
         name: String,
     },
+    /// Add and remove topics; live consumers follow at once
+    #[command(after_help = "\
+Examples:
+  pubsub subscription update audit --add 'invoices.*' --from earliest
+  pubsub subscription update audit --remove payments")]
+    Update(UpdateSubscription),
     /// Delete a subscription; its messages and receipts for it are forgotten
     Delete {
         /// Its name
@@ -354,6 +360,20 @@ impl Failures {
             None => policy,
         }))
     }
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct UpdateSubscription {
+    /// Its name
+    pub(crate) name: String,
+    /// A topic or pattern to listen to; may be given several times
+    #[arg(long, value_name = "TOPIC", required_unless_present = "remove")]
+    pub(crate) add: Vec<String>,
+    /// A topic or pattern to listen to no more; its position is forgotten
+    #[arg(long, value_name = "TOPIC")]
+    pub(crate) remove: Vec<String>,
+    #[arg(help = values::from_help!("Where it starts in what it did not listen to"), long, value_name = "WHERE", default_value = "latest")]
+    pub(crate) from: Where,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -27,6 +27,12 @@ pub(crate) async fn run(
                 output.line(&format!("deleted subscription {name}"))?;
             }
         }
+        Subscription::Update(args) => {
+            let mut change = pubsub_client::UpdateSubscription::new().with_start(args.from.start());
+            change.add_topics = args.add;
+            change.remove_topics = args.remove;
+            show(&client.admin().update_subscription(args.name, change).await?, output)?;
+        }
         Subscription::Seek(args) => seek(args, client, output).await?,
     }
     Ok(Exit::Ok)

@@ -55,7 +55,7 @@ pub use admin::{
     ActiveConsumer, Admin, Compatibility, CreateSubscription, DeadLetter, DeadLetters,
     InvalidPayload, Page, PayloadRules, Purged, Receipt, ReceiptState, Redriven, Schema,
     SchemaCheck, SchemaKind, SchemaProblem, SchemaRevision, ServerInfo, SnapshotInfo,
-    SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo, WhenFull,
+    SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo, UpdateSubscription, WhenFull,
 };
 pub use client::{Client, ClientBuilder, ShutdownReport};
 #[cfg(feature = "json")]

@@ -32,3 +32,4 @@ mod seeks;
 mod sharing;
 mod standby;
 mod tidy;
+mod topics;

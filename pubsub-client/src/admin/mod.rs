@@ -16,7 +16,7 @@ pub use self::schema::{
 pub use self::types::{
     ActiveConsumer, CreateSubscription, DeadLetter, DeadLetters, Page, Purged, Receipt,
     ReceiptState, Redriven, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionPosition,
-    TopicConfig, TopicInfo, WhenFull,
+    TopicConfig, TopicInfo, UpdateSubscription, WhenFull,
 };
 use crate::client::Shared;
 use crate::error::AdminError;
@@ -268,6 +268,34 @@ impl Admin {
         })
         .await?;
         Ok(())
+    }
+
+    /// Adds and removes topics of a subscription. Its subscribers follow at once, and need not be
+    /// opened anew; one that is opened later has to name the topics as they are by then, or none.
+    ///
+    /// What was delivered of a topic that is removed is still shown, and its acks mean nothing.
+    ///
+    /// # Errors
+    ///
+    /// There is no such subscription or topic, it does not listen to what is to be removed, or
+    /// would listen to nothing ([`Reason::InvalidArgument`](crate::Reason::InvalidArgument)).
+    pub async fn update_subscription(
+        &self,
+        name: impl Into<String>,
+        change: UpdateSubscription,
+    ) -> Result<SubscriptionInfo, AdminError> {
+        let request = pb::UpdateSubscriptionRequest {
+            name: name.into(),
+            add_topics: change.add_topics,
+            remove_topics: change.remove_topics,
+            start: Some(start_to_wire(change.start)),
+        };
+        let response = self
+            .call(call::Again::IfUnsent, request, |mut client, request| async move {
+                client.update_subscription(request).await
+            })
+            .await?;
+        convert::subscription(response.subscription)
     }
 
     /// Moves a subscription to another position, in one topic or in all. Its subscriber follows

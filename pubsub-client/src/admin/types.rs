@@ -178,6 +178,46 @@ impl CreateSubscription {
     }
 }
 
+/// A change of the topics of a subscription.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UpdateSubscription {
+    /// Names of topics and patterns to be added.
+    pub add_topics: Vec<String>,
+    /// Names of topics and patterns to be removed, as they were given.
+    pub remove_topics: Vec<String>,
+    /// Where it starts in topics that it does not listen to yet.
+    pub start: Start,
+}
+
+impl UpdateSubscription {
+    /// Changes nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a topic or pattern.
+    #[must_use]
+    pub fn add_topic(mut self, topic: impl Into<String>) -> Self {
+        self.add_topics.push(topic.into());
+        self
+    }
+
+    /// Removes a topic or pattern; the position in it is forgotten.
+    #[must_use]
+    pub fn remove_topic(mut self, topic: impl Into<String>) -> Self {
+        self.remove_topics.push(topic.into());
+        self
+    }
+
+    /// Sets where it starts in topics that it does not listen to yet: [`Start::Latest`] by default.
+    #[must_use]
+    pub fn with_start(mut self, start: Start) -> Self {
+        self.start = start;
+        self
+    }
+}
+
 /// A subscription.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

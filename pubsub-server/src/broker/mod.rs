@@ -22,6 +22,7 @@ mod delivering;
 pub mod delivery;
 pub mod error;
 mod lease;
+mod listening;
 mod missing;
 pub mod publisher;
 mod receipts;
@@ -37,6 +38,7 @@ mod topics;
 
 pub use dead_letters::{LetterPage, Letters};
 pub use error::{BrokerError, Code};
+pub use listening::Relisten;
 pub use receipts::ReceiptAnswer;
 pub use schemas::{PayloadFate, SchemaCheck};
 pub use snapshots::Snapshot;

@@ -200,7 +200,7 @@ impl Broker {
 
     /// Every name must exist, or a typing error would wait for ever; a pattern may match nothing
     /// yet.
-    fn check_patterns(&self, patterns: &[TopicPattern]) -> Result<(), BrokerError> {
+    pub(super) fn check_patterns(&self, patterns: &[TopicPattern]) -> Result<(), BrokerError> {
         if patterns.is_empty() {
             let rule = "a new subscription needs the topics it listens to";
             return Err(BrokerError::Invalid(rule.to_owned()));
@@ -221,7 +221,7 @@ impl Broker {
     }
 
     /// The first message to be shown.
-    async fn resolve(&self, topic: &Topic, start: Start) -> Result<u64, BrokerError> {
+    pub(super) async fn resolve(&self, topic: &Topic, start: Start) -> Result<u64, BrokerError> {
         let stats = self.stats(topic);
         let name = &topic.record.name;
         match start {
@@ -294,7 +294,10 @@ impl Broker {
         let first_time = consume.attach.known_epoch.is_none();
         match self.find(name) {
             Some(handle) => {
-                handle.check_same(&consume.to_new(name))?;
+                // Who was here before listens to what the subscription listens to by now.
+                if first_time {
+                    handle.check_same(&consume.to_new(name))?;
+                }
                 Ok(handle)
             }
             None if !first_time => Err(BrokerError::SubscriptionDeleted(name.clone())),

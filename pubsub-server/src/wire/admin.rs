@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use pubsub_proto::v1::admin_service_server::AdminService;
 use pubsub_proto::v1::{
-    CheckSchemaRequest, CheckSchemaResponse, CreateSnapshotRequest, CreateSnapshotResponse,
+    self, CheckSchemaRequest, CheckSchemaResponse, CreateSnapshotRequest, CreateSnapshotResponse,
     CreateSubscriptionRequest, CreateSubscriptionResponse, CreateTopicRequest, CreateTopicResponse,
     DeleteSnapshotRequest, DeleteSnapshotResponse, DeleteSubscriptionRequest,
     DeleteSubscriptionResponse, DeleteTopicRequest, DeleteTopicResponse, GetReceiptsRequest,
@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status};
 
 use super::status::{invalid, status};
 use super::{Context, convert, describe, schema};
-use crate::broker::{BrokerError, NewSubscription};
+use crate::broker::{BrokerError, NewSubscription, Relisten};
 use crate::record::TopicConfig;
 use crate::storage::Health;
 
@@ -227,6 +227,22 @@ impl AdminService for Service {
         let description = self.0.broker.seek(&name, topic.as_ref(), to).await.map_err(refuse)?;
         let subscription = Some(describe::subscription(description));
         Ok(Response::new(SeekSubscriptionResponse { subscription }))
+    }
+
+    async fn update_subscription(
+        &self,
+        request: Request<v1::UpdateSubscriptionRequest>,
+    ) -> Result<Response<v1::UpdateSubscriptionResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_subscription(&request.name)?;
+        let change = Relisten {
+            add: convert::parse_patterns(&request.add_topics)?,
+            remove: convert::parse_patterns(&request.remove_topics)?,
+            start: convert::parse_start(request.start)?,
+        };
+        let description = self.0.broker.relisten(name, change).await.map_err(refuse)?;
+        let subscription = Some(describe::subscription(description));
+        Ok(Response::new(v1::UpdateSubscriptionResponse { subscription }))
     }
 
     async fn create_snapshot(
