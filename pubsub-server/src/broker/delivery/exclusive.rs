@@ -113,6 +113,7 @@ impl Exclusive {
         }
         let each = claim.held_bytes / (kept.len() as u64).max(1);
         for sequence in kept {
+            self.not_before.remove(&sequence);
             self.put_held(sequence, u32::try_from(each).unwrap_or(u32::MAX));
         }
         dropped
@@ -211,8 +212,7 @@ impl Exclusive {
 
     /// When a message that is held back by a backoff may be shown.
     pub fn ready_at(&self, now: Instant) -> Option<Instant> {
-        let held_back = self.not_before.range(..=self.next).next().map(|(_, at)| *at);
-        held_back.filter(|at| *at > now)
+        self.not_before.get(&self.next).copied().filter(|at| *at > now)
     }
 
     /// When the next suspect may be shown, if it waits for another one.
@@ -532,6 +532,30 @@ mod tests {
         });
         assert_eq!(delivery.cursor.receipt(2), Receipt::Trimmed { oldest: 3 });
         assert_eq!(delivery.cursor.receipt(4), Receipt::Received);
+    }
+
+    #[test]
+    fn what_is_lost_or_held_again_holds_nothing_back() {
+        let nack = |sequence, seconds| Nack {
+            sequence,
+            attempt: 1,
+            delay: Some(Duration::from_secs(seconds)),
+            ..Nack::default()
+        };
+        check(3, |delivery, now| {
+            pump(delivery, 100, now);
+            delivery.nack(&[nack(1, 5)], at(now));
+            assert_eq!(delivery.lose_below(2), Some((1, 1)));
+            assert_eq!(pump(delivery, 100, now), [(2, 1), (3, 1)]);
+            // Nor does its time being over let others come before theirs.
+            delivery.nack(&[nack(2, 50)], at(now));
+            let later = now + Duration::from_secs(6);
+            assert_eq!(pump(delivery, 100, later), []);
+            let claim = Claim { held: set([2]), ..Claim::default() };
+            delivery.attach(&claim, at(later));
+            delivery.lose_below(2);
+            assert_eq!(pump(delivery, 100, later), [(3, 1)]);
+        });
     }
 
     #[derive(Clone, Debug)]
