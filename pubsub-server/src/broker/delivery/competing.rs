@@ -52,7 +52,7 @@ pub struct Competing {
     suspects_out: usize,
     /// When one was given out last, unless that is so long ago that it kills nobody.
     suspect_at: Option<Instant>,
-    /// When it was asked last what is to be shown.
+    /// When it was asked last what is to be shown, or told what is held.
     asked_at: Option<Instant>,
     /// Messages up to here may be with consumers that have not come back since the start.
     withheld: u64,
@@ -193,6 +193,8 @@ impl Competing {
         for sequence in lost.collect::<Vec<_>>() {
             self.hand_back(sequence, None);
         }
+        // It has what it claims since now, as far as it is known.
+        self.asked_at = Some(now.at);
         let dropped = self.hold(holder, claim);
         self.start(holder, &claim.started, now.at);
         dropped

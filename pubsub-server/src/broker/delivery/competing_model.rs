@@ -537,3 +537,28 @@ fn a_message_that_is_too_large_for_now_is_not_overtaken_by_smaller_ones() {
     assert_eq!(delivery.wants(now, |_, _| true), Some((1, 1)));
     assert_eq!(delivery.route(&message(1), None, &me(), one), Some((holder(1), 1)));
 }
+
+/// Of one key, and in a handler.
+fn started(order: Order) -> Competing {
+    let mut delivery = sent(order, 3, 3);
+    assert_eq!(key(1), key(3));
+    delivery.start(holder(1), &set([1, 3]), Instant::now());
+    delivery
+}
+
+#[test]
+fn a_suspect_that_is_claimed_after_a_restart_is_tried_still() {
+    let now = Instant::now();
+    let mut before = started(Order::None);
+    before.crash(holder(1), at(now));
+    let cursor = Cursor::new(before.cursor.record().clone(), 3, None);
+    let mut delivery = Competing::new(cursor, Order::None);
+    let claim = Claim { held: set([1]), ..Claim::default() };
+    delivery.attach(holder(1), &claim, true, at(now));
+    delivery.wants(now, |_, _| true);
+    for sequence in 1..=3 {
+        delivery.route(&message(sequence), None, &me(), one);
+    }
+    assert!(!delivery.holds(3, holder(1)), "3 may kill, too");
+    assert_eq!(delivery.tried_until(), Some(now + crate::limits::SUSPICION));
+}

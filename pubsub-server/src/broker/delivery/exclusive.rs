@@ -85,6 +85,9 @@ impl Exclusive {
             self.fail(nack, now);
         }
         let dropped = self.hold(claim);
+        if self.cursor.suspects().iter().any(|suspect| self.held.contains_key(suspect)) {
+            self.suspect_at.get_or_insert(now.at);
+        }
         for sequence in claim.started.iter().flat_map(Clone::clone) {
             if self.held.contains_key(&sequence) {
                 self.started.start(sequence, before.since(sequence).unwrap_or(now.at));
@@ -556,6 +559,20 @@ mod tests {
             delivery.lose_below(2);
             assert_eq!(pump(delivery, 100, later), [(3, 1)]);
         });
+    }
+
+    #[test]
+    fn a_suspect_that_is_claimed_after_a_restart_is_tried_still() {
+        let before = check(3, |delivery, now| {
+            pump(delivery, 100, now);
+            delivery.start(&set([1, 2]), now);
+            delivery.crash(at(now));
+        });
+        let now = Instant::now() + limits::MAX_BACKOFF;
+        let mut delivery = Exclusive::new(Cursor::new(before.cursor.record().clone(), 3, None));
+        delivery.attach(&Claim { held: set([1]), ..Claim::default() }, at(now));
+        assert_eq!(pump(&mut delivery, 100, now), [], "2 may kill, too");
+        assert_eq!(pump(&mut delivery, 100, now + limits::SUSPICION), [(2, 2), (3, 1)]);
     }
 
     #[derive(Clone, Debug)]
