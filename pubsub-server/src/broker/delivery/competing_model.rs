@@ -562,3 +562,20 @@ fn a_suspect_that_is_claimed_after_a_restart_is_tried_still() {
     assert!(!delivery.holds(3, holder(1)), "3 may kill, too");
     assert_eq!(delivery.tried_until(), Some(now + crate::limits::SUSPICION));
 }
+
+#[test]
+fn all_that_a_lost_consumer_had_of_a_key_in_its_handlers_has_failed() {
+    let mut delivery = started(Order::Key);
+    delivery.crash(holder(1), at(Instant::now()));
+    assert_eq!([1, 2, 3].map(|sequence| delivery.cursor.failures(sequence)), [1, 0, 1]);
+    assert_eq!(*delivery.cursor.suspects(), [1, 3].into());
+}
+
+#[test]
+fn all_that_was_too_long_in_handlers_of_a_key_has_failed() {
+    let mut delivery = started(Order::Key);
+    let now = Instant::now();
+    let rewound = delivery.expire(now, "too long", at(now));
+    assert_eq!(rewound[&holder(1)].taken_back, set([1, 3]));
+    assert_eq!([1, 2, 3].map(|sequence| delivery.cursor.failures(sequence)), [1, 0, 1]);
+}
