@@ -308,10 +308,13 @@ impl Competing {
         {
             return None;
         }
-        let waiting = self.waiting.get(&sequence)?;
-        // One that was named by a consumer, and not looked at, has not told its size yet.
+        // One that was named by a consumer, and not looked at, has not told its size yet. It is
+        // remembered: to `wants` it would fit again, for ever.
         let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
-        let holder = choose(self.owner(waiting.key.as_ref()), u64::from(bytes))?;
+        let waiting = self.waiting.get_mut(&sequence)?;
+        waiting.bytes = bytes;
+        let key = waiting.key.clone();
+        let holder = choose(self.owner(key.as_ref()), u64::from(bytes))?;
         let Waiting { key, .. } = self.unwait(sequence)?;
         self.give(sequence, holder, bytes, key);
         Some((holder, self.cursor.failures(sequence).saturating_add(1)))

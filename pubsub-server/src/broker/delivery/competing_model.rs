@@ -579,3 +579,16 @@ fn all_that_was_too_long_in_handlers_of_a_key_has_failed() {
     assert_eq!(rewound[&holder(1)].taken_back, set([1, 3]));
     assert_eq!([1, 2, 3].map(|sequence| delivery.cursor.failures(sequence)), [1, 0, 1]);
 }
+
+#[test]
+fn a_message_whose_size_was_not_known_is_asked_for_once_if_it_is_too_large() {
+    let now = Instant::now();
+    let mut delivery = Competing::new(Cursor::new(CursorRecord::default(), 1, None), Order::None);
+    let claim = Claim { nacked: vec![nack(1, 0)], ..Claim::default() };
+    delivery.attach(holder(1), &claim, true, at(now));
+    let fits = |bytes| bytes <= 3;
+    assert_eq!(delivery.wants(now, |_, bytes| fits(bytes)), Some((1, 1)));
+    let small = |_: Option<Holder>, bytes: u64| fits(bytes).then(|| holder(1));
+    assert_eq!(delivery.route(&message(1), None, &me(), small), None);
+    assert_eq!(delivery.wants(now, |_, bytes| fits(bytes)), None);
+}
