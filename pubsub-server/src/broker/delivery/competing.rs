@@ -210,7 +210,8 @@ impl Competing {
             let others = self.held.get(&sequence).map(|held| held.holder != holder);
             // No more than could be out before, whatever is claimed.
             let too_many = others.is_none() && self.is_full();
-            let another = others == Some(true);
+            let another = others == Some(true)
+                || others.is_none() && self.would_overtake(sequence, holder);
             if sequence > head || self.cursor.is_done(sequence) || another || too_many {
                 dropped.insert(sequence..=sequence);
             } else if others.is_none() {
@@ -221,6 +222,15 @@ impl Competing {
             }
         }
         dropped
+    }
+
+    /// Whether a waiting message must not go to a consumer that claims to have it: one of the same
+    /// key that comes first waits, too, or is another's. It was taken back from the consumer before.
+    fn would_overtake(&self, sequence: u64, holder: Holder) -> bool {
+        let key = self.waiting.get(&sequence).and_then(|waiting| waiting.key.as_ref());
+        let Some(lane) = key.and_then(|key| self.lanes.get(key)) else { return false };
+        let is_first = lane.waiting.first() == Some(&sequence);
+        !is_first || self.owner(key).is_some_and(|owner| owner != holder)
     }
 
     /// A consumer is gone, and what it held is anybody's.

@@ -592,3 +592,16 @@ fn a_message_whose_size_was_not_known_is_asked_for_once_if_it_is_too_large() {
     assert_eq!(delivery.route(&message(1), None, &me(), small), None);
     assert_eq!(delivery.wants(now, |_, bytes| fits(bytes)), None);
 }
+
+#[test]
+fn a_consumer_that_did_not_hear_of_a_timeout_keeps_nothing_of_a_key_that_is_another_s() {
+    let mut delivery = started(Order::Key);
+    let now = Instant::now();
+    delivery.expire(now, "too long", at(now));
+    let later = now + crate::limits::MAX_BACKOFF;
+    assert_eq!(delivery.wants(later, |_, _| true), Some((1, 3)));
+    let other = |_: Option<Holder>, _: u64| Some(holder(2));
+    assert_eq!(delivery.route(&message(1), key(1), &me(), other), Some((holder(2), 2)));
+    let claim = Claim { held: set([1, 3]), started: set([1, 3]), ..Claim::default() };
+    assert_eq!(delivery.attach(holder(1), &claim, true, at(later)), set([1, 3]));
+}
