@@ -252,6 +252,9 @@ impl Competing {
         self.skip_settled();
         self.suspect_at = self.suspect_at.filter(|at| now < *at + limits::SUSPICION);
         self.asked_at = Some(now);
+        if self.cursor.condemned().len() >= limits::MAX_CONDEMNED {
+            return None;
+        }
         let mut ready = self.ready.range(self.withheld + 1..).filter_map(|sequence| {
             if self.waits_for_another_suspect(*sequence) {
                 return None;

@@ -605,3 +605,20 @@ fn a_consumer_that_did_not_hear_of_a_timeout_keeps_nothing_of_a_key_that_is_anot
     let claim = Claim { held: set([1, 3]), started: set([1, 3]), ..Claim::default() };
     assert_eq!(delivery.attach(holder(1), &claim, true, at(later)), set([1, 3]));
 }
+
+#[test]
+fn nothing_more_is_delivered_while_too_many_messages_are_to_be_let_go() {
+    let now = Instant::now();
+    let most = crate::limits::MAX_CONDEMNED as u64;
+    let cursor = Cursor::new(CursorRecord::default(), most + 1, Some(1));
+    let mut delivery = Competing::new(cursor, Order::None);
+    for sequence in 1..=most {
+        delivery.wants(now, |_, _| true);
+        delivery.route(&message(sequence), None, &me(), one);
+        delivery.nack(holder(1), &[nack(sequence, 0)], at(now));
+    }
+    assert_eq!(delivery.wants(now, |_, _| true), None);
+    delivery.cursor.release(1, crate::record::Release::Skip);
+    delivery.let_go(1, 1);
+    assert_eq!(delivery.wants(now, |_, _| true), Some((most + 1, 1)));
+}
