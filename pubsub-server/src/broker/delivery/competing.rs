@@ -210,8 +210,8 @@ impl Competing {
             let others = self.held.get(&sequence).map(|held| held.holder != holder);
             // No more than could be out before, whatever is claimed.
             let too_many = others.is_none() && self.is_full();
-            let another = others == Some(true)
-                || others.is_none() && self.would_overtake(sequence, holder);
+            let another =
+                others == Some(true) || others.is_none() && self.would_overtake(sequence, holder);
             if sequence > head || self.cursor.is_done(sequence) || another || too_many {
                 dropped.insert(sequence..=sequence);
             } else if others.is_none() {
