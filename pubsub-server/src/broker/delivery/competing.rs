@@ -55,7 +55,7 @@ pub struct Competing {
     suspects_out: usize,
     /// When one was given out last, unless that is so long ago that it kills nobody.
     suspect_at: Option<Instant>,
-    /// When it was asked last what is to be shown.
+    /// When it was asked last what is to be shown, or told what is held.
     asked_at: Option<Instant>,
     /// Messages up to here may be with consumers that have not come back since the start.
     withheld: u64,
@@ -199,6 +199,8 @@ impl Competing {
         for sequence in lost.collect::<Vec<_>>() {
             self.hand_back(sequence, None);
         }
+        // It has what it claims since now, as far as it is known.
+        self.asked_at = Some(now.at);
         let dropped = self.hold(holder, claim);
         self.start(holder, &claim.started, now.at);
         dropped
@@ -214,7 +216,8 @@ impl Competing {
             let others = self.held.get(&sequence).map(|held| held.holder != holder);
             // No more than could be out before, whatever is claimed.
             let too_many = others.is_none() && self.is_full();
-            let another = others == Some(true);
+            let another =
+                others == Some(true) || others.is_none() && self.would_overtake(sequence, holder);
             if sequence > head || self.cursor.is_done(sequence) || another || too_many {
                 dropped.insert(sequence..=sequence);
             } else if others.is_none() {
@@ -225,6 +228,15 @@ impl Competing {
             }
         }
         dropped
+    }
+
+    /// Whether a waiting message must not go to a consumer that claims to have it: one of the same
+    /// key that comes first waits, too, or is another's. It was taken back from the consumer before.
+    fn would_overtake(&self, sequence: u64, holder: Holder) -> bool {
+        let key = self.waiting.get(&sequence).and_then(|waiting| waiting.key.as_ref());
+        let Some(lane) = key.and_then(|key| self.lanes.get(key)) else { return false };
+        let is_first = lane.waiting.first() == Some(&sequence);
+        !is_first || self.owner(key).is_some_and(|owner| owner != holder)
     }
 
     /// A consumer is gone, and what it held is anybody's.
@@ -246,6 +258,9 @@ impl Competing {
         self.skip_settled();
         self.suspect_at = self.suspect_at.filter(|at| now < *at + limits::SUSPICION);
         self.asked_at = Some(now);
+        if self.cursor.condemned().len() >= limits::MAX_CONDEMNED {
+            return None;
+        }
         let mut ready = self.ready.range(self.withheld + 1..).filter_map(|sequence| {
             if self.waits_for_another_suspect(*sequence) {
                 return None;
@@ -328,10 +343,13 @@ impl Competing {
         {
             return None;
         }
-        let waiting = self.waiting.get(&sequence)?;
-        // One that was named by a consumer, and not looked at, has not told its size yet.
+        // One that was named by a consumer, and not looked at, has not told its size yet. It is
+        // remembered: to `wants` it would fit again, for ever.
         let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
-        let holder = choose(self.owner(waiting.key.as_ref()), u64::from(bytes))?;
+        let waiting = self.waiting.get_mut(&sequence)?;
+        waiting.bytes = bytes;
+        let key = waiting.key.clone();
+        let holder = choose(self.owner(key.as_ref()), u64::from(bytes))?;
         let Waiting { key, .. } = self.unwait(sequence)?;
         self.give(sequence, holder, bytes, key);
         Some((holder, self.cursor.failures(sequence).saturating_add(1)))

@@ -91,6 +91,9 @@ impl Exclusive {
             self.fail(nack, now);
         }
         let dropped = self.hold(claim);
+        if self.cursor.suspects().iter().any(|suspect| self.held.contains_key(suspect)) {
+            self.suspect_at.get_or_insert(now.at);
+        }
         for sequence in claim.started.iter().flat_map(Clone::clone) {
             if self.held.contains_key(&sequence) {
                 self.started.insert(sequence, before.at(sequence).unwrap_or(now.at));
@@ -119,6 +122,7 @@ impl Exclusive {
         }
         let each = claim.held_bytes / (kept.len() as u64).max(1);
         for sequence in kept {
+            self.not_before.remove(&sequence);
             self.put_held(sequence, u32::try_from(each).unwrap_or(u32::MAX));
         }
         dropped
@@ -254,8 +258,7 @@ impl Exclusive {
 
     /// When a message that is held back by a backoff may be shown.
     pub fn ready_at(&self, now: Instant) -> Option<Instant> {
-        let held_back = self.not_before.range(..=self.next).next().map(|(_, at)| *at);
-        held_back.filter(|at| *at > now)
+        self.not_before.get(&self.next).copied().filter(|at| *at > now)
     }
 
     /// When the next suspect may be shown, if it waits for another one.
@@ -394,11 +397,9 @@ impl Exclusive {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::time::Duration;
 
     use bytes::Bytes;
-    use proptest::prelude::*;
 
     use super::super::Receipt;
     use super::*;
@@ -632,118 +633,41 @@ mod tests {
         assert_eq!(delivery.cursor.receipt(4), Receipt::Received);
     }
 
-    #[derive(Clone, Debug)]
-    enum Step {
-        Publish(u64),
-        Pump,
-        AckNth(usize),
-        NackNth(usize),
-        Reconnect,
-        LoseConsumer,
-        Restart,
+    #[test]
+    fn what_is_lost_or_held_again_holds_nothing_back() {
+        let nack = |sequence, seconds| Nack {
+            sequence,
+            attempt: 1,
+            delay: Some(Duration::from_secs(seconds)),
+            ..Nack::default()
+        };
+        check(3, |delivery, now| {
+            pump(delivery, 100, now);
+            delivery.nack(&[nack(1, 5)], at(now));
+            assert_eq!(delivery.lose_below(2), Some((1, 1)));
+            assert_eq!(pump(delivery, 100, now), [(2, 1), (3, 1)]);
+            // Nor does its time being over let others come before theirs.
+            delivery.nack(&[nack(2, 50)], at(now));
+            let later = now + Duration::from_secs(6);
+            assert_eq!(pump(delivery, 100, later), []);
+            let claim = Claim { held: set([2]), ..Claim::default() };
+            delivery.attach(&claim, at(later));
+            delivery.lose_below(2);
+            assert_eq!(pump(delivery, 100, later), [(3, 1)]);
+        });
     }
 
-    fn step() -> impl Strategy<Value = Step> {
-        prop_oneof![
-            (1..5_u64).prop_map(Step::Publish),
-            Just(Step::Pump),
-            (0..20_usize).prop_map(Step::AckNth),
-            (0..20_usize).prop_map(Step::NackNth),
-            Just(Step::Reconnect),
-            Just(Step::LoseConsumer),
-            Just(Step::Restart),
-        ]
-    }
-
-    /// A consumer as simple as can be, and what it has seen.
-    #[derive(Default)]
-    struct Consumer {
-        held: BTreeSet<u64>,
-        acked: BTreeSet<u64>,
-        /// The next sequence may be at most one after what was seen since the last rewind.
-        last: u64,
-    }
-
-    impl Consumer {
-        fn receive(&mut self, sent: &[(u64, u32)]) {
-            for (sequence, _) in sent {
-                assert!(!for_others(*sequence), "{sequence} is for others");
-                assert!(!self.acked.contains(sequence), "{sequence} is acked");
-                assert!(self.held.insert(*sequence), "{sequence} is held");
-                let skipped = (self.last + 1..*sequence)
-                    .find(|s| !for_others(*s) && !self.acked.contains(s) && !self.held.contains(s));
-                assert_eq!(skipped, None, "skipped before {sequence}");
-                self.last = *sequence;
-            }
-        }
-
-        fn rewind(&mut self, from: u64) {
-            self.held.split_off(&from);
-            self.last = self.last.min(from - 1);
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn every_message_is_shown_in_order_until_it_is_acked(
-            steps in proptest::collection::vec(step(), 1..120),
-        ) {
-            let now = Instant::now();
-            let mut delivery = Exclusive::new(Cursor::new(CursorRecord::default(), 0, None));
-            let mut consumer = Consumer::default();
-            let mut head = 0;
-            let mut floor = 0;
-            for step in steps {
-                let nth = |n: usize| consumer.held.iter().nth(n).copied();
-                match step {
-                    Step::Publish(count) => {
-                        head += count;
-                        delivery.cursor.on_head(head);
-                    }
-                    Step::Pump => consumer.receive(&pump(&mut delivery, 16, now)),
-                    Step::AckNth(n) => if let Some(sequence) = nth(n) {
-                        delivery.ack(&set([sequence]));
-                        consumer.held.remove(&sequence);
-                        consumer.acked.insert(sequence);
-                    },
-                    Step::NackNth(n) => if let Some(sequence) = nth(n) {
-                        let nack = Nack { sequence, attempt: 1, delay: Some(Duration::ZERO), ..Nack::default() };
-                        let rewound = delivery.nack(std::slice::from_ref(&nack), at(now)).unwrap();
-                        consumer.rewind(rewound.from);
-                    },
-                    Step::Reconnect => {
-                        let held = set(consumer.held.iter().copied());
-                        let dropped = delivery.attach(&Claim { held, ..Claim::default() }, at(now));
-                        prop_assert!(dropped.is_empty());
-                        consumer.last = 0;
-                    }
-                    Step::LoseConsumer => {
-                        delivery.detach();
-                        consumer.rewind(1);
-                    }
-                    Step::Restart => {
-                        let record = delivery.cursor.record().clone();
-                        delivery = Exclusive::new(Cursor::new(record, head, None));
-                        let held = set(consumer.held.iter().copied());
-                        delivery.attach(&Claim { held, ..Claim::default() }, at(now));
-                        consumer.last = 0;
-                    }
-                }
-                prop_assert!(delivery.cursor.floor() >= floor, "the floor went back");
-                floor = delivery.cursor.floor();
-            }
-            // In the end, everything is shown and acked.
-            while floor < head {
-                consumer.receive(&pump(&mut delivery, 16, now));
-                delivery.ack(&set(consumer.held.iter().copied()));
-                consumer.acked.append(&mut consumer.held);
-                prop_assert!(delivery.cursor.floor() > floor, "nothing moves");
-                floor = delivery.cursor.floor();
-            }
-            let received = &delivery.cursor.record().received;
-            for sequence in 1..=head {
-                prop_assert_eq!(received.contains(&sequence), !for_others(sequence));
-            }
-        }
+    #[test]
+    fn a_suspect_that_is_claimed_after_a_restart_is_tried_still() {
+        let before = check(3, |delivery, now| {
+            pump(delivery, 100, now);
+            delivery.start(&set([1, 2]), now);
+            delivery.crash(at(now));
+        });
+        let now = Instant::now() + limits::MAX_BACKOFF;
+        let mut delivery = Exclusive::new(Cursor::new(before.cursor.record().clone(), 3, None));
+        delivery.attach(&Claim { held: set([1]), ..Claim::default() }, at(now));
+        assert_eq!(pump(&mut delivery, 100, now), [], "2 may kill, too");
+        assert_eq!(pump(&mut delivery, 100, now + limits::SUSPICION), [(2, 2), (3, 1)]);
     }
 }

@@ -10,10 +10,20 @@ use crate::record::{CursorRecord, Release, Sequences, SubscriptionKind, Timestam
 
 mod competing;
 #[cfg(test)]
-mod competing_model;
+mod competing_tests;
 mod cursor;
+#[cfg(test)]
+mod delivery_model;
 mod exclusive;
 mod failing;
+#[cfg(test)]
+mod model_consumer;
+#[cfg(test)]
+mod model_steps;
+#[cfg(test)]
+mod model_truth;
+#[cfg(test)]
+mod model_world;
 mod timed;
 
 pub use competing::{Competing, Key, Order};
