@@ -83,7 +83,7 @@ impl Subscription {
             if bytes + size > limit.bytes && !out.is_empty() {
                 break;
             }
-            if let Some(attempt) = delivery.offer(&message, &self.record.name) {
+            if let Some(attempt) = delivery.offer(&message, message.is_for(&self.record.name)) {
                 bytes += size;
                 out.push((message, attempt));
                 passed_over = false;

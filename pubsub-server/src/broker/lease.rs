@@ -223,7 +223,7 @@ impl Subscription {
                 break;
             };
             for message in messages {
-                let Some(attempt) = delivery.offer(&message, &me) else {
+                let Some(attempt) = delivery.offer(&message, message.is_for(&me)) else {
                     continue;
                 };
                 let sequence = message.sequence;

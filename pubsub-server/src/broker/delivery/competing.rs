@@ -16,7 +16,6 @@ use tokio::time::Instant;
 use super::started::Started;
 use super::{Claim, Cursor, Holder, Moment, Out};
 use crate::limits;
-use crate::names::SubscriptionName;
 use crate::record::{Sequences, StoredMessage};
 
 /// An ordering key.
@@ -287,18 +286,19 @@ impl Competing {
         self.held.get(held.last()?).map(|held| held.holder)
     }
 
-    /// A message that was read, with its key: to whom it is to be sent, and as which attempt.
+    /// A message that was read, with its key, which the subscription wants or not: to whom it is to
+    /// be sent, and as which attempt.
     /// `choose` says who could take so many bytes: the consumer of its key, or anyone.
     pub fn route(
         &mut self,
         message: &StoredMessage,
         key: Option<Key>,
-        me: &SubscriptionName,
+        wanted: bool,
         choose: impl FnOnce(Option<Holder>, u64) -> Option<Holder>,
     ) -> Option<(Holder, u32)> {
         let sequence = message.sequence;
         if sequence == self.next {
-            self.look_at(message, key, me);
+            self.look_at(message, key, wanted);
         }
         if sequence <= self.withheld
             || !self.ready.contains(&sequence)
@@ -316,13 +316,13 @@ impl Competing {
     }
 
     /// The first look at a message: from now on it is known what has to come before it.
-    fn look_at(&mut self, message: &StoredMessage, key: Option<Key>, me: &SubscriptionName) {
+    fn look_at(&mut self, message: &StoredMessage, key: Option<Key>, wanted: bool) {
         let sequence = message.sequence;
         self.next += 1;
         if self.cursor.is_done(sequence) {
             return;
         }
-        if !message.is_for(me) {
+        if !wanted {
             self.cursor.settle(sequence, sequence);
             self.let_go(sequence, sequence);
             return;

@@ -9,15 +9,10 @@ use proptest::prelude::*;
 use tokio::time::Instant;
 
 use super::{Claim, Competing, Cursor, Holder, Key, Moment, Nack, Order};
-use crate::names::SubscriptionName;
 use crate::record::{CursorRecord, Sequences, StoredMessage, Timestamp};
 
 const CONSUMERS: usize = 3;
 const CREDIT: usize = 4;
-
-fn me() -> SubscriptionName {
-    SubscriptionName::parse("me").unwrap()
-}
 
 fn for_others(sequence: u64) -> bool {
     sequence.is_multiple_of(7)
@@ -29,10 +24,8 @@ fn key(sequence: u64) -> Option<Key> {
 }
 
 fn message(sequence: u64) -> StoredMessage {
-    let other = SubscriptionName::parse("other").unwrap();
-    let recipients = if for_others(sequence) { vec![other] } else { Vec::new() };
     let body = Bytes::from_static(b"body");
-    StoredMessage { sequence, published_at: Timestamp(0), recipients, body }
+    StoredMessage { sequence, published_at: Timestamp(0), recipients: Vec::new(), body }
 }
 
 fn set(sequences: impl IntoIterator<Item = u64>) -> Sequences {
@@ -158,7 +151,7 @@ impl World {
             let mut routed = None;
             for sequence in from..from + count {
                 let message = message(sequence);
-                routed = self.delivery.route(&message, key(sequence), &me(), pick);
+                routed = self.delivery.route(&message, key(sequence), !for_others(sequence), pick);
                 if let Some((holder, attempt)) = routed {
                     self.receive(number(holder), sequence, attempt);
                     sent += 1;
@@ -469,7 +462,7 @@ fn nack(sequence: u64, seconds: u64) -> Nack {
 fn sent(order: Order, head: u64, messages: u64) -> Competing {
     let mut delivery = Competing::new(Cursor::new(CursorRecord::default(), head, None), order);
     for sequence in 1..=messages {
-        delivery.route(&message(sequence), key(sequence), &me(), one);
+        delivery.route(&message(sequence), key(sequence), !for_others(sequence), one);
     }
     delivery
 }
@@ -482,7 +475,7 @@ fn what_may_be_of_the_same_key_is_taken_back_too() {
     delivery.attach(holder(1), &claim, true, at(now));
     // The key of 9 is not known yet.
     for sequence in 1..=2 {
-        delivery.route(&message(sequence), key(sequence), &me(), one);
+        delivery.route(&message(sequence), key(sequence), !for_others(sequence), one);
     }
     assert_eq!(key(1), key(9));
     let rewound = delivery.nack(holder(1), &[nack(1, 0)], at(now)).unwrap();
@@ -532,8 +525,8 @@ fn a_message_that_is_too_large_for_now_is_not_overtaken_by_smaller_ones() {
     let fits = |bytes| bytes <= 3;
     assert_eq!(delivery.wants(now, |_, bytes| fits(bytes)).map(|(from, _)| from), Some(1));
     let small = |_: Option<Holder>, bytes: u64| fits(bytes).then(|| holder(1));
-    assert_eq!(delivery.route(&message(1), None, &me(), small), None);
+    assert_eq!(delivery.route(&message(1), None, true, small), None);
     assert_eq!(delivery.wants(now, |_, bytes| fits(bytes)), None);
     assert_eq!(delivery.wants(now, |_, _| true), Some((1, 1)));
-    assert_eq!(delivery.route(&message(1), None, &me(), one), Some((holder(1), 1)));
+    assert_eq!(delivery.route(&message(1), None, true, one), Some((holder(1), 1)));
 }

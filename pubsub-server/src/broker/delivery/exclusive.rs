@@ -11,7 +11,6 @@ use tokio::time::Instant;
 use super::started::Started;
 use super::{Claim, Cursor, LOST, Moment, Nack, Out, Rewound, backoff};
 use crate::limits;
-use crate::names::SubscriptionName;
 use crate::record::{Sequences, StoredMessage};
 
 /// The delivery of one topic to one exclusive subscription.
@@ -232,8 +231,9 @@ impl Exclusive {
         }
     }
 
-    /// The message that was read next: whether it is to be sent, and as which attempt.
-    pub fn offer(&mut self, message: &StoredMessage, me: &SubscriptionName) -> Option<u32> {
+    /// The message that was read next, which the subscription wants or not: whether it is to be
+    /// sent, and as which attempt.
+    pub fn offer(&mut self, message: &StoredMessage, wanted: bool) -> Option<u32> {
         let sequence = message.sequence;
         let known = self.cursor.is_done(sequence) || self.held.contains_key(&sequence);
         if sequence < self.next || known {
@@ -241,7 +241,7 @@ impl Exclusive {
         }
         self.next = sequence + 1;
         self.not_before.remove(&sequence);
-        if !message.is_for(me) {
+        if !wanted {
             self.cursor.settle(sequence, sequence);
             return None;
         }
@@ -353,18 +353,12 @@ mod tests {
         Moment { at: now, wall: Timestamp(1) }
     }
 
-    fn me() -> SubscriptionName {
-        SubscriptionName::parse("me").unwrap()
-    }
-
-    /// A topic of the log: every seventh message is for someone else.
     fn message(sequence: u64) -> StoredMessage {
-        let other = SubscriptionName::parse("other").unwrap();
-        let recipients = if for_others(sequence) { vec![other] } else { Vec::new() };
         let body = Bytes::from_static(b"body");
-        StoredMessage { sequence, published_at: Timestamp(0), recipients, body }
+        StoredMessage { sequence, published_at: Timestamp(0), recipients: Vec::new(), body }
     }
 
+    /// Every seventh message is for someone else.
     fn for_others(sequence: u64) -> bool {
         sequence.is_multiple_of(7)
     }
@@ -378,7 +372,7 @@ mod tests {
         let mut sent = Vec::new();
         while let Some((from, room)) = delivery.wants(window, now) {
             for sequence in from..from + room.min(3) {
-                if let Some(attempt) = delivery.offer(&message(sequence), &me()) {
+                if let Some(attempt) = delivery.offer(&message(sequence), !for_others(sequence)) {
                     sent.push((sequence, attempt));
                 }
             }
