@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
-use pubsub_client::FailurePolicy;
 
-use crate::failure::Failure;
+use crate::failures::Failures;
 use crate::values::{self, Bytes, Full, Kind, Where};
 
 /// Publish, subscribe and administer a pubsub server.
@@ -263,7 +262,8 @@ Examples:
   pubsub subscription create billing orders
   pubsub subscription create audit 'orders.*' payments --from earliest
   pubsub subscription create work jobs --kind shared
-  pubsub subscription create work jobs --kind shared --dead-letter jobs-dead --max-attempts 3")]
+  pubsub subscription create work jobs --kind shared --dead-letter jobs-dead --max-attempts 3
+  pubsub subscription create eu orders --filter 'attributes.region = \"eu\"'")]
     Create(CreateSubscription),
     /// List subscriptions
     List,
@@ -300,6 +300,9 @@ pub(crate) struct CreateSubscription {
     /// How it spreads its messages over consumers
     #[arg(long, value_name = "KIND", default_value = "exclusive")]
     pub(crate) kind: Kind,
+    /// Which messages it is shown, by their attributes [default: all]
+    #[arg(long, value_name = "FILTER")]
+    pub(crate) filter: Option<String>,
     #[command(flatten)]
     pub(crate) failures: Failures,
     /// Delete it after so long without a consumer, 10s or more [default: never]
@@ -308,50 +311,6 @@ pub(crate) struct CreateSubscription {
     /// Let it be if it exists already with the same settings
     #[arg(long)]
     pub(crate) if_not_exists: bool,
-}
-
-/// What becomes of messages that fail.
-#[derive(Debug, ClapArgs)]
-pub(crate) struct Failures {
-    /// Move a message that has failed too often to this topic, which must exist
-    /// [default: show it again until it is acked]
-    #[arg(long, value_name = "TOPIC", conflicts_with = "skip")]
-    dead_letter: Option<String>,
-    /// Let a message go that has failed too often
-    #[arg(long)]
-    skip: bool,
-    /// How often a message is shown before, 1 to 1000 [default: 5]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    max_attempts: Option<u32>,
-    /// How long a handler may have a message before it counts as failed, 1s to 24h
-    /// [default: no limit]
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
-    pub(crate) ack_timeout: Option<Duration>,
-}
-
-impl Failures {
-    /// Whether something was asked for.
-    pub(crate) fn is_any(&self) -> bool {
-        let Self { dead_letter, skip, max_attempts, ack_timeout } = self;
-        dead_letter.is_some() || *skip || max_attempts.is_some() || ack_timeout.is_some()
-    }
-
-    /// What was asked for.
-    pub(crate) fn policy(&self) -> Result<Option<FailurePolicy>, Failure> {
-        let policy = match &self.dead_letter {
-            Some(topic) => FailurePolicy::dead_letter(topic),
-            None if self.skip => FailurePolicy::skip(),
-            None if self.max_attempts.is_some() => {
-                let text = "--max-attempts says when; --dead-letter TOPIC or --skip says what then";
-                return Err(Failure::usage(text));
-            }
-            None => return Ok(None),
-        };
-        Ok(Some(match self.max_attempts {
-            Some(attempts) => policy.after(attempts),
-            None => policy,
-        }))
-    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -385,6 +344,9 @@ pub(crate) enum Dlq {
     List {
         /// The subscription that could not process them
         subscription: String,
+        /// Only those whose attributes match
+        #[arg(long = "where", value_name = "FILTER")]
+        filter: Option<String>,
     },
     /// Show one dead letter with its payload
     Show {
@@ -399,7 +361,8 @@ Each is sent back once, however often that is asked. One that fails again is a n
 
 Examples:
   pubsub dlq redrive work 17 18            these two
-  pubsub dlq redrive work --all --rate 50  all of them, 50 each second; Ctrl-C stops in between")]
+  pubsub dlq redrive work --all --rate 50  all of them, 50 each second; Ctrl-C stops in between
+  pubsub dlq redrive work --where 'attributes.dead-letter-reason = \"timeout\"'")]
     Redrive {
         #[command(flatten)]
         which: Letters,
@@ -420,11 +383,15 @@ pub(crate) struct Letters {
     /// The subscription that could not process them
     pub(crate) subscription: String,
     /// Their numbers, as `list` prints them
-    #[arg(value_name = "NUMBER", required_unless_present = "all", conflicts_with = "all")]
+    #[arg(value_name = "NUMBER", required_unless_present_any = ["all", "filter"],
+        conflicts_with_all = ["all", "filter"])]
     pub(crate) numbers: Vec<u64>,
     /// All that there are
     #[arg(long)]
     pub(crate) all: bool,
+    /// Those whose attributes match, such as dead-letter-reason
+    #[arg(long = "where", value_name = "FILTER", conflicts_with = "all")]
+    pub(crate) filter: Option<String>,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -505,6 +472,7 @@ Examples:
   pubsub subscribe orders                               what comes from now on
   pubsub subscribe orders 'sensors.*' --from earliest   several topics, from the beginning
   pubsub subscribe orders --from 10m                    and what came in the last 10 minutes
+  pubsub subscribe orders --filter 'attributes.region = \"eu\"'
   pubsub subscribe orders --from earliest --until-caught-up --raw > orders.txt
   pubsub subscribe orders --subscription billing        goes on where it was
   pubsub subscribe --subscription billing --no-ack --count 5    look without taking
@@ -522,6 +490,9 @@ pub(crate) struct Subscribe {
     /// How a new subscription spreads its messages over consumers [default: exclusive]
     #[arg(long, value_name = "KIND", requires = "subscription")]
     pub(crate) kind: Option<Kind>,
+    /// Which messages a reader or a new subscription is shown, by their attributes [default: all]
+    #[arg(long, value_name = "FILTER")]
+    pub(crate) filter: Option<String>,
     #[command(flatten)]
     pub(crate) failures: Failures,
     /// Stop after this many messages

@@ -167,7 +167,7 @@ impl Subscription {
             let key = by_key.then(|| envelope::ordering_key(&message.body)).flatten();
             let key = key.map(Key::from);
             let pick = |owner, bytes| takers.pick(owner, bytes);
-            let wanted = message.is_for(&self.record.name);
+            let wanted = self.record.wants(&message);
             if let Some((holder, attempt)) = delivery.route(&message, key, wanted, pick) {
                 takers.took(holder, message.body.len() as u64);
                 routed.entry(holder).or_default().push((message, attempt));
