@@ -17,6 +17,7 @@ mod crash;
 mod disk;
 mod docs;
 mod failures;
+mod filters;
 mod identity;
 mod inbox;
 mod lifetimes;
