@@ -5,10 +5,9 @@ use std::time::{Duration, SystemTime};
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
-use pubsub_client::FailurePolicy;
 
 use crate::dlq::Dlq;
-use crate::failure::Failure;
+use crate::failures::Failures;
 use crate::snapshot::Snapshot;
 use crate::values::{self, Bytes, Full, Kind, Where};
 
@@ -265,7 +264,8 @@ Examples:
   pubsub subscription create billing orders
   pubsub subscription create audit 'orders.*' payments --from earliest
   pubsub subscription create work jobs --kind shared
-  pubsub subscription create work jobs --kind shared --dead-letter jobs-dead --max-attempts 3")]
+  pubsub subscription create work jobs --kind shared --dead-letter jobs-dead --max-attempts 3
+  pubsub subscription create eu orders --filter 'attributes.region = \"eu\"'")]
     Create(CreateSubscription),
     /// List subscriptions
     List,
@@ -308,6 +308,9 @@ pub(crate) struct CreateSubscription {
     /// How it spreads its messages over consumers
     #[arg(long, value_name = "KIND", default_value = "exclusive")]
     pub(crate) kind: Kind,
+    /// Which messages it is shown, by their attributes [default: all]
+    #[arg(long, value_name = "FILTER")]
+    pub(crate) filter: Option<String>,
     #[command(flatten)]
     pub(crate) failures: Failures,
     /// Delete it after so long without a consumer, 10s or more [default: never]
@@ -316,50 +319,6 @@ pub(crate) struct CreateSubscription {
     /// Let it be if it exists already with the same settings
     #[arg(long)]
     pub(crate) if_not_exists: bool,
-}
-
-/// What becomes of messages that fail.
-#[derive(Debug, ClapArgs)]
-pub(crate) struct Failures {
-    /// Move a message that has failed too often to this topic, which must exist
-    /// [default: show it again until it is acked]
-    #[arg(long, value_name = "TOPIC", conflicts_with = "skip")]
-    dead_letter: Option<String>,
-    /// Let a message go that has failed too often
-    #[arg(long)]
-    skip: bool,
-    /// How often a message is shown before, 1 to 1000 [default: 5]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    max_attempts: Option<u32>,
-    /// How long a handler may have a message before it counts as failed, 1s to 24h
-    /// [default: no limit]
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
-    pub(crate) ack_timeout: Option<Duration>,
-}
-
-impl Failures {
-    /// Whether something was asked for.
-    pub(crate) fn is_any(&self) -> bool {
-        let Self { dead_letter, skip, max_attempts, ack_timeout } = self;
-        dead_letter.is_some() || *skip || max_attempts.is_some() || ack_timeout.is_some()
-    }
-
-    /// What was asked for.
-    pub(crate) fn policy(&self) -> Result<Option<FailurePolicy>, Failure> {
-        let policy = match &self.dead_letter {
-            Some(topic) => FailurePolicy::dead_letter(topic),
-            None if self.skip => FailurePolicy::skip(),
-            None if self.max_attempts.is_some() => {
-                let text = "--max-attempts says when; --dead-letter TOPIC or --skip says what then";
-                return Err(Failure::usage(text));
-            }
-            None => return Ok(None),
-        };
-        Ok(Some(match self.max_attempts {
-            Some(attempts) => policy.after(attempts),
-            None => policy,
-        }))
-    }
 }
 
 #[derive(Debug, ClapArgs)]
@@ -462,6 +421,7 @@ Examples:
   pubsub subscribe orders                               what comes from now on
   pubsub subscribe orders 'sensors.*' --from earliest   several topics, from the beginning
   pubsub subscribe orders --from 10m                    and what came in the last 10 minutes
+  pubsub subscribe orders --filter 'attributes.region = \"eu\"'
   pubsub subscribe orders --from earliest --until-caught-up --raw > orders.txt
   pubsub subscribe orders --subscription billing        goes on where it was
   pubsub subscribe --subscription billing --no-ack --count 5    look without taking
@@ -479,6 +439,9 @@ pub(crate) struct Subscribe {
     /// How a new subscription spreads its messages over consumers [default: exclusive]
     #[arg(long, value_name = "KIND", requires = "subscription")]
     pub(crate) kind: Option<Kind>,
+    /// Which messages a reader or a new subscription is shown, by their attributes [default: all]
+    #[arg(long, value_name = "FILTER")]
+    pub(crate) filter: Option<String>,
     #[command(flatten)]
     pub(crate) failures: Failures,
     /// Stop after this many messages

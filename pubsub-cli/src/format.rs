@@ -159,6 +159,7 @@ pub(crate) fn subscription(subscription: &SubscriptionInfo) -> Value {
         "ack_timeout_seconds": subscription.ack_timeout.map(|time| time.as_secs_f64()),
         "dead_letters": subscription.dead_letters,
         "expires_after_seconds": subscription.expires_after.map(|time| time.as_secs_f64()),
+        "filter": subscription.filter,
     })
 }
 

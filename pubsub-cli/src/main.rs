@@ -8,6 +8,7 @@ mod args;
 mod batch;
 mod dlq;
 mod failure;
+mod failures;
 mod format;
 mod interrupt;
 mod outbox;

@@ -49,6 +49,7 @@ async fn create(
     settings.on_failure = args.failures.policy()?;
     settings.ack_timeout = args.failures.ack_timeout;
     settings.expires_after = args.expires_after;
+    settings.filter = args.filter;
     let settings = if args.if_not_exists { settings.if_not_exists() } else { settings };
     let (subscription, created) = client.admin().create_subscription(args.name, settings).await?;
     if output.is_json() {
@@ -142,6 +143,7 @@ fn show(subscription: &SubscriptionInfo, output: &mut Output) -> Result<(), Fail
             ("epoch", format!("{:x}", subscription.epoch)),
             ("kind", format::kind(subscription.kind).to_owned()),
             ("topics", subscription.topics.join(", ")),
+            ("filter", subscription.filter.clone().unwrap_or_else(|| "-".to_owned())),
             ("created", format::time(subscription.create_time)),
             ("on failure", format::policy(&subscription.on_failure)),
             ("ack timeout", subscription.ack_timeout.map_or("-".to_owned(), format::duration)),

@@ -1,6 +1,8 @@
 //! What the server reads and writes of a message's body, which is an encoded `pubsub.v1.Message`,
 //! and of that of a dead letter. The rest is the application's.
 
+use std::collections::HashMap;
+
 use bytes::{Bytes, BytesMut};
 use prost::Message as _;
 use pubsub_proto::v1;
@@ -34,6 +36,18 @@ impl Label {
         // Rounded up, so that it is never shown too early.
         Some(Timestamp(seconds.saturating_mul(1000).saturating_add(nanos.div_ceil(1_000_000))))
     }
+}
+
+/// The field that filters look at.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Attributed {
+    #[prost(map = "string, string", tag = "2")]
+    attributes: HashMap<String, String>,
+}
+
+/// The attributes; none if the body is no message.
+pub(crate) fn attributes(body: &[u8]) -> HashMap<String, String> {
+    Attributed::decode(body).unwrap_or_default().attributes
 }
 
 /// Where a dead letter comes from, and why it is one. Attributes of the copy carry it, so that

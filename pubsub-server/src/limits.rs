@@ -33,6 +33,12 @@ pub const MAX_ATTRIBUTE_BYTES: usize = 8 * 1024;
 pub const MAX_KEY_BYTES: usize = 128;
 /// Recipients of a message.
 pub const MAX_RECIPIENTS: usize = 64;
+/// Bytes of the text of a filter: it is looked at for each message, and people write it.
+pub const MAX_FILTER_BYTES: usize = 1024;
+/// Parentheses and NOT within each other in a filter: parsing recurses as deep.
+pub const MAX_FILTER_DEPTH: usize = 16;
+/// Characters of a filter that an error quotes.
+pub const MAX_FILTER_TOKEN_CHARS: usize = 20;
 /// Messages of one batch or unary publish.
 pub const MAX_BATCH_MESSAGES: usize = 512;
 

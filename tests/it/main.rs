@@ -18,6 +18,7 @@ mod delays;
 mod disk;
 mod docs;
 mod failures;
+mod filters;
 mod identity;
 mod inbox;
 mod lifetimes;

@@ -421,10 +421,26 @@ impl Admin {
         subscription: impl Into<String>,
         after: Option<String>,
     ) -> Result<Page<DeadLetter>, AdminError> {
+        self.dead_letters_matching(subscription, "", after).await
+    }
+
+    /// As [`dead_letters`](Self::dead_letters), but only those whose attributes match, in the
+    /// language of [`SubscriberBuilder::filter`](crate::SubscriberBuilder::filter).
+    ///
+    /// # Errors
+    ///
+    /// As there, and if the text is no filter.
+    pub async fn dead_letters_matching(
+        &self,
+        subscription: impl Into<String>,
+        filter: impl Into<String>,
+        after: Option<String>,
+    ) -> Result<Page<DeadLetter>, AdminError> {
         let request = pb::ListDeadLettersRequest {
             subscription: subscription.into(),
             page_size: 0,
             page_token: after.unwrap_or_default(),
+            filter: filter.into(),
         };
         let response = self
             .call(call::Again::Always, request, |mut client, request| async move {
@@ -450,9 +466,10 @@ impl Admin {
         subscription: impl Into<String>,
         which: DeadLetters,
     ) -> Result<Redriven, AdminError> {
-        let (sequences, max_messages) = convert::dead_letters(which);
+        let (sequences, max_messages, filter) = convert::dead_letters(which);
         let subscription = subscription.into();
-        let request = pb::RedriveDeadLettersRequest { subscription, sequences, max_messages };
+        let request =
+            pb::RedriveDeadLettersRequest { subscription, sequences, max_messages, filter };
         let response = self
             .call(call::Again::IfUnsent, request, |mut client, request| async move {
                 client.redrive_dead_letters(request).await
@@ -473,9 +490,9 @@ impl Admin {
         subscription: impl Into<String>,
         which: DeadLetters,
     ) -> Result<Purged, AdminError> {
-        let (sequences, max_messages) = convert::dead_letters(which);
+        let (sequences, max_messages, filter) = convert::dead_letters(which);
         let subscription = subscription.into();
-        let request = pb::PurgeDeadLettersRequest { subscription, sequences, max_messages };
+        let request = pb::PurgeDeadLettersRequest { subscription, sequences, max_messages, filter };
         let response = self
             .call(call::Again::IfUnsent, request, |mut client, request| async move {
                 client.purge_dead_letters(request).await

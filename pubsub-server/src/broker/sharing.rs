@@ -169,8 +169,8 @@ impl Subscription {
             let key = label.ordering_key().filter(|_| by_key).map(Key::from);
             let terms = Terms { key, due: now.when(label.not_before()) };
             let pick = |owner, bytes| takers.pick(owner, bytes);
-            let me = &self.record.name;
-            if let Some((holder, attempt)) = delivery.route(&message, terms, me, pick) {
+            let wanted = self.record.wants(&message);
+            if let Some((holder, attempt)) = delivery.route(&message, terms, wanted, pick) {
                 takers.took(holder, message.body.len() as u64);
                 routed.entry(holder).or_default().push((message, attempt));
             }

@@ -23,7 +23,7 @@ use super::saving::{Save, Waiter, saved};
 use super::session::{Command, Event, GapReason, Session, SessionId, SessionTopic, Told};
 use crate::env::SharedEnv;
 use crate::limits;
-use crate::names::{ConsumerId, SubscriptionName, TopicName, TopicPattern};
+use crate::names::{ConsumerId, TopicName, TopicPattern};
 use crate::record::{CursorRecord, Epoch, Sequences, SubscriptionKind, SubscriptionRecord};
 use crate::storage::{Change, Storage, Urgency};
 
@@ -485,10 +485,6 @@ impl Subscription {
 
     pub(super) fn now(&self) -> Moment {
         Moment { at: Instant::now(), wall: self.env.now() }
-    }
-
-    pub(super) fn name(&self) -> &SubscriptionName {
-        &self.record.name
     }
 
     fn describe(&self) -> Description {

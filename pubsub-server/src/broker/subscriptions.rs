@@ -14,6 +14,7 @@ use super::error::BrokerError;
 use super::session::{Attach, Command, Event, Lease, Outlet, Pull, Pulled, SessionId};
 use super::subscription::{AdminCommand, Description, Keeper, Target, TopicStart, Topics};
 use super::{Broker, Handle, Owed, Topic};
+use crate::filter::Filter;
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName, TopicPattern};
 use crate::record::{
@@ -47,6 +48,8 @@ pub struct NewSubscription {
     pub on_failure: Option<FailurePolicy>,
     /// How long a handler may take; as it is already, or for ever, if that is not said.
     pub ack_timeout: Option<Duration>,
+    /// Which messages it is shown; as it is already, or all, if that is not said.
+    pub filter: Option<Filter>,
     /// After how long without a consumer it is deleted.
     pub expires_after: Option<Duration>,
     /// Where it starts.
@@ -66,6 +69,8 @@ pub struct Consume {
     pub on_failure: Option<FailurePolicy>,
     /// How long a handler may take; as it is already, or for ever, if that is not said.
     pub ack_timeout: Option<Duration>,
+    /// Which messages it is shown; as it is already, or all, if that is not said.
+    pub filter: Option<Filter>,
     /// Where it starts, if it is new.
     pub start: Start,
     /// Whether it may be created.
@@ -140,6 +145,7 @@ impl Broker {
             kind: new.kind.unwrap_or(SubscriptionKind::Exclusive),
             on_failure: new.on_failure.clone().unwrap_or_default(),
             ack_timeout: new.ack_timeout,
+            filter: new.filter.clone(),
             expires_after: new.expires_after,
             used_at: env.now(),
             topics: new.topics.clone(),
@@ -320,6 +326,7 @@ impl Broker {
             kind: SubscriptionKind::Exclusive,
             on_failure: FailurePolicy::Block,
             ack_timeout: None,
+            filter: consume.filter.clone(),
             expires_after: None,
             used_at: env.now(),
             topics: consume.topics.clone(),
@@ -525,6 +532,7 @@ impl Consume {
             kind: self.kind,
             on_failure: self.on_failure.clone(),
             ack_timeout: self.ack_timeout,
+            filter: self.filter.clone(),
             expires_after: None,
             start: self.start,
         }
@@ -555,6 +563,12 @@ impl Handle {
         let present = self.record.ack_timeout;
         if ack_timeout.is_some_and(|timeout| Some(timeout) != present) {
             return mismatch("ack_timeout", duration(present));
+        }
+        if let Some(filter) = &new.filter
+            && self.record.filter.as_ref() != Some(filter)
+        {
+            let present = self.record.filter.as_ref().map_or("none".to_owned(), Filter::to_string);
+            return mismatch("filter", present);
         }
         let sorted = |topics: &[TopicPattern]| {
             let mut texts: Vec<String> = topics.iter().map(|t| t.as_str().to_owned()).collect();
@@ -590,6 +604,7 @@ mod tests {
             kind: None,
             on_failure: None,
             ack_timeout: None,
+            filter: None,
             start: Start::Earliest,
             must_exist: false,
             known_boot: None,

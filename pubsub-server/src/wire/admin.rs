@@ -158,6 +158,7 @@ impl AdminService for Service {
             on_failure: convert::parse_policy(request.on_failure)?,
             ack_timeout: convert::parse_duration("ack_timeout", request.ack_timeout)?,
             expires_after: convert::parse_duration("expires_after", request.expires_after)?,
+            filter: convert::parse_filter(&request.filter)?,
             start: convert::parse_start(request.start)?,
         };
         let create = self.0.broker.create_subscription(new, request.if_not_exists);
@@ -292,7 +293,8 @@ impl AdminService for Service {
             "" => 0,
             token => token.parse().map_err(|_| invalid("page_token is not one of this server"))?,
         };
-        let page = self.0.broker.dead_letters(&name, after, page(request.page_size));
+        let (filter, most) = (convert::parse_filter(&request.filter)?, page(request.page_size));
+        let page = self.0.broker.dead_letters(&name, filter.as_ref(), after, most);
         let page = page.await.map_err(refuse)?;
         let last = page.letters.last().filter(|_| page.more);
         let next_page_token = last.map(|last| last.sequence.to_string()).unwrap_or_default();
@@ -307,7 +309,8 @@ impl AdminService for Service {
         let request = request.into_inner();
         let name = convert::parse_subscription(&request.subscription)?;
         let which = describe::parse_letters(&request.sequences, request.max_messages)?;
-        let settled = self.0.broker.redrive(&name, which).await.map_err(refuse)?;
+        let filter = convert::parse_filter(&request.filter)?;
+        let settled = self.0.broker.redrive(&name, which, filter.as_ref()).await.map_err(refuse)?;
         let (redriven, homeless, left) = (settled.settled, settled.homeless, settled.left);
         Ok(Response::new(RedriveDeadLettersResponse { redriven, homeless, left }))
     }
@@ -319,7 +322,9 @@ impl AdminService for Service {
         let request = request.into_inner();
         let name = convert::parse_subscription(&request.subscription)?;
         let which = describe::parse_letters(&request.sequences, request.max_messages)?;
-        let settled = self.0.broker.purge_dead_letters(&name, which).await.map_err(refuse)?;
+        let filter = convert::parse_filter(&request.filter)?;
+        let settled = self.0.broker.purge_dead_letters(&name, which, filter.as_ref()).await;
+        let settled = settled.map_err(refuse)?;
         let (purged, left) = (settled.settled, settled.left);
         Ok(Response::new(PurgeDeadLettersResponse { purged, left }))
     }

@@ -16,7 +16,6 @@ use tokio::time::Instant;
 use super::timed::Timed;
 use super::{Claim, Cursor, Holder, Moment, Out, Terms};
 use crate::limits;
-use crate::names::SubscriptionName;
 use crate::record::{Sequences, StoredMessage};
 
 /// An ordering key.
@@ -324,18 +323,19 @@ impl Competing {
         self.delayed.remove(&sequence)
     }
 
-    /// A message that was read, with its terms: to whom it is to be sent, and as which attempt.
+    /// A message that was read, which the subscription wants or not, with its terms: to whom it is to
+    /// be sent, and as which attempt.
     /// `choose` says who could take so many bytes: the consumer of its key, or anyone.
     pub fn route(
         &mut self,
         message: &StoredMessage,
         terms: Terms,
-        me: &SubscriptionName,
+        wanted: bool,
         choose: impl FnOnce(Option<Holder>, u64) -> Option<Holder>,
     ) -> Option<(Holder, u32)> {
         let sequence = message.sequence;
         if sequence == self.next {
-            self.look_at(message, terms, me);
+            self.look_at(message, terms, wanted);
         }
         if sequence <= self.withheld
             || !self.ready.contains(&sequence)
@@ -356,13 +356,13 @@ impl Competing {
     }
 
     /// The first look at a message: from now on it is known what has to come before it.
-    fn look_at(&mut self, message: &StoredMessage, terms: Terms, me: &SubscriptionName) {
+    fn look_at(&mut self, message: &StoredMessage, terms: Terms, wanted: bool) {
         let sequence = message.sequence;
         self.next += 1;
         if self.cursor.is_done(sequence) {
             return;
         }
-        if !message.is_for(me) {
+        if !wanted {
             self.cursor.settle(sequence, sequence);
             self.let_go(sequence, sequence);
             return;

@@ -7,12 +7,7 @@ use tokio::time::Instant;
 
 use super::{Claim, Competing, Cursor, Holder, Key, Moment, Nack, Order, Terms};
 use crate::limits;
-use crate::names::SubscriptionName;
 use crate::record::{CursorRecord, Sequences, StoredMessage, Timestamp};
-
-fn me() -> SubscriptionName {
-    SubscriptionName::parse("me").unwrap()
-}
 
 /// A topic of the log: four keys, and every fifth message has none.
 fn key(sequence: u64) -> Option<Key> {
@@ -48,7 +43,7 @@ fn nack(sequence: u64, seconds: u64) -> Nack {
 fn sent(order: Order, head: u64, messages: u64) -> Competing {
     let mut delivery = Competing::new(Cursor::new(CursorRecord::default(), head, None), order);
     for sequence in 1..=messages {
-        delivery.route(&message(sequence), Terms { key: key(sequence), due: None }, &me(), one);
+        delivery.route(&message(sequence), Terms { key: key(sequence), due: None }, true, one);
     }
     delivery
 }
@@ -61,7 +56,7 @@ fn what_may_be_of_the_same_key_is_taken_back_too() {
     delivery.attach(holder(1), &claim, true, at(now));
     // The key of 9 is not known yet.
     for sequence in 1..=2 {
-        delivery.route(&message(sequence), Terms { key: key(sequence), due: None }, &me(), one);
+        delivery.route(&message(sequence), Terms { key: key(sequence), due: None }, true, one);
     }
     assert_eq!(key(1), key(9));
     let rewound = delivery.nack(holder(1), &[nack(1, 0)], at(now)).unwrap();
@@ -111,10 +106,10 @@ fn a_message_that_is_too_large_for_now_is_not_overtaken_by_smaller_ones() {
     let fits = |bytes| bytes <= 3;
     assert_eq!(delivery.wants(now, |_, bytes| fits(bytes)).map(|(from, _)| from), Some(1));
     let small = |_: Option<Holder>, bytes: u64| fits(bytes).then(|| holder(1));
-    assert_eq!(delivery.route(&message(1), Terms::default(), &me(), small), None);
+    assert_eq!(delivery.route(&message(1), Terms::default(), true, small), None);
     assert_eq!(delivery.wants(now, |_, bytes| fits(bytes)), None);
     assert_eq!(delivery.wants(now, |_, _| true), Some((1, 1)));
-    assert_eq!(delivery.route(&message(1), Terms::default(), &me(), one), Some((holder(1), 1)));
+    assert_eq!(delivery.route(&message(1), Terms::default(), true, one), Some((holder(1), 1)));
 }
 
 #[test]
@@ -126,7 +121,7 @@ fn a_message_whose_size_was_not_known_is_asked_for_once_if_it_is_too_large() {
     let fits = |bytes| bytes <= 3;
     assert_eq!(delivery.wants(now, |_, bytes| fits(bytes)), Some((1, 1)));
     let small = |_: Option<Holder>, bytes: u64| fits(bytes).then(|| holder(1));
-    assert_eq!(delivery.route(&message(1), Terms::default(), &me(), small), None);
+    assert_eq!(delivery.route(&message(1), Terms::default(), true, small), None);
     assert_eq!(delivery.wants(now, |_, bytes| fits(bytes)), None);
 }
 
@@ -164,7 +159,7 @@ fn a_consumer_that_did_not_hear_of_a_timeout_keeps_nothing_of_a_key_that_is_anot
     assert_eq!(delivery.wants(later, |_, _| true), Some((1, 3)));
     let other = |_: Option<Holder>, _: u64| Some(holder(2));
     assert_eq!(
-        delivery.route(&message(1), Terms { key: key(1), due: None }, &me(), other),
+        delivery.route(&message(1), Terms { key: key(1), due: None }, true, other),
         Some((holder(2), 2))
     );
     let claim = Claim { held: set([1, 3]), started: set([1, 3]), ..Claim::default() };
@@ -182,7 +177,7 @@ fn a_suspect_that_is_claimed_after_a_restart_is_tried_still() {
     delivery.attach(holder(1), &claim, true, at(now));
     delivery.wants(now, |_, _| true);
     for sequence in 1..=3 {
-        delivery.route(&message(sequence), Terms::default(), &me(), one);
+        delivery.route(&message(sequence), Terms::default(), true, one);
     }
     assert!(!delivery.holds(3, holder(1)), "3 may kill, too");
     assert_eq!(delivery.tried_until(), Some(now + limits::SUSPICION));
@@ -196,7 +191,7 @@ fn nothing_more_is_delivered_while_too_many_messages_are_to_be_let_go() {
     let mut delivery = Competing::new(cursor, Order::None);
     for sequence in 1..=most {
         delivery.wants(now, |_, _| true);
-        delivery.route(&message(sequence), Terms::default(), &me(), one);
+        delivery.route(&message(sequence), Terms::default(), true, one);
         delivery.nack(holder(1), &[nack(sequence, 0)], at(now));
     }
     assert_eq!(delivery.wants(now, |_, _| true), None);
@@ -214,17 +209,17 @@ fn a_delayed_message_is_in_nobody_s_way_and_comes_first_of_its_key_when_it_is_du
     let key = || Some(Key::from("k"));
     assert_eq!(delivery.wants(now, |_, _| true), Some((1, 4)));
     for (sequence, due) in [(1, Some(due)), (2, None), (3, Some(now + 2 * (due - now)))] {
-        let shown = delivery.route(&message(sequence), Terms { key: key(), due }, &me(), one);
+        let shown = delivery.route(&message(sequence), Terms { key: key(), due }, true, one);
         assert_eq!(shown.is_some(), sequence == 2, "{sequence}");
     }
     assert_eq!((delivery.passed(), delivery.delayed()), (3, 2), "they are passed over");
     assert_eq!(delivery.due_at(), Some(due));
     delivery.ack(&set([2]));
     assert_eq!(delivery.wants(now, |_, _| true), Some((4, 1)));
-    delivery.route(&message(4), Terms { key: key(), due: None }, &me(), one).unwrap();
+    delivery.route(&message(4), Terms { key: key(), due: None }, true, one).unwrap();
     assert_eq!(delivery.wants(due, |_, _| true), Some((1, 1)));
     let first =
-        delivery.route(&message(1), Terms { key: key(), due: None }, &me(), |owner, _| owner);
+        delivery.route(&message(1), Terms { key: key(), due: None }, true, |owner, _| owner);
     assert_eq!(first, Some((holder(1), 1)), "it goes to who has the others of its key");
     assert_eq!(delivery.cursor.backlog(), 3);
     delivery.ack(&set([1, 3, 4]));

@@ -11,7 +11,6 @@ use tokio::time::Instant;
 use super::timed::Timed;
 use super::{Claim, Cursor, LOST, Moment, Nack, Out, Rewound, backoff};
 use crate::limits;
-use crate::names::SubscriptionName;
 use crate::record::{Sequences, StoredMessage};
 
 /// The delivery of one topic to one exclusive subscription.
@@ -278,12 +277,12 @@ impl Exclusive {
         }
     }
 
-    /// The message that was read next: whether it is to be sent, and as which attempt. `due`: until
-    /// when it waits, if that is not over.
+    /// The message that was read next, which the subscription wants or not: whether it is to be
+    /// sent, and as which attempt. `due`: until when it waits, if that is not over.
     pub fn offer(
         &mut self,
         message: &StoredMessage,
-        me: &SubscriptionName,
+        wanted: bool,
         due: Option<Instant>,
     ) -> Option<u32> {
         let sequence = message.sequence;
@@ -293,13 +292,13 @@ impl Exclusive {
             return None;
         }
         self.next = self.next.max(sequence + 1);
-        if let Some(due) = due.filter(|_| message.is_for(me)) {
+        if let Some(due) = due.filter(|_| wanted) {
             self.delayed.insert(sequence, due);
             return None;
         }
         self.delayed.remove(sequence);
         self.not_before.remove(&sequence);
-        if !message.is_for(me) {
+        if !wanted {
             self.cursor.settle(sequence, sequence);
             return None;
         }
@@ -413,18 +412,12 @@ mod tests {
         Moment { at: now, wall: Timestamp(1) }
     }
 
-    fn me() -> SubscriptionName {
-        SubscriptionName::parse("me").unwrap()
-    }
-
-    /// A topic of the log: every seventh message is for someone else.
     fn message(sequence: u64) -> StoredMessage {
-        let other = SubscriptionName::parse("other").unwrap();
-        let recipients = if for_others(sequence) { vec![other] } else { Vec::new() };
         let body = Bytes::from_static(b"body");
-        StoredMessage { sequence, published_at: Timestamp(0), recipients, body }
+        StoredMessage { sequence, published_at: Timestamp(0), recipients: Vec::new(), body }
     }
 
+    /// Every seventh message is for someone else.
     fn for_others(sequence: u64) -> bool {
         sequence.is_multiple_of(7)
     }
@@ -438,7 +431,9 @@ mod tests {
         let mut sent = Vec::new();
         while let Some((from, room)) = delivery.wants(window, now) {
             for sequence in from..from + room.min(3) {
-                if let Some(attempt) = delivery.offer(&message(sequence), &me(), None) {
+                if let Some(attempt) =
+                    delivery.offer(&message(sequence), !for_others(sequence), None)
+                {
                     sent.push((sequence, attempt));
                 }
             }
@@ -580,7 +575,7 @@ mod tests {
         let minutes = |minutes: u32| minutes * Duration::from_secs(60);
         check(6, |delivery, now| {
             let offer = |delivery: &mut Exclusive, sequence, due| {
-                delivery.offer(&message(sequence), &me(), due)
+                delivery.offer(&message(sequence), true, due)
             };
             assert_eq!(offer(delivery, 1, Some(now + minutes(2))), None);
             assert_eq!(offer(delivery, 2, Some(now + minutes(1))), None);
@@ -603,7 +598,7 @@ mod tests {
         let delivery = check(4, |delivery, now| {
             let due = Some(now + Duration::from_secs(60));
             for sequence in 1..=4 {
-                delivery.offer(&message(sequence), &me(), due);
+                delivery.offer(&message(sequence), true, due);
             }
             delivery.ack(&set([2]));
             assert_eq!(delivery.lose_below(4), Some((1, 3)));

@@ -231,7 +231,7 @@ impl World {
                 break;
             }
             let Delivery::Exclusive(delivery) = &mut self.delivery else { unreachable!() };
-            let offered = delivery.offer(&message, &name("me"), None);
+            let offered = delivery.offer(&message, message.is_for(&name("me")), None);
             self.has_read(sequence, offered.map(|attempt| (taker.holder, attempt)));
         }
         true
@@ -243,7 +243,12 @@ impl World {
             let key = self.truth.at(sequence).key.map(|key| Key::from(key.to_string()));
             let Delivery::Competing(delivery) = &mut self.delivery else { unreachable!() };
             let choose = |owner, bytes| pick(&takers, owner, bytes);
-            let routed = delivery.route(&message, Terms { key, due: None }, &name("me"), choose);
+            let routed = delivery.route(
+                &message,
+                Terms { key, due: None },
+                message.is_for(&name("me")),
+                choose,
+            );
             self.has_read(sequence, routed);
             takers = self.takers();
         }
