@@ -201,3 +201,18 @@ fn nothing_more_is_delivered_while_too_many_messages_are_to_be_let_go() {
     delivery.let_go(1, 1);
     assert_eq!(delivery.wants(now, |_, _| true), Some((most + 1, 1)));
 }
+
+#[test]
+fn a_nack_takes_nothing_from_another_consumer() {
+    let now = Instant::now();
+    let mut delivery = Competing::new(Cursor::new(CursorRecord::default(), 3, None), Order::Key);
+    let claim = Claim { held: set([3]), ..Claim::default() };
+    delivery.attach(holder(2), &claim, true, at(now));
+    for sequence in 1..=3 {
+        delivery.route(&message(sequence), key(sequence), &me(), |_, _| Some(holder(1)));
+    }
+    assert_eq!(key(1), key(3));
+    let rewound = delivery.nack(holder(1), &[nack(1, 0)], at(now)).unwrap();
+    assert_eq!(rewound.taken_back, set([1]));
+    assert!(delivery.holds(3, holder(2)), "it was not told");
+}
