@@ -209,7 +209,7 @@ fn expression(input: &mut &str, depth: usize) -> Parsed<Expression> {
         let left = input.len();
         match link(input, depth)? {
             Link::End => break,
-            link if joined != Link::End && link != joined => {
+            link @ (Link::And | Link::Or) if joined != Link::End && link != joined => {
                 let expected = vec!["parentheses (neither AND nor OR goes first)"];
                 return Err(ErrMode::Cut(Failure { left, expected }));
             }
@@ -327,9 +327,9 @@ mod tests {
             false => quote(name),
         };
         let join = |all: &[Expression], word: &str| {
-            let each = |expression: &Expression| match expression {
-                Expression::All(_) | Expression::Any(_) => format!("({})", print(expression)),
-                _ => print(expression),
+            let each = |expression: &Expression| {
+                let compound = matches!(expression, Expression::All(_) | Expression::Any(_));
+                if compound { format!("({})", print(expression)) } else { print(expression) }
             };
             all.iter().map(each).collect::<Vec<_>>().join(word)
         };
@@ -339,12 +339,14 @@ mod tests {
             Expression::HasPrefix(has, prefix) => {
                 format!("hasPrefix( attributes . {} ,{})", name(has), quote(prefix))
             }
-            Expression::Not(not) => match &**not {
-                Expression::Is(is, value) if value.len() % 2 == 0 => {
-                    format!("attributes.{} != {}", name(is), quote(value))
+            Expression::Not(not) => {
+                if let Expression::Is(is, value) = &**not
+                    && value.len() % 2 == 0
+                {
+                    return format!("attributes.{} != {}", name(is), quote(value));
                 }
-                not => format!("NOT {}", join(std::slice::from_ref(not), "")),
-            },
+                format!("NOT {}", join(std::slice::from_ref(&**not), ""))
+            }
             Expression::All(all) => join(all, " AND "),
             Expression::Any(any) => join(any, "\tOR\n"),
         }

@@ -225,3 +225,23 @@ fn a_delayed_message_is_in_nobody_s_way_and_comes_first_of_its_key_when_it_is_du
     delivery.ack(&set([1, 3, 4]));
     assert_eq!((delivery.delayed(), delivery.cursor.floor(), delivery.due_at()), (0, 4, None));
 }
+
+#[test]
+fn a_nack_takes_nothing_from_another_consumer() {
+    let now = Instant::now();
+    let mut delivery = Competing::new(Cursor::new(CursorRecord::default(), 3, None), Order::Key);
+    let claim = Claim { held: set([3]), ..Claim::default() };
+    delivery.attach(holder(2), &claim, true, at(now));
+    for sequence in 1..=3 {
+        delivery.route(
+            &message(sequence),
+            Terms { key: key(sequence), due: None },
+            true,
+            |_, _| Some(holder(1)),
+        );
+    }
+    assert_eq!(key(1), key(3));
+    let rewound = delivery.nack(holder(1), &[nack(1, 0)], at(now)).unwrap();
+    assert_eq!(rewound.taken_back, set([1]));
+    assert!(delivery.holds(3, holder(2)), "it was not told");
+}

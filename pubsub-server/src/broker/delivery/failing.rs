@@ -126,6 +126,8 @@ impl Competing {
         }
         let lane = key.and_then(|key| self.lanes.get(key));
         let of_key = lane.into_iter().flat_map(|lane| lane.held.range(sequence + 1..)).copied();
+        // Another has some of it if a restart has lost that this one was let go before.
+        let of_key = of_key.filter(|after| self.holds(*after, holder));
         // What was not looked at may be of the same key.
         let unknown = self.held.range(self.next.max(sequence + 1)..);
         let unknown = unknown.filter(|(_, held)| held.holder == holder);

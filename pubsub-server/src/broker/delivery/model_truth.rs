@@ -111,12 +111,12 @@ impl Truth {
     }
 
     /// All messages, with their names.
-    pub(super) fn all(&self) -> impl DoubleEndedIterator<Item = (u64, &Fact)> {
-        (1..).zip(&self.facts).collect::<Vec<_>>().into_iter()
+    pub(super) fn all(&self) -> impl Iterator<Item = (u64, &Fact)> {
+        (1..).zip(&self.facts)
     }
 
     pub(super) fn find(&self, is: impl Fn(u64, &Fact) -> bool) -> Set {
-        (1..).zip(&self.facts).filter(|(n, fact)| is(*n, fact)).map(|(n, _)| n).collect()
+        self.all().filter(|(n, fact)| is(*n, fact)).map(|(n, _)| n).collect()
     }
 
     /// Any of them, or the next one to be published.
@@ -408,12 +408,12 @@ impl Truth {
     /// waits or is another's.
     fn would_overtake(&self, holder: Holder, n: u64) -> bool {
         let by_key = self.kind == SubscriptionKind::KeyOrdered && self.at(n).sized;
-        let mates = self.all().filter(|(other, fact)| fact.sized && self.same_lane(n, *other));
+        let mut mates = self.all().filter(|(other, fact)| fact.sized && self.same_lane(n, *other));
         let first = |(other, fact): (u64, &Fact)| match fact.holder {
             Some(owner) => owner != holder,
             None => other < n && fact.is_open(),
         };
-        by_key && mates.into_iter().any(first)
+        by_key && mates.any(first)
     }
 
     /// The server starts again, with what was saved.
@@ -451,7 +451,7 @@ impl Truth {
     /// Who has others of the key of a message, as far as the server knows.
     fn owner(&self, n: u64) -> Option<Holder> {
         let of_key = |other: u64, fact: &&Fact| fact.sized && self.same_lane(n, other);
-        let mut mates = (1..).zip(&self.facts).filter(|(other, fact)| of_key(*other, fact));
+        let mut mates = self.all().filter(|(other, fact)| of_key(*other, fact));
         mates.find_map(|(_, fact)| fact.holder).filter(|_| !self.is_exclusive())
     }
 
@@ -506,7 +506,8 @@ impl Truth {
         for (other, mate) in self.all().filter(|(other, _)| self.same_lane(n, *other)) {
             // What was done once comes again if the server has lost that, and so out of order.
             // Of what is gone and was not seen since a restart, nobody knows the key.
-            let unknown = fact.once_done || other < self.first && !mate.sized;
+            let unknown = other < self.first && !mate.sized;
+            let unknown = unknown || fact.once_done || mate.once_done;
             let Some(with) = mate.holder.filter(|_| !unknown) else { continue };
             assert!(with == holder, "{other} is with another than {n}");
             assert!(other < n, "{other} came before {n}");
