@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use super::delivery::Cursor;
 use super::error::BrokerError;
+use super::events::What;
 use super::subscription::Subscription;
 use super::{Broker, Owed, session};
 use crate::envelope::{self, Origin};
@@ -214,6 +215,7 @@ impl Subscription {
             FailurePolicy::Block => more,
             FailurePolicy::Skip { .. } => {
                 self.let_go(epoch, &condemned, Release::Skip);
+                self.tell_let_go(epoch, &condemned, None);
                 true
             }
             FailurePolicy::DeadLetter { .. } => self.move_away(epoch, condemned).await || more,
@@ -257,6 +259,7 @@ impl Subscription {
             return false;
         }
         self.let_go(epoch, &moved, Release::DeadLetter);
+        self.tell_let_go(epoch, &moved, Some(&topic.record.name));
         if let Some(letters) = &mut self.letters {
             letters.waits_for = None;
         }
@@ -341,6 +344,20 @@ impl Subscription {
         self.leases.forget_settled(&self.topics);
     }
 
+    fn tell_let_go(&self, epoch: Epoch, sequences: &[u64], into: Option<&TopicName>) {
+        let (Some(topic), Some(first)) = (self.topics.get(&epoch), sequences.iter().min()) else {
+            return;
+        };
+        self.tell_all(|| What::LetGo {
+            subscription: self.record.name.clone(),
+            topic: topic.name.clone(),
+            epoch,
+            count: sequences.len() as u64,
+            first: *first,
+            into: into.cloned(),
+        });
+    }
+
     /// Answers with dead letters.
     pub(super) async fn letters_after(
         &mut self,
@@ -372,8 +389,7 @@ impl Subscription {
             }
         }
         self.settle_letters(&settled, stores).await?;
-        let left = self.letters.as_ref().map_or(0, DeadLetters::waiting);
-        Ok(Settled { settled: settled.len() as u64, homeless, left })
+        Ok(self.settled(settled.len(), homeless, true))
     }
 
     fn back_home(&self, letter: &StoredMessage) -> Option<Change> {
@@ -392,8 +408,18 @@ impl Subscription {
         let (_, chosen) = self.chosen(&which).await?;
         let settled: Vec<u64> = chosen.iter().map(|letter| letter.sequence).collect();
         self.settle_letters(&settled, Vec::new()).await?;
-        let left = self.letters.as_ref().map_or(0, DeadLetters::waiting);
-        Ok(Settled { settled: settled.len() as u64, homeless: 0, left })
+        Ok(self.settled(settled.len(), 0, false))
+    }
+
+    /// What a call has done, which is told to whoever watches.
+    fn settled(&self, settled: usize, homeless: u64, redriven: bool) -> Settled {
+        let (count, left) = (settled as u64, self.letters.as_ref().map_or(0, DeadLetters::waiting));
+        if let Some(letters) = self.letters.as_ref().filter(|_| count > 0) {
+            let (subscription, topic) =
+                (self.record.name.clone(), letters.topic.record.name.clone());
+            self.tell_all(|| What::Settled { subscription, topic, redriven, count, left });
+        }
+        Settled { settled: count, homeless, left }
     }
 
     /// In one commit with what else is to be stored. If it fails, nothing of it has happened.

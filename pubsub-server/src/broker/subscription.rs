@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use futures_util::future::{BoxFuture, select_all};
 use futures_util::stream::{BoxStream, FuturesUnordered, SelectAll};
@@ -18,9 +19,12 @@ use super::dead_letters::{DeadLetters, LetterCommand};
 use super::delivering::Next;
 use super::delivery::{Cursor, Delivery, Holder, Moment, Receipt};
 use super::error::BrokerError;
+use super::events::Events;
 use super::lease::Leases;
 use super::saving::{Save, Waiter, saved};
 use super::session::{Command, Event, GapReason, Session, SessionId, SessionTopic, Told};
+use super::stalls::Noted;
+use super::waiting::HeadOfLine;
 use crate::env::SharedEnv;
 use crate::limits;
 use crate::names::{ConsumerId, SubscriptionName, TopicName};
@@ -40,6 +44,8 @@ pub enum AdminCommand {
     Snapshot(oneshot::Sender<Result<Vec<(Epoch, Target)>, BrokerError>>),
     /// Delete the subscription, and end, if nobody has used it for as long as it says.
     Expire(oneshot::Sender<bool>),
+    /// Tell whoever watches if it does not go on.
+    LookForStalls,
     /// Tell how things stand.
     Describe(oneshot::Sender<Description>),
     /// Tell what is known of a message.
@@ -128,6 +134,12 @@ pub struct Position {
     pub oldest_unacked: Option<u64>,
     /// What keeps the topic from being delivered.
     pub waits_for: Option<String>,
+    /// How long ago the first one not done was published, as far as it was looked up.
+    pub oldest_age: Option<Duration>,
+    /// Messages not done that have failed at least once.
+    pub redelivered: u64,
+    /// The first one not done, and what it waits for.
+    pub head_of_line: Option<HeadOfLine>,
 }
 
 #[derive(Debug)]
@@ -167,6 +179,8 @@ pub(super) struct Subscription {
     pub(super) keeper: Keeper,
     pub(super) storage: Arc<dyn Storage>,
     env: SharedEnv,
+    pub(super) events: Events,
+    pub(super) noted: Noted,
     started: Instant,
     pub(super) letters: Option<DeadLetters>,
     pub(super) topics: BTreeMap<Epoch, Topic>,
@@ -201,7 +215,7 @@ impl Subscription {
     pub(super) fn new(
         record: SubscriptionRecord,
         keeper: Keeper,
-        (storage, env): (Arc<dyn Storage>, SharedEnv),
+        (storage, env, events): (Arc<dyn Storage>, SharedEnv, Events),
         topics: Topics,
     ) -> Self {
         let Topics { starts, letters } = topics;
@@ -219,6 +233,8 @@ impl Subscription {
             keeper,
             storage,
             env,
+            events,
+            noted: Noted::default(),
             started: Instant::now(),
             letters,
             topics: BTreeMap::new(),
@@ -334,6 +350,7 @@ impl Subscription {
                 let expired = self.is_expired() && self.delete().await.is_ok();
                 let _ = reply.send(expired);
             }
+            AdminCommand::LookForStalls => self.look_for_stalls(),
             AdminCommand::Describe(reply) => {
                 let _ = reply.send(self.describe());
             }
@@ -452,6 +469,7 @@ impl Subscription {
             positions: (self.topics.iter())
                 .map(|(epoch, topic)| topic.position(*epoch, now))
                 .map(|position| self.why_it_waits(position))
+                .map(|position| self.with_head_of_line(position, now))
                 .collect(),
             dead_letters: self.letters.as_ref().map_or(0, DeadLetters::waiting),
         }
@@ -513,6 +531,9 @@ impl Topic {
             outstanding: self.delivery.held() as u64,
             oldest_unacked: cursor.oldest_unsettled(),
             waits_for,
+            oldest_age: None,
+            redelivered: cursor.record().failures.len() as u64,
+            head_of_line: None,
         }
     }
 }

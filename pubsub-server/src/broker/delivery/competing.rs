@@ -140,6 +140,16 @@ impl Competing {
         self.held.get(&sequence).is_some_and(|held| held.holder == holder)
     }
 
+    /// Who holds this message.
+    pub fn holder_of(&self, sequence: u64) -> Option<Holder> {
+        self.held.get(&sequence).map(|held| held.holder)
+    }
+
+    /// Until when a message is held back by its backoff.
+    pub fn due(&self, sequence: u64) -> Option<Instant> {
+        self.waiting.get(&sequence).and_then(|waiting| waiting.at)
+    }
+
     /// Messages that were looked at and wait.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
@@ -267,7 +277,7 @@ impl Competing {
     }
 
     /// Of the suspects one at a time is tried.
-    fn waits_for_another_suspect(&self, sequence: u64) -> bool {
+    pub(super) fn waits_for_another_suspect(&self, sequence: u64) -> bool {
         self.is_suspect_tried() && self.cursor.suspects().contains(&sequence)
     }
 

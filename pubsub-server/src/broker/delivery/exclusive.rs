@@ -215,6 +215,11 @@ impl Exclusive {
         held_back.filter(|at| *at > now)
     }
 
+    /// Until when a message is held back by its backoff.
+    pub fn due(&self, sequence: u64) -> Option<Instant> {
+        self.not_before.get(&sequence).copied()
+    }
+
     /// When the next suspect may be shown, if it waits for another one.
     pub fn tried_until(&self, now: Instant) -> Option<Instant> {
         let waits = self.cursor.suspects().contains(&self.next) && self.is_suspect_tried(now);

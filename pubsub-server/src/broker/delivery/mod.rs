@@ -15,10 +15,12 @@ mod cursor;
 mod exclusive;
 mod failing;
 mod started;
+mod waiting;
 
 pub use competing::{Competing, Key, Order};
 pub use cursor::Cursor;
 pub use exclusive::Exclusive;
+pub use waiting::Wait;
 
 /// A moment, by the clock that measures and by the one that people read.
 #[derive(Clone, Copy, Debug)]
