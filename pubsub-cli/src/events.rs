@@ -38,6 +38,7 @@ pub(crate) async fn run(
         opened = admin.events(filter) => opened?,
         () = interrupt.asked() => return Ok(Exit::Ok),
     };
+    eprintln!("pubsub: following what happens from now on; Ctrl-C ends it");
     let _announcing = Announcer::default().go_on(events.state());
     loop {
         let event = tokio::select! {

@@ -16,6 +16,7 @@ mod consumers;
 mod crash;
 mod disk;
 mod docs;
+mod events;
 mod failures;
 mod identity;
 mod inbox;

@@ -102,3 +102,110 @@ impl Subscription {
         self.tell_all(|| What::Gap { subscription, topic, epoch, first, last, reason });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
+    use super::super::Broker;
+    use super::super::events::{EventFilter, Noticed, Watcher};
+    use super::super::publisher::Batch;
+    use super::super::subscriptions::{NewSubscription, Start};
+    use super::*;
+    use crate::env::System;
+    use crate::names::{SubscriptionName, TopicPattern};
+    use crate::record::{NewMessage, Sequences, TopicConfig};
+    use crate::storage::Item;
+    use crate::storage::memory::Memory;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn topic() -> TopicName {
+        TopicName::parse("t").unwrap()
+    }
+
+    fn subscription() -> SubscriptionName {
+        SubscriptionName::parse("s").unwrap()
+    }
+
+    /// A subscription that has two messages before it, and no consumer.
+    async fn stuck() -> (Broker, Epoch) {
+        let env = Arc::new(System);
+        let memory = Arc::new(Memory::new(Arc::clone(&env) as _));
+        let broker = Broker::start(memory, env).await.unwrap();
+        let (info, _) = broker.create_topic(topic(), TopicConfig::default(), false).await.unwrap();
+        let new = NewSubscription {
+            name: subscription(),
+            topics: vec![TopicPattern::parse("t").unwrap()],
+            kind: None,
+            on_failure: None,
+            ack_timeout: None,
+            expires_after: None,
+            start: Start::Earliest,
+        };
+        broker.create_subscription(new, false).await.unwrap();
+        for _ in 0..2 {
+            let body = Bytes::from_static(b"\x0a\x01x");
+            let message = NewMessage { body, recipients: Vec::new(), key: None };
+            let items = vec![Item::Store(message)];
+            let batch = Batch { first_sequence: 1, resolved_below: 0, items, atomic: None };
+            broker.publish(&topic(), batch).await.unwrap();
+        }
+        (broker, info.record.epoch)
+    }
+
+    /// What is told within this time, as sequences of stalls that begin, or end with a minus.
+    async fn told(watcher: &mut Watcher, within: Duration) -> Vec<i64> {
+        let end = Instant::now() + within;
+        let mut stalls = Vec::new();
+        while let Ok(Some(noticed)) = tokio::time::timeout_at(end, watcher.next()).await {
+            let Noticed::Event(event) = noticed else { panic!("{noticed:?}") };
+            match &event.what {
+                What::Stalled { head, waiting, .. } => {
+                    assert!(*waiting >= limits::STALLED, "{waiting:?}");
+                    stalls.push(head.sequence.cast_signed());
+                }
+                What::StallEnded { sequence, .. } => stalls.push(-sequence.cast_signed()),
+                other => panic!("{other:?}"),
+            }
+        }
+        stalls
+    }
+
+    async fn ack(broker: &Broker, epoch: Epoch, sequence: u64) {
+        let acked = [((topic(), epoch), Sequences::from_iter([sequence..=sequence]))];
+        broker.acknowledge(&subscription(), acked.into()).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stall_is_told_once_for_each_message_and_when_it_ends() {
+        let (broker, epoch) = stuck().await;
+        let mut watcher = broker.watch(EventFilter::default()).unwrap();
+        assert_eq!(told(&mut watcher, 29 * SECOND).await, [] as [i64; 0]);
+        assert_eq!(told(&mut watcher, 300 * SECOND).await, [1]);
+        ack(&broker, epoch, 1).await;
+        assert_eq!(told(&mut watcher, 20 * SECOND).await, [-1]);
+        assert_eq!(told(&mut watcher, 60 * SECOND).await, [2]);
+        ack(&broker, epoch, 2).await;
+        assert_eq!(told(&mut watcher, 300 * SECOND).await, [-2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_comes_later_hears_of_a_stall_that_goes_on_if_nobody_watched_meanwhile() {
+        let (broker, epoch) = stuck().await;
+        let mut watcher = broker.watch(EventFilter::default()).unwrap();
+        assert_eq!(told(&mut watcher, 60 * SECOND).await, [1]);
+        drop(watcher);
+        tokio::time::sleep(60 * SECOND).await;
+        let mut watcher = broker.watch(EventFilter::default()).unwrap();
+        assert_eq!(told(&mut watcher, 60 * SECOND).await, [1]);
+        drop(watcher);
+        // The end of it was missed, and is not told with a time that nobody has seen.
+        ack(&broker, epoch, 1).await;
+        tokio::time::sleep(60 * SECOND).await;
+        let mut watcher = broker.watch(EventFilter::default()).unwrap();
+        assert_eq!(told(&mut watcher, 60 * SECOND).await, [2]);
+    }
+}
