@@ -499,8 +499,12 @@ fn the_lag_of_a_subscription_is_what_it_is_known_to_be() {
 
         // What has failed is known after a restart, too; by the consumer, if it was not on disk.
         rig.crash().await?;
-        let at = head(&client, 1, WaitCause::Backoff).await?;
-        ensure!(at.redelivered == 1 && at.backlog == MESSAGES - 1, "{at:?}");
+        wait::until_ok("the failure", SOON, async || {
+            let at = position(&client, WORK).await?;
+            ensure!(at.redelivered == 1 && at.backlog == MESSAGES - 1, "{at:?}");
+            Ok(())
+        })
+        .await?;
         // As soon as it is done it counts no more.
         client.admin().seek(WORK, None, Start::Sequence(3)).await?;
         let at = position(&client, WORK).await?;
