@@ -415,6 +415,11 @@ fn a_full_disk_and_room_again_are_told() {
     });
 }
 
+#[expect(clippy::disallowed_methods, reason = "what the server says is compared with it")]
+fn now() -> SystemTime {
+    SystemTime::now()
+}
+
 async fn position(client: &Client, name: &str) -> Result<SubscriptionPosition> {
     let mut info = client.admin().subscription(name).await?;
     info.positions.pop().context("no position")
@@ -467,9 +472,9 @@ fn the_lag_of_a_subscription_is_what_it_is_known_to_be() {
         ensure!((at.backlog, at.redelivered) == (MESSAGES - 1, 1), "{at:?}");
 
         // By the server's clock, which is this machine's.
-        let before = SystemTime::now();
+        let before = now();
         let lag = subscriber.lag().await?;
-        let after = SystemTime::now();
+        let after = now();
         let [topic] = &*lag.topics else { bail!("{lag:?}") };
         let age = topic.oldest_unacked_age.context("no age")?;
         let at_least = before.duration_since(first.publish_time)?;
@@ -494,6 +499,34 @@ fn the_lag_of_a_subscription_is_what_it_is_known_to_be() {
         client.admin().seek(WORK, None, Start::Sequence(3)).await?;
         let at = position(&client, WORK).await?;
         ensure!((at.redelivered, at.backlog) == (0, MESSAGES - 2), "{at:?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_message_says_that_its_consumer_is_awaited_or_its_topic_is_gone() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let client = app::client(&server.url())?;
+        client.admin().create_topic(TOPIC, TopicConfig::new()).await?;
+        client.admin().create_subscription(WORK, CreateSubscription::to([TOPIC])).await?;
+        app::publish_numbers(&app::publisher(&client, TOPIC).await?, 0..3).await?;
+        let channel = raw::connect(&server.url()).await?;
+        let hello = raw::consumer_hello(WORK, "c", &[]);
+        let (stream, _) = SubscribeStream::welcomed(&channel, hello).await?;
+        head(&client, 1, WaitCause::WithConsumer).await?;
+        drop(stream);
+        let at = head(&client, 1, WaitCause::AwaitedConsumer).await?;
+        ensure!(at.outstanding == 3, "{at:?}");
+        let text = at.head_of_line.map(|head| head.text).unwrap_or_default();
+        ensure!(text.contains("consumer c ") && text.contains("not connected"), "{text}");
+        let idle = CreateSubscription::to([TOPIC]).with_start(Start::Earliest);
+        client.admin().create_subscription("idle", idle).await?;
+        client.admin().delete_topic(TOPIC).await?;
+        let at = position(&client, "idle").await?;
+        let head = at.head_of_line.as_ref().context("nothing waits")?;
+        ensure!((head.sequence, head.cause) == (1, WaitCause::TopicDeleted), "{at:?}");
+        ensure!((at.backlog, at.oldest_unacked_age) == (3, None), "{at:?}");
         Ok(())
     });
 }

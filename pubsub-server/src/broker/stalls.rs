@@ -157,6 +157,7 @@ mod tests {
     }
 
     /// What is told within this time, as sequences of stalls that begin, or end with a minus.
+    #[expect(clippy::wildcard_enum_match_arm, reason = "nothing else happens")]
     async fn told(watcher: &mut Watcher, within: Duration) -> Vec<i64> {
         let end = Instant::now() + within;
         let mut stalls = Vec::new();

@@ -65,6 +65,7 @@ mod tests {
 
     use super::super::{Cursor, Moment, Nack};
     use super::*;
+    use crate::limits;
     use crate::names::SubscriptionName;
     use crate::record::{CursorRecord, Sequences, StoredMessage, SubscriptionKind, Timestamp};
 
@@ -135,18 +136,24 @@ mod tests {
 
     #[test]
     fn one_of_two_suspects_waits_for_the_other() {
-        for kind in [SubscriptionKind::Exclusive, SubscriptionKind::Shared] {
-            let now = Instant::now();
-            let mut delivery = delivery(kind, None);
-            give(&mut delivery, now);
-            give(&mut delivery, now);
-            delivery.start(SEAT, &Sequences::from_iter([1..=2]), now);
-            delivery.crash(SEAT, moment(now));
-            let later = now + Duration::from_secs(60);
-            give(&mut delivery, later);
-            // The first of them is acked, and the other is not shown while it is out.
-            let first = delivery.head_of_line(later);
-            assert!(matches!(first, Some((1, Wait::Held(_)))), "{first:?}");
-        }
+        let now = Instant::now();
+        let mut delivery = delivery(SubscriptionKind::Shared, None);
+        // The first one kills twice, and so it waits for longer than the second one.
+        give(&mut delivery, now);
+        delivery.start(SEAT, &Sequences::from_iter([1..=1]), now);
+        delivery.crash(SEAT, moment(now));
+        let later = now + limits::MAX_BACKOFF;
+        give(&mut delivery, later);
+        give(&mut delivery, later);
+        delivery.start(SEAT, &Sequences::from_iter([1..=2]), later);
+        delivery.crash(SEAT, moment(later));
+        let second_due = later + limits::MIN_BACKOFF;
+        give(&mut delivery, second_due);
+        assert!(delivery.holds(2, SEAT));
+        let first_due = later + 2 * limits::MIN_BACKOFF;
+        let backoff = Wait::Backoff(first_due);
+        assert_eq!(delivery.head_of_line(second_due), Some((1, backoff)));
+        let tried = Wait::Suspect(second_due + limits::SUSPICION);
+        assert_eq!(delivery.head_of_line(first_due), Some((1, tried)));
     }
 }
