@@ -4,9 +4,10 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "pubsub/v1/admin.proto",
     "pubsub/v1/error.proto",
+    "pubsub/v1/events.proto",
     "pubsub/v1/message.proto",
     "pubsub/v1/publisher.proto",
     "pubsub/v1/schema.proto",

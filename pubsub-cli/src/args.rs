@@ -81,6 +81,8 @@ Examples:
     /// Look into the local file of an outbox, and decide about what was set aside
     #[command(subcommand)]
     Outbox(Outbox),
+    /// Follow what happens at the server, until Ctrl-C
+    Events(crate::events::Events),
     /// Describe the server; fails unless it serves reads and writes
     Status,
     /// Write a script for the shell that completes commands

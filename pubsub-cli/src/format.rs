@@ -5,9 +5,9 @@ use std::time::{Duration, SystemTime};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use pubsub_client::{
-    ActiveConsumer, DataLoss, DeadLetter, FailurePolicy, Gap, GapReason, Message, OutboxTopic,
-    Parked, PublishReceipt, Receipt, ReceiptState, ReceivedMessage, ServerInfo, SnapshotInfo,
-    SubscriptionInfo, SubscriptionKind, SubscriptionPosition, TopicInfo, WhenFull,
+    ActiveConsumer, DataLoss, DeadLetter, FailurePolicy, Gap, GapReason, HeadOfLine, Message,
+    OutboxTopic, Parked, PublishReceipt, Receipt, ReceiptState, ReceivedMessage, ServerInfo,
+    SnapshotInfo, SubscriptionInfo, SubscriptionKind, SubscriptionPosition, TopicInfo, WhenFull,
 };
 use serde_json::{Value, json};
 
@@ -46,7 +46,7 @@ pub(crate) fn base64(bytes: &[u8]) -> String {
 }
 
 /// The epoch as it stands in ids; as a number it would not survive most JSON readers.
-fn epoch(epoch: u64) -> String {
+pub(crate) fn epoch(epoch: u64) -> String {
     format!("{epoch:x}")
 }
 
@@ -181,7 +181,14 @@ fn position(position: &SubscriptionPosition) -> Value {
         "outstanding": position.outstanding,
         "oldest_unacked": position.oldest_unacked,
         "waits_for": position.waits_for,
+        "oldest_unacked_age_seconds": position.oldest_unacked_age.map(|age| age.as_secs_f64()),
+        "redelivered": position.redelivered,
+        "head_of_line": position.head_of_line.as_ref().map(head_of_line),
     })
+}
+
+pub(crate) fn head_of_line(head: &HeadOfLine) -> Value {
+    json!({ "sequence": head.sequence, "cause": head.cause.as_str(), "text": head.text })
 }
 
 pub(crate) fn published(receipt: &PublishReceipt) -> Value {

@@ -7,6 +7,7 @@
 mod args;
 mod batch;
 mod dlq;
+mod events;
 mod failure;
 mod failures;
 mod format;
@@ -79,6 +80,7 @@ async fn execute(args: Args) -> Result<Exit, Failure> {
         Command::Publish(command) => publish::run(command, &client, &mut output).await,
         Command::Subscribe(command) => subscribe::run(command, &client, &mut output).await,
         Command::Receipts(command) => receipts::run(command, &client, &mut output).await,
+        Command::Events(command) => events::run(command, &client, &mut output).await,
         Command::Status => status::run(&client, &mut output).await,
         Command::Completions { .. } | Command::Outbox(_) => Ok(Exit::Ok),
     };

@@ -1,6 +1,8 @@
 //! `pubsub subscription`.
 
-use pubsub_client::{ActiveConsumer, Client, SubscriptionInfo};
+use std::time::Duration;
+
+use pubsub_client::{ActiveConsumer, Client, SubscriptionInfo, SubscriptionPosition};
 use serde_json::json;
 
 use crate::args::{CreateSubscription, Seek, Subscription};
@@ -83,6 +85,7 @@ async fn list(client: &Client, output: &mut Output) -> Result<(), Failure> {
                 format::kind(subscription.kind).to_owned(),
                 subscription.topics.join(","),
                 subscription.positions.iter().map(|at| at.backlog).sum::<u64>().to_string(),
+                age(subscription.positions.iter().filter_map(|at| at.oldest_unacked_age).max()),
                 consumers(&subscription),
             ]);
         }
@@ -101,7 +104,7 @@ async fn list(client: &Client, output: &mut Output) -> Result<(), Failure> {
         );
         return Ok(());
     }
-    output.table(["SUBSCRIPTION", "KIND", "TOPICS", "BACKLOG", "CONSUMERS"], &rows)?;
+    output.table(["SUBSCRIPTION", "KIND", "TOPICS", "BACKLOG", "OLDEST", "CONSUMERS"], &rows)?;
     Ok(())
 }
 
@@ -129,6 +132,16 @@ fn dead_letters(subscription: &SubscriptionInfo) -> String {
         0 => "-".to_owned(),
         count => format!("{count} wait; see `pubsub dlq list {}`", subscription.name),
     }
+}
+
+fn age(age: Option<Duration>) -> String {
+    age.map_or_else(|| "-".to_owned(), format::duration)
+}
+
+/// What holds the topic up, or else what its first message waits for.
+fn why(at: &SubscriptionPosition) -> String {
+    let first = at.head_of_line.as_ref().map(|head| head.text.clone());
+    at.waits_for.clone().or(first).unwrap_or_default()
 }
 
 fn show(subscription: &SubscriptionInfo, output: &mut Output) -> Result<(), Failure> {
@@ -166,13 +179,25 @@ fn show(subscription: &SubscriptionInfo, output: &mut Output) -> Result<(), Fail
                 at.head.to_string(),
                 at.backlog.to_string(),
                 at.outstanding.to_string(),
+                at.redelivered.to_string(),
                 at.oldest_unacked.map_or_else(|| "-".to_owned(), |first| first.to_string()),
-                at.waits_for.clone().unwrap_or_default(),
+                age(at.oldest_unacked_age),
+                why(at),
             ]
         })
         .collect();
     output.line("")?;
-    let headings = ["TOPIC", "FLOOR", "LAST", "BACKLOG", "OUT", "OLDEST UNACKED", "WAITS FOR"];
+    let headings = [
+        "TOPIC",
+        "FLOOR",
+        "LAST",
+        "BACKLOG",
+        "OUT",
+        "FAILED",
+        "OLDEST UNACKED",
+        "AGE",
+        "WAITS FOR",
+    ];
     output.table(headings, &rows)?;
     Ok(())
 }

@@ -52,10 +52,11 @@ mod subscriber;
 mod transport;
 
 pub use admin::{
-    ActiveConsumer, Admin, Compatibility, CreateSubscription, DeadLetter, DeadLetters,
-    InvalidPayload, Page, PayloadRules, Purged, Receipt, ReceiptState, Redriven, Schema,
-    SchemaCheck, SchemaKind, SchemaProblem, SchemaRevision, ServerInfo, SnapshotInfo,
-    SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo, UpdateSubscription, WhenFull,
+    ActiveConsumer, Admin, Compatibility, CreateSubscription, DeadLetter, DeadLetters, EventFilter,
+    EventStream, HeadOfLine, InvalidPayload, Page, PayloadRules, Presence, Purged, Receipt,
+    ReceiptState, Redriven, Schema, SchemaCheck, SchemaKind, SchemaProblem, SchemaRevision,
+    ServerEvent, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionPosition, TimedEvent,
+    TopicConfig, TopicInfo, UpdateSubscription, WaitCause, WhenFull,
 };
 pub use client::{Client, ClientBuilder, ShutdownReport};
 #[cfg(feature = "json")]
@@ -87,7 +88,7 @@ pub use publisher::{
 pub use retry::RetryPolicy;
 pub use state::{ConnectionState, StateWatch};
 pub use subscriber::{
-    Acker, DataLoss, Delivery, Drain, Event, FailurePolicy, Gap, GapReason, Nack, Position, Start,
-    StopReport, Stopper, Subscriber, SubscriberBuilder, SubscriptionKind, TopicPosition,
-    TypedDelivery, TypedEvent, TypedSubscriber,
+    Acker, DataLoss, Delivery, Drain, Event, FailurePolicy, Gap, GapReason, Lag, Nack, Position,
+    Start, StopReport, Stopper, Subscriber, SubscriberBuilder, SubscriptionKind, TopicLag,
+    TopicPosition, TypedDelivery, TypedEvent, TypedSubscriber,
 };

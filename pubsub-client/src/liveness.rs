@@ -17,6 +17,11 @@ pub(crate) fn after(now: Instant, wait: Duration) -> Instant {
     now + wait.min(FAR)
 }
 
+/// How long a server may be silent that says something in each interval.
+pub(crate) fn patience(interval: Duration) -> Duration {
+    interval.mul_f64(DEAD_AFTER)
+}
+
 /// The signs of life on one stream.
 #[derive(Debug)]
 pub(crate) struct Liveness {
@@ -126,7 +131,7 @@ impl Liveness {
     }
 
     fn limit(&self) -> Duration {
-        self.interval.mul_f64(DEAD_AFTER)
+        patience(self.interval)
     }
 
     /// For how long the server has given no sign of life, if that is too long.

@@ -162,6 +162,14 @@ pub const MAX_ACK_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// The lease of a pull unless it asks for another.
 pub const PULL_LEASE: Duration = Duration::from_secs(60);
 
+/// Events that wait for who watches them and is slow; older ones are counted as missed.
+pub const EVENT_BUFFER: usize = 1_024;
+/// Who may watch events at a time.
+pub const MAX_WATCHERS: usize = 64;
+/// How long a message may be the first one of its topic that is not acked until the subscription
+/// counts as stalled: longer than handlers and backoffs take that end well.
+pub const STALLED: Duration = Duration::from_secs(30);
+
 /// Connections of one server.
 pub const MAX_CONNECTIONS: usize = 10_000;
 /// Streams of one connection.

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use pubsub_client::{
     Client, CreateSubscription, DeadLetter, DeadLetters, Delivery, FailurePolicy, Message, Nack,
-    Reason, ReceiptState, Start, Subscriber, SubscriptionKind, TopicConfig,
+    Reason, ReceiptState, Start, Subscriber, SubscriptionKind, TopicConfig, WaitCause,
 };
 use pubsub_proto::v1::{
     AckBatch, Consumer, SequenceRange, SubscribeHello, TopicAcks, subscribe_request,
@@ -299,6 +299,9 @@ fn a_full_dead_letter_topic_makes_what_failed_wait_and_says_so() {
             let cause = position.waits_for.as_deref().unwrap_or_default();
             ensure!(cause.contains("dead letters of subscription work wait"), "{position:?}");
             ensure!((position.floor, position.backlog) == (1, 2), "{position:?}");
+            let head = position.head_of_line.as_ref().context("nothing waits")?;
+            ensure!((head.sequence, head.cause) == (2, WaitCause::DeadLetter), "{position:?}");
+            ensure!(head.text == cause, "{position:?}");
             Ok(())
         })
         .await?;

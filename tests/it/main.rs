@@ -17,6 +17,7 @@ mod crash;
 mod delays;
 mod disk;
 mod docs;
+mod events;
 mod failures;
 mod filters;
 mod identity;

@@ -2,6 +2,7 @@
 
 use pubsub_proto::v1 as pb;
 
+use super::lag::head_of_line;
 use super::optional;
 use super::types::{
     ActiveConsumer, CreateSubscription, DeadLetter, DeadLetters, Receipt, ReceiptState, ServerInfo,
@@ -152,6 +153,9 @@ fn position(position: pb::SubscriptionPosition) -> SubscriptionPosition {
         outstanding: position.outstanding,
         oldest_unacked: (oldest > 0).then_some(oldest),
         waits_for: non_empty(position.waits_for),
+        oldest_unacked_age: duration(position.oldest_unacked_age),
+        redelivered: position.redelivered,
+        head_of_line: position.head_of_line.map(head_of_line),
     }
 }
 

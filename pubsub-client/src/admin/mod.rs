@@ -2,6 +2,9 @@
 
 mod call;
 mod convert;
+mod event_convert;
+mod events;
+mod lag;
 mod schema;
 mod types;
 
@@ -9,6 +12,8 @@ use std::sync::Arc;
 
 use pubsub_proto::v1 as pb;
 
+pub use self::events::{EventFilter, EventStream, Presence, ServerEvent, TimedEvent};
+pub use self::lag::{HeadOfLine, WaitCause};
 pub use self::schema::{
     Compatibility, InvalidPayload, PayloadRules, Schema, SchemaCheck, SchemaKind, SchemaProblem,
     SchemaRevision,

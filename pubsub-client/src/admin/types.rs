@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use super::lag::HeadOfLine;
 use crate::message::{MessageId, ReceivedMessage};
 use crate::subscriber::{FailurePolicy, Start, SubscriptionKind};
 
@@ -373,6 +374,13 @@ pub struct SubscriptionPosition {
     pub oldest_unacked: Option<u64>,
     /// Why nothing is delivered although there is something, for people.
     pub waits_for: Option<String>,
+    /// How long ago the first message was published that is not acked; nothing if there is none, or
+    /// it cannot be read.
+    pub oldest_unacked_age: Option<Duration>,
+    /// How many of the messages that are not acked have failed at least once.
+    pub redelivered: u64,
+    /// The first message that is not acked, and what it waits for.
+    pub head_of_line: Option<HeadOfLine>,
 }
 
 /// Whether a subscription has received a message.

@@ -230,6 +230,9 @@ mod tests {
             acked_floor: 8,
             head: 9,
             caught_up: true,
+            behind: 0,
+            buffered: 0,
+            in_hand: 0,
         };
         let position = Position { topics: vec![topic], caught_up: true };
         inbox.forget("s", &position).await.unwrap();

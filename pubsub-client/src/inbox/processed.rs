@@ -197,6 +197,9 @@ mod tests {
             acked_floor: floor,
             head: 0,
             caught_up: false,
+            behind: 0,
+            buffered: 0,
+            in_hand: 0,
         };
         Position { topics: vec![topic], caught_up: false }
     }

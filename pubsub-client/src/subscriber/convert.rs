@@ -190,14 +190,17 @@ pub(super) fn item(order: Order, message: pb::ReceivedMessage) -> (u64, Item<pb:
 }
 
 pub(super) fn gap(topic: Arc<str>, epoch: u64, missing: Missing) -> Gap {
-    let reason = match pb::GapReason::try_from(missing.reason).unwrap_or_default() {
+    Gap { topic, epoch, range: missing.range, reason: gap_reason(missing.reason) }
+}
+
+pub(crate) fn gap_reason(reason: i32) -> GapReason {
+    match pb::GapReason::try_from(reason).unwrap_or_default() {
         pb::GapReason::Unspecified => GapReason::Other,
         pb::GapReason::Retention => GapReason::Retention,
         pb::GapReason::TopicDeleted => GapReason::TopicDeleted,
         pb::GapReason::DataLoss => GapReason::DataLoss,
         pb::GapReason::Purged => GapReason::Purged,
-    };
-    Gap { topic, epoch, range: missing.range, reason }
+    }
 }
 
 /// What is asked for, for people.

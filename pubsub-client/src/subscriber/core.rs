@@ -263,6 +263,12 @@ impl Core {
             acked_floor: topic.done.floor(),
             head: topic.head,
             caught_up: topic.caught_up(),
+            behind: match self.settings.is_reader() {
+                true => topic.head.saturating_sub(topic.last_shown.max(topic.done.floor())),
+                false => topic.done.open_up_to(topic.head),
+            },
+            buffered: topic.held().saturating_sub(topic.outstanding()) as u64,
+            in_hand: topic.outstanding() as u64,
         });
         let topics: Vec<_> = topics.collect();
         let caught_up = inner.active && topics.iter().all(|topic| topic.caught_up);

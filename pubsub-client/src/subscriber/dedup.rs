@@ -33,6 +33,12 @@ impl Dedup {
         sequence <= self.floor || self.above.contains(&sequence)
     }
 
+    /// How many messages up to this one are not done with.
+    pub(super) fn open_up_to(&self, last: u64) -> u64 {
+        let done: u64 = self.above.iter().map(|range| range.end() - range.start() + 1).sum();
+        last.saturating_sub(self.floor).saturating_sub(done)
+    }
+
     /// What is done with, as ranges.
     pub(super) fn ranges(&self) -> impl Iterator<Item = RangeInclusive<u64>> {
         let low = (self.floor > 0).then_some(1..=self.floor);

@@ -7,6 +7,7 @@ mod core;
 mod dedup;
 mod delivery;
 mod failure;
+mod lag;
 mod nacks;
 mod order;
 mod resume;
@@ -30,12 +31,13 @@ use futures_util::Stream;
 
 pub use self::builder::{Start, SubscriberBuilder, SubscriptionKind};
 pub(crate) use self::convert::{
-    kind as kind_to_wire, kind_from_wire, policy as policy_to_wire, policy_from_wire,
-    start as start_to_wire,
+    gap_reason as gap_reason_from_wire, kind as kind_to_wire, kind_from_wire,
+    policy as policy_to_wire, policy_from_wire, start as start_to_wire,
 };
 pub(crate) use self::core::Core;
 pub use self::delivery::{Acker, Delivery, Nack};
 pub use self::failure::FailurePolicy;
+pub use self::lag::{Lag, TopicLag};
 pub use self::stop::{Drain, StopReport, Stopper};
 pub use self::typed::{TypedDelivery, TypedEvent, TypedSubscriber};
 use crate::error::SubscribeError;
@@ -260,4 +262,11 @@ pub struct TopicPosition {
     pub head: u64,
     /// Whether everything up to `head` was handed out, or is with other consumers.
     pub caught_up: bool,
+    /// How many messages up to `head` are not known to be received or released; of a reader, how
+    /// many were not handed out.
+    pub behind: u64,
+    /// How many messages wait here to be handed out.
+    pub buffered: u64,
+    /// How many messages the application holds.
+    pub in_hand: u64,
 }

@@ -7,6 +7,7 @@ use tokio::time::Instant;
 
 use super::delivery::{Claim, Holder};
 use super::error::BrokerError;
+use super::events::{Presence, What};
 use super::session::{AckBatch, Event, Gone, Session, SessionId, SessionTopic, Welcome};
 use super::subscription::{Keeper, Subscription};
 use crate::limits;
@@ -88,7 +89,9 @@ impl Subscription {
         } else if let Some(holder) = self.exclusive_holder()
             && holder != consumer.id
         {
-            session.tell(Event::Standby(holder));
+            let waits = session.consumer.id.clone();
+            session.tell(Event::Standby(holder.clone()));
+            self.tell_presence(&waits, Presence::Standby(holder));
             self.take_claimed_acks(&mut session);
             self.wait_in_line(session);
         } else {
@@ -181,7 +184,10 @@ impl Subscription {
             }
         }
         if let Some(mut older) = before.and_then(|seat| seat.session) {
-            older.tell(Event::Ended(BrokerError::Superseded(consumer.id)));
+            older.tell(Event::Ended(BrokerError::Superseded(consumer.id.clone())));
+        }
+        if crashed {
+            self.tell_presence(&consumer.id, Presence::Superseded);
         }
         let mut topics = self.attach_topics(holder, &mut session, kept_place);
         self.record_changed |= !kept_place;
@@ -200,8 +206,14 @@ impl Subscription {
         if let Some(seat) = self.seats.get_mut(&holder) {
             (seat.session, seat.grace) = (Some(session), None);
         }
+        self.tell_presence(&consumer.id, Presence::Attached);
         self.tell_departed();
         self.is_back(holder);
+    }
+
+    fn tell_presence(&self, consumer: &ConsumerId, presence: Presence) {
+        let name = &self.record.name;
+        self.tell_all(|| What::Consumer(name.clone(), consumer.clone(), presence));
     }
 
     /// What is in the application's hands is of use where it can fail.
@@ -246,6 +258,9 @@ impl Subscription {
     }
 
     pub(super) async fn on_goodbye(&mut self, id: SessionId) {
+        if let Some(waits) = self.standby.iter().find(|session| session.id == id) {
+            self.tell_presence(&waits.consumer.id, Presence::Left);
+        }
         self.standby.retain(|session| session.id != id);
         if let Some(holder) = self.place_of(id) {
             self.release_place(holder, Parting::Goodbye).await;
@@ -258,6 +273,8 @@ impl Subscription {
         };
         seat.session = None;
         seat.grace = Some(Instant::now() + limits::GRACE);
+        let consumer = seat.consumer.id.clone();
+        self.tell_presence(&consumer, Presence::Disconnected);
         self.ended |= self.keeper == Keeper::Client;
     }
 
@@ -272,6 +289,11 @@ impl Subscription {
             self.seats.insert(holder, Seat { session: None, grace, ..seat });
             return;
         }
+        let presence = match parting {
+            Parting::Goodbye => Presence::Left,
+            Parting::Lost => Presence::Lost,
+        };
+        self.tell_presence(&seat.consumer.id, presence);
         let now = self.now();
         for topic in self.topics.values_mut() {
             match parting {

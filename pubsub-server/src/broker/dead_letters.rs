@@ -1,5 +1,5 @@
 //! What becomes of messages that have failed as often as they may: they are skipped, or moved to
-//! a dead-letter topic. And what becomes of dead letters: they are redriven or purged.
+//! a dead-letter topic. `redriving` has what becomes of dead letters.
 //!
 //! A move is one commit that stores the copy and lets the original go, and so is the way back. The
 //! subscription keeps a position in its dead-letter topic, of which everything is done that was
@@ -12,18 +12,18 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::Owed;
 use super::delivery::Cursor;
 use super::error::BrokerError;
+use super::events::What;
 use super::subscription::Subscription;
-use super::{Broker, Handle, Owed, session};
-use crate::envelope::{self, Origin};
-use crate::filter::Filter;
+use crate::envelope::Origin;
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName};
 use crate::record::{
     CursorRecord, Epoch, Failure, FailurePolicy, NewMessage, Release, Sequences, StoredMessage,
 };
-use crate::storage::{Change, CommitError, ReadError, ReadLimit, Storage};
+use crate::storage::{Change, ReadError, ReadLimit, Storage};
 
 /// How long to wait after a move that was not possible.
 const RETRY: Duration = Duration::from_secs(1);
@@ -104,13 +104,13 @@ impl DeadLetters {
     }
 
     /// The first one from here on.
-    fn next(&self, from: u64) -> Option<u64> {
+    pub(super) fn next(&self, from: u64) -> Option<u64> {
         let next = self.cursor.after_done(from);
         (next <= self.looked_at).then_some(next)
     }
 
     /// Looks at what was not looked at yet, one frame of it. Says whether there is more.
-    async fn look(&mut self, storage: &dyn Storage, me: &SubscriptionName) -> bool {
+    pub(super) async fn look(&mut self, storage: &dyn Storage, me: &SubscriptionName) -> bool {
         self.cursor.on_head(*self.topic.head.borrow());
         let head = self.cursor.head();
         if self.looked_at >= head || self.retry.is_some_and(|at| at > Instant::now()) {
@@ -144,7 +144,7 @@ impl DeadLetters {
         }
     }
 
-    async fn read(
+    pub(super) async fn read(
         &self,
         storage: &dyn Storage,
         from: u64,
@@ -154,7 +154,7 @@ impl DeadLetters {
     }
 
     /// Those that are meant, as far as one call goes.
-    async fn choose(
+    pub(super) async fn choose(
         &self,
         storage: &dyn Storage,
         which: &Letters,
@@ -215,6 +215,7 @@ impl Subscription {
             FailurePolicy::Block => more,
             FailurePolicy::Skip { .. } => {
                 self.let_go(epoch, &condemned, Release::Skip);
+                self.tell_let_go(epoch, &condemned, None);
                 true
             }
             FailurePolicy::DeadLetter { .. } => self.move_away(epoch, condemned).await || more,
@@ -258,6 +259,7 @@ impl Subscription {
             return false;
         }
         self.let_go(epoch, &moved, Release::DeadLetter);
+        self.tell_let_go(epoch, &moved, Some(&topic.record.name));
         if let Some(letters) = &mut self.letters {
             letters.waits_for = None;
         }
@@ -342,246 +344,17 @@ impl Subscription {
         self.leases.forget_settled(&self.topics);
     }
 
-    /// Answers with dead letters.
-    pub(super) async fn letters_after(
-        &mut self,
-        after: u64,
-        most: usize,
-    ) -> Result<LetterPage, BrokerError> {
-        let rest = after.saturating_add(1)..=u64::MAX - 1;
-        let rest = if rest.is_empty() { Sequences::new() } else { Sequences::from_iter([rest]) };
-        let (letters, mut chosen) = self.chosen(&Letters::These(rest)).await?;
-        chosen.truncate(most);
-        let last = chosen.last().map_or(after, |letter| letter.sequence);
-        let more = letters.next(last.saturating_add(1)).is_some();
-        let topic = letters.topic.record.name.clone();
-        Ok(LetterPage { topic, epoch: letters.epoch(), letters: chosen, more })
-    }
-
-    /// Sends dead letters back to where they come from, for this subscription only.
-    pub(super) async fn redrive(&mut self, which: Letters) -> Result<Settled, BrokerError> {
-        let (_, chosen) = self.chosen(&which).await?;
-        let (mut stores, mut settled) = (Vec::new(), Vec::new());
-        let mut homeless = 0;
-        for letter in chosen {
-            match self.back_home(&letter) {
-                Some(store) => {
-                    stores.push(store);
-                    settled.push(letter.sequence);
-                }
-                None => homeless += 1,
-            }
-        }
-        self.settle_letters(&settled, stores).await?;
-        let left = self.letters.as_ref().map_or(0, DeadLetters::waiting);
-        Ok(Settled { settled: settled.len() as u64, homeless, left })
-    }
-
-    fn back_home(&self, letter: &StoredMessage) -> Option<Change> {
-        let origin = Origin::of(&letter.body)?;
-        let home =
-            |topic: &super::subscription::Topic| topic.name.as_str() == origin.topic && !topic.gone;
-        let (topic, _) = self.topics.iter().find(|(_, topic)| home(topic))?;
-        let me = &self.record.name;
-        let body = envelope::revived(&letter.body, me.as_str())?;
-        let message = NewMessage { body, recipients: vec![me.clone()], key: None };
-        Some(Change::Store { topic: *topic, message })
-    }
-
-    /// Lets dead letters go.
-    pub(super) async fn purge_letters(&mut self, which: Letters) -> Result<Settled, BrokerError> {
-        let (_, chosen) = self.chosen(&which).await?;
-        let settled: Vec<u64> = chosen.iter().map(|letter| letter.sequence).collect();
-        self.settle_letters(&settled, Vec::new()).await?;
-        let left = self.letters.as_ref().map_or(0, DeadLetters::waiting);
-        Ok(Settled { settled: settled.len() as u64, homeless: 0, left })
-    }
-
-    /// In one commit with what else is to be stored. If it fails, nothing of it has happened.
-    async fn settle_letters(
-        &mut self,
-        settled: &[u64],
-        stores: Vec<Change>,
-    ) -> Result<(), CommitError> {
-        let Some(letters) = &mut self.letters else { return Ok(()) };
-        let before = letters.cursor.clone();
-        settled.iter().for_each(|sequence| letters.cursor.settle(*sequence, *sequence));
-        let committed = self.commit_with(stores).await;
-        if committed.is_err()
-            && let Some(letters) = &mut self.letters
-        {
-            letters.cursor = before;
-            letters.cursor.mark_dirty();
-        }
-        committed
-    }
-
-    /// The dead letters that are meant, as far as one call goes.
-    async fn chosen(
-        &mut self,
-        which: &Letters,
-    ) -> Result<(&DeadLetters, Vec<StoredMessage>), BrokerError> {
-        let me = &self.record.name;
-        let Some(letters) = &mut self.letters else {
-            let text = format!("subscription {me} has no dead-letter topic");
-            return Err(BrokerError::Invalid(text));
+    fn tell_let_go(&self, epoch: Epoch, sequences: &[u64], into: Option<&TopicName>) {
+        let (Some(topic), Some(first)) = (self.topics.get(&epoch), sequences.iter().min()) else {
+            return;
         };
-        letters.retry = None;
-        while letters.look(&*self.storage, me).await {}
-        let chosen = letters.choose(&*self.storage, which).await;
-        let chosen =
-            chosen.map_err(|error| BrokerError::read(&letters.topic.record.name, error))?;
-        Ok((letters, chosen))
+        self.tell_all(|| What::LetGo {
+            subscription: self.record.name.clone(),
+            topic: topic.name.clone(),
+            epoch,
+            count: sequences.len() as u64,
+            first: *first,
+            into: into.cloned(),
+        });
     }
-}
-
-/// What an administrator asks about dead letters.
-#[derive(Debug)]
-pub enum LetterCommand {
-    /// List those after a sequence, so many at most.
-    List(u64, usize, Reply<LetterPage>),
-    /// Send them back.
-    Redrive(Letters, Reply<Settled>),
-    /// Let them go.
-    Purge(Letters, Reply<Settled>),
-}
-
-type Reply<T> = tokio::sync::oneshot::Sender<Result<T, BrokerError>>;
-
-impl Subscription {
-    pub(super) async fn on_letters(&mut self, command: LetterCommand) {
-        // Whoever asked may have stopped waiting.
-        match command {
-            LetterCommand::List(after, most, reply) => {
-                let _ = reply.send(self.letters_after(after, most).await);
-            }
-            LetterCommand::Redrive(which, reply) => {
-                let _ = reply.send(self.redrive(which).await);
-            }
-            LetterCommand::Purge(which, reply) => {
-                let _ = reply.send(self.purge_letters(which).await);
-            }
-        }
-    }
-}
-
-impl Broker {
-    /// The dead letters of a subscription after a sequence of the dead-letter topic, or those of
-    /// them that a filter means.
-    ///
-    /// # Errors
-    ///
-    /// If there is no such subscription, or it has no dead-letter topic.
-    pub async fn dead_letters(
-        &self,
-        name: &SubscriptionName,
-        filter: Option<&Filter>,
-        after: u64,
-        most: usize,
-    ) -> Result<LetterPage, BrokerError> {
-        let handle = self.existing(name)?;
-        match filter {
-            Some(filter) => handle.search(filter, (after, u64::MAX), most, |_| true).await,
-            None => handle.letters(after, most).await,
-        }
-    }
-
-    /// Sends dead letters back to the topics that they come from, to be received by their
-    /// subscription alone: those that are meant, and a filter means too. A call takes up to
-    /// [`limits::MAX_DEAD_LETTERS`].
-    ///
-    /// # Errors
-    ///
-    /// If there is no such subscription, it has no dead-letter topic, or a topic is full.
-    pub async fn redrive(
-        &self,
-        name: &SubscriptionName,
-        which: Letters,
-        filter: Option<&Filter>,
-    ) -> Result<Settled, BrokerError> {
-        let handle = self.existing(name)?;
-        for topic in self.matching(&handle.record.topics) {
-            topic.check_room(&*self.inner.storage, 1)?;
-        }
-        let which = handle.narrowed(which, filter).await?;
-        handle.ask(|reply| letter_command(LetterCommand::Redrive(which, reply))).await?
-    }
-
-    /// Lets dead letters go, for good: those that are meant, and a filter means too. A call takes
-    /// up to [`limits::MAX_DEAD_LETTERS`].
-    ///
-    /// # Errors
-    ///
-    /// If there is no such subscription, or it has no dead-letter topic.
-    pub async fn purge_dead_letters(
-        &self,
-        name: &SubscriptionName,
-        which: Letters,
-        filter: Option<&Filter>,
-    ) -> Result<Settled, BrokerError> {
-        let handle = self.existing(name)?;
-        let which = handle.narrowed(which, filter).await?;
-        handle.ask(|reply| letter_command(LetterCommand::Purge(which, reply))).await?
-    }
-}
-
-impl Handle {
-    async fn letters(&self, after: u64, most: usize) -> Result<LetterPage, BrokerError> {
-        self.ask(|reply| letter_command(LetterCommand::List(after, most, reply))).await?
-    }
-
-    /// Those of the dead letters that a filter means, too.
-    async fn narrowed(
-        &self,
-        which: Letters,
-        filter: Option<&Filter>,
-    ) -> Result<Letters, BrokerError> {
-        let Some(filter) = filter else { return Ok(which) };
-        let found = match which {
-            Letters::Oldest(most) => self.search(filter, (0, u64::MAX), most, |_| true).await?,
-            Letters::These(these) => {
-                let first = these.first().map_or(1, |range| *range.start());
-                let last = these.last().map_or(0, |range| *range.end());
-                let (within, most) = ((first - 1, last), limits::MAX_DEAD_LETTERS);
-                self.search(filter, within, most, |sequence| these.contains(&sequence)).await?
-            }
-        };
-        let one = |letter: &StoredMessage| letter.sequence..=letter.sequence;
-        Ok(Letters::These(found.letters.iter().map(one).collect()))
-    }
-
-    /// Looks for dead letters after a sequence and up to another one. The subscription is asked
-    /// for a page at a time, and goes on in between: there may be many that do not match.
-    async fn search(
-        &self,
-        filter: &Filter,
-        (mut after, last): (u64, u64),
-        most: usize,
-        meant: impl Fn(u64) -> bool,
-    ) -> Result<LetterPage, BrokerError> {
-        let mut found = Vec::new();
-        let mut bytes = 0;
-        loop {
-            let page = self.letters(after, limits::MAX_DEAD_LETTERS).await?;
-            after = page.letters.last().map_or(u64::MAX, |letter| letter.sequence);
-            for letter in page.letters {
-                let matches = || filter.matches(&envelope::attributes(&letter.body));
-                if letter.sequence > last || !meant(letter.sequence) || !matches() {
-                    continue;
-                }
-                bytes += letter.body.len();
-                if found.len() >= most || bytes > limits::MAX_COMMIT_BYTES && !found.is_empty() {
-                    return Ok(LetterPage { letters: found, more: true, ..page });
-                }
-                found.push(letter);
-            }
-            if !page.more || after >= last {
-                return Ok(LetterPage { letters: found, more: false, ..page });
-            }
-        }
-    }
-}
-
-fn letter_command(command: LetterCommand) -> session::Command {
-    session::Command::Admin(super::subscription::AdminCommand::Letters(command))
 }

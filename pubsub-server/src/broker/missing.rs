@@ -70,6 +70,7 @@ impl Subscription {
             return;
         };
         let (number, name) = (topic.number, topic.name.clone());
+        self.tell_gap(epoch, (first, last), reason);
         let mut told = false;
         for session in self.active() {
             session.tell(Event::Gap(number, first, last, reason));

@@ -21,20 +21,24 @@ mod dead_letters;
 mod delivering;
 pub mod delivery;
 pub mod error;
+pub mod events;
 mod lease;
 mod listening;
 mod missing;
 pub mod publisher;
 mod receipts;
+mod redriving;
 mod retention;
 mod saving;
 mod schemas;
 pub mod session;
 mod sharing;
 mod snapshots;
+mod stalls;
 pub mod subscription;
 mod subscriptions;
 mod topics;
+pub mod waiting;
 
 pub use dead_letters::{LetterPage, Letters};
 pub use error::{BrokerError, Code};
@@ -46,6 +50,7 @@ pub use subscriptions::{Consume, NewSubscription, Start, Stream};
 pub use topics::TopicInfo;
 
 use dead_letters::DeadLetters;
+use events::Events;
 use schemas::Payloads;
 use session::{Command, SessionId};
 use subscription::{Keeper, Subscription, TopicStart, Topics};
@@ -69,6 +74,7 @@ struct Inner {
     tasks: TaskTracker,
     stop: CancellationToken,
     next_id: AtomicU64,
+    events: Events,
 }
 
 #[derive(Debug, Default)]
@@ -129,7 +135,9 @@ impl Broker {
     pub async fn start(storage: Arc<dyn Storage>, env: SharedEnv) -> Result<Self, StorageError> {
         let Catalog { topics, schemas, subscriptions } = storage.catalog().await?;
         let uncommitted = Arc::new(Semaphore::new(limits::MAX_UNCOMMITTED_BYTES));
+        let events = Events::new(Arc::clone(&env));
         let inner = Inner {
+            events,
             storage,
             env,
             state: Mutex::default(),
@@ -179,6 +187,7 @@ impl Broker {
             broker.run_subscription(record, Topics { starts, letters });
         }
         broker.spawn_retention();
+        broker.spawn_overseer();
         Ok(broker)
     }
 
@@ -273,7 +282,8 @@ impl Broker {
     fn spawn(&self, record: SubscriptionRecord, keeper: Keeper, topics: Topics) -> Handle {
         let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
         let (storage, env) = (Arc::clone(&self.inner.storage), Arc::clone(&self.inner.env));
-        let task = Subscription::new(record.clone(), keeper, (storage, env), topics);
+        let events = self.inner.events.clone();
+        let task = Subscription::new(record.clone(), keeper, (storage, env, events), topics);
         let departed = Arc::clone(&task.departed);
         let handle = Handle { record: Arc::new(record), commands, departed };
         self.inner.tasks.spawn(task.run(receiver));

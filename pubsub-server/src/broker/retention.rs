@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use super::error::BrokerError;
+use super::events::{SubscriptionFate, What};
 use super::session::Command;
 use super::subscription::AdminCommand;
 use super::{Broker, Inner, Owed, Topic};
@@ -55,6 +56,10 @@ impl Broker {
                 let name = &handle.record.name;
                 tracing::info!(subscription = %name, "deleted, since nobody used it for so long");
                 self.forget_subscription(name);
+                let (name, epoch) = (name.clone(), handle.record.epoch);
+                self.inner
+                    .events
+                    .tell(|| What::Subscription(name, epoch, SubscriptionFate::Expired));
             }
         }
     }

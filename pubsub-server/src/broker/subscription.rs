@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use futures_util::future::{BoxFuture, select_all};
 use futures_util::stream::{BoxStream, FuturesUnordered, SelectAll};
@@ -14,13 +15,17 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::WatchStream;
 
 use super::consumers::Seat;
-use super::dead_letters::{DeadLetters, LetterCommand};
+use super::dead_letters::DeadLetters;
 use super::delivering::Next;
 use super::delivery::{Cursor, Delivery, Holder, Moment, Receipt};
 use super::error::BrokerError;
+use super::events::Events;
 use super::lease::Leases;
+use super::redriving::LetterCommand;
 use super::saving::{Save, Waiter, saved};
 use super::session::{Command, Event, GapReason, Session, SessionId, SessionTopic, Told};
+use super::stalls::Noted;
+use super::waiting::HeadOfLine;
 use crate::env::SharedEnv;
 use crate::limits;
 use crate::names::{ConsumerId, TopicName, TopicPattern};
@@ -42,6 +47,8 @@ pub enum AdminCommand {
     Snapshot(oneshot::Sender<Result<Vec<(Epoch, Target)>, BrokerError>>),
     /// Delete the subscription, and end, if nobody has used it for as long as it says.
     Expire(oneshot::Sender<bool>),
+    /// Tell whoever watches if it does not go on.
+    LookForStalls,
     /// Tell how things stand.
     Describe(oneshot::Sender<Description>),
     /// Tell what is known of a message.
@@ -141,6 +148,12 @@ pub struct Position {
     pub oldest_unacked: Option<u64>,
     /// What keeps the topic from being delivered.
     pub waits_for: Option<String>,
+    /// How long ago the first one not done was published, as far as it was looked up.
+    pub oldest_age: Option<Duration>,
+    /// Messages not done that have failed at least once.
+    pub redelivered: u64,
+    /// The first one not done, and what it waits for.
+    pub head_of_line: Option<HeadOfLine>,
 }
 
 #[derive(Debug)]
@@ -180,6 +193,8 @@ pub(super) struct Subscription {
     pub(super) keeper: Keeper,
     pub(super) storage: Arc<dyn Storage>,
     env: SharedEnv,
+    pub(super) events: Events,
+    pub(super) noted: Noted,
     started: Instant,
     pub(super) letters: Option<DeadLetters>,
     pub(super) topics: BTreeMap<Epoch, Topic>,
@@ -214,7 +229,7 @@ impl Subscription {
     pub(super) fn new(
         record: SubscriptionRecord,
         keeper: Keeper,
-        (storage, env): (Arc<dyn Storage>, SharedEnv),
+        (storage, env, events): (Arc<dyn Storage>, SharedEnv, Events),
         topics: Topics,
     ) -> Self {
         let Topics { starts, letters } = topics;
@@ -232,6 +247,8 @@ impl Subscription {
             keeper,
             storage,
             env,
+            events,
+            noted: Noted::default(),
             started: Instant::now(),
             letters,
             topics: BTreeMap::new(),
@@ -344,6 +361,7 @@ impl Subscription {
                 let expired = self.is_expired() && self.delete().await.is_ok();
                 let _ = reply.send(expired);
             }
+            AdminCommand::LookForStalls => self.look_for_stalls(),
             AdminCommand::Describe(reply) => {
                 let _ = reply.send(self.describe());
             }
@@ -503,6 +521,7 @@ impl Subscription {
             positions: (self.topics.iter())
                 .map(|(epoch, topic)| topic.position(*epoch, now))
                 .map(|position| self.why_it_waits(position))
+                .map(|position| self.with_head_of_line(position, now))
                 .collect(),
             dead_letters: self.letters.as_ref().map_or(0, DeadLetters::waiting),
         }
@@ -564,6 +583,9 @@ impl Topic {
             outstanding: self.delivery.held() as u64,
             oldest_unacked: cursor.oldest_unsettled(),
             waits_for,
+            oldest_age: None,
+            redelivered: cursor.record().failures.len() as u64,
+            head_of_line: None,
         }
     }
 }

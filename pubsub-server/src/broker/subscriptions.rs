@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::dead_letters::DeadLetters;
 use super::delivery::{Claim, Nack, starting_at};
 use super::error::BrokerError;
+use super::events::{SubscriptionFate, What};
 use super::session::{Attach, Command, Event, Lease, Outlet, Pull, Pulled, SessionId};
 use super::subscription::{AdminCommand, Description, Keeper, Target, TopicStart, Topics};
 use super::{Broker, Handle, Owed, Topic};
@@ -175,6 +176,8 @@ impl Broker {
         let name = &record.name;
         let starts = starts.into_iter().map(|(topic, cursor)| topic.start(name, cursor)).collect();
         let letters = letters.map(|(topic, cursor)| DeadLetters::new(topic, name, cursor));
+        let (name, epoch) = (name.clone(), record.epoch);
+        self.inner.events.tell(|| What::Subscription(name, epoch, SubscriptionFate::Created));
         Ok((self.run_subscription(record, Topics { starts, letters }), true))
     }
 
@@ -462,6 +465,10 @@ impl Broker {
             }
         }
         self.forget_subscription(name);
+        let epoch = handle.record.epoch;
+        self.inner
+            .events
+            .tell(|| What::Subscription(name.clone(), epoch, SubscriptionFate::Deleted));
         Ok(())
     }
 
@@ -511,7 +518,8 @@ impl Broker {
         &self,
         handle: &Handle,
     ) -> Result<Description, BrokerError> {
-        handle.ask(|reply| Command::Admin(AdminCommand::Describe(reply))).await
+        let ask = handle.ask(|reply| Command::Admin(AdminCommand::Describe(reply)));
+        Ok(self.with_ages(ask.await?).await)
     }
 
     pub(super) fn find(&self, name: &SubscriptionName) -> Option<Handle> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::error::BrokerError;
+use super::events::{TopicFate, What};
 use super::session::Command;
 use super::subscription::AdminCommand;
 use super::{Broker, Handle, Topic};
@@ -79,6 +80,7 @@ impl Broker {
             // A task that has ended does not need to know.
             let _ = listener.commands.send(Command::Admin(AdminCommand::TopicCreated(start))).await;
         }
+        self.tell_of(&topic, TopicFate::Created);
         Ok((self.info(&topic), true))
     }
 
@@ -101,6 +103,7 @@ impl Broker {
             let change = Change::PutTopic(record);
             broker.inner.storage.apply(vec![change], Urgency::Now).await?.into_inner();
             topic.set_config(config);
+            broker.tell_of(&topic, TopicFate::Updated);
             Ok(broker.info(&topic))
         };
         self.to_the_end(update).await
@@ -136,7 +139,9 @@ impl Broker {
                 topic.purged.store(before, Ordering::Release);
                 return Err(error.into());
             }
-            Ok((broker.info(&topic), below.saturating_sub(first)))
+            let (epoch, purged) = (topic.record.epoch, below.saturating_sub(first));
+            broker.inner.events.tell(|| What::Purged { topic: name, epoch, before: below, purged });
+            Ok((broker.info(&topic), purged))
         };
         self.to_the_end(purge).await
     }
@@ -170,7 +175,13 @@ impl Broker {
         for (listener, _) in listeners {
             let _ = listener.commands.send(Command::Admin(AdminCommand::TopicDeleted(epoch))).await;
         }
+        self.tell_of(&topic, TopicFate::Deleted);
         Ok(())
+    }
+
+    fn tell_of(&self, topic: &Topic, fate: TopicFate) {
+        let TopicRecord { name, epoch, .. } = &topic.record;
+        self.inner.events.tell(|| What::Topic(name.clone(), *epoch, fate));
     }
 
     /// A subscription whose dead letters a topic holds.

@@ -16,11 +16,13 @@ use pubsub_proto::v1::{
     PurgeDeadLettersResponse, PurgeTopicRequest, PurgeTopicResponse, RedriveDeadLettersRequest,
     RedriveDeadLettersResponse, SeekSubscriptionRequest, SeekSubscriptionResponse,
     SetSchemaRequest, SetSchemaResponse, UpdateTopicRequest, UpdateTopicResponse,
+    WatchEventsRequest, WatchEventsResponse,
 };
 use tonic::{Request, Response, Status};
 
 use super::status::{invalid, status};
-use super::{Context, convert, describe, schema};
+use super::stream::Outbound;
+use super::{Context, convert, describe, events, schema};
 use crate::broker::{BrokerError, NewSubscription, Relisten};
 use crate::record::TopicConfig;
 use crate::storage::Health;
@@ -49,6 +51,8 @@ fn refuse(error: BrokerError) -> Status {
 
 #[tonic::async_trait]
 impl AdminService for Service {
+    type WatchEventsStream = Outbound<WatchEventsResponse>;
+
     async fn create_topic(
         &self,
         request: Request<CreateTopicRequest>,
@@ -344,6 +348,13 @@ impl AdminService for Service {
         let answers = broker.receipts(&topic, epoch, request.sequence, subscription.as_ref());
         let receipts = answers.await.map_err(refuse)?.into_iter().map(describe::receipt).collect();
         Ok(Response::new(GetReceiptsResponse { receipts }))
+    }
+
+    async fn watch_events(
+        &self,
+        request: Request<WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        events::watch(&self.0, &request.into_inner()).map(Response::new)
     }
 
     async fn get_server(

@@ -4,6 +4,7 @@ use pubsub_proto::v1;
 use tonic::Status;
 
 use super::convert::{duration, kind, parse_duration, parse_ranges, policy, received, timestamp};
+use super::events::head_of_line;
 use super::status::invalid;
 use crate::broker::delivery::Receipt;
 use crate::broker::subscription::{ActiveConsumer, Description, Position};
@@ -98,6 +99,9 @@ fn position(position: Position) -> v1::SubscriptionPosition {
         outstanding: position.outstanding,
         oldest_unacked: position.oldest_unacked.unwrap_or(0),
         waits_for: position.waits_for.unwrap_or_default(),
+        oldest_unacked_age: position.oldest_age.and_then(duration),
+        redelivered: position.redelivered,
+        head_of_line: position.head_of_line.map(head_of_line),
     }
 }
 

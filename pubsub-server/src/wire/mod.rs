@@ -18,6 +18,7 @@ use crate::record::Timestamp;
 mod admin;
 mod convert;
 mod describe;
+mod events;
 mod publish;
 mod schema;
 mod status;

@@ -41,6 +41,23 @@ impl<T> Frames<T> {
         self.0.send_timeout(Ok(frame), WRITE_STALL).await.map_err(|_| End::Gone)
     }
 
+    /// Sends a frame as soon as there is room, however long that takes. Cancel-safe.
+    pub(super) async fn put(&self, frame: T) -> Result<(), End> {
+        self.0.send(Ok(frame)).await.map_err(|_| End::Gone)
+    }
+
+    /// Resolves when the peer is gone.
+    pub(super) async fn closed(&self) {
+        self.0.closed().await;
+    }
+
+    /// Ends the stream, and says why if the peer reads.
+    pub(super) fn end_now(self, end: End) {
+        if let End::Refused(status) = end {
+            let _ = self.0.try_send(Err(*status));
+        }
+    }
+
     /// Ends the stream, and says why.
     pub(super) async fn end(self, end: End) {
         if let End::Refused(status) = end {

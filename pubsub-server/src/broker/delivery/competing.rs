@@ -39,17 +39,17 @@ pub struct Competing {
     /// that are held or waiting all the same: consumers that came back named them.
     pub(super) next: u64,
     pub(super) held: BTreeMap<u64, Held>,
-    waiting: BTreeMap<u64, Waiting>,
+    pub(super) waiting: BTreeMap<u64, Waiting>,
     /// Of the waiting ones, those that could go now if someone had room.
     ready: BTreeSet<u64>,
     /// Of the waiting ones, those that have to wait for a moment.
-    due: BTreeSet<(Instant, u64)>,
+    pub(super) due: BTreeSet<(Instant, u64)>,
     pub(super) lanes: BTreeMap<Key, Lane>,
     out: BTreeMap<Holder, Out>,
     pub(super) started: Timed,
     /// To wait for a moment that their publishers have named; they are in nobody's way.
-    delayed: BTreeMap<u64, Waiting>,
-    due_at: Timed,
+    pub(super) delayed: BTreeMap<u64, Waiting>,
+    pub(super) due_at: Timed,
     /// Of the suspects, those that are held.
     suspects_out: usize,
     /// When one was given out last, unless that is so long ago that it kills nobody.
@@ -72,8 +72,8 @@ pub(super) struct Held {
 }
 
 #[derive(Debug, Default)]
-struct Waiting {
-    at: Option<Instant>,
+pub(super) struct Waiting {
+    pub(super) at: Option<Instant>,
     bytes: u32,
     key: Option<Key>,
 }
@@ -142,6 +142,16 @@ impl Competing {
     /// Whether this consumer holds this message.
     pub fn holds(&self, sequence: u64, holder: Holder) -> bool {
         self.held.get(&sequence).is_some_and(|held| held.holder == holder)
+    }
+
+    /// Who holds this message.
+    pub fn holder_of(&self, sequence: u64) -> Option<Holder> {
+        self.held.get(&sequence).map(|held| held.holder)
+    }
+
+    /// Until when a message is held back by its backoff.
+    pub fn due(&self, sequence: u64) -> Option<Instant> {
+        self.waiting.get(&sequence).and_then(|waiting| waiting.at)
     }
 
     /// Messages that were looked at and wait.
@@ -288,7 +298,7 @@ impl Competing {
     }
 
     /// Of the suspects one at a time is tried.
-    fn waits_for_another_suspect(&self, sequence: u64) -> bool {
+    pub(super) fn waits_for_another_suspect(&self, sequence: u64) -> bool {
         self.is_suspect_tried() && self.cursor.suspects().contains(&sequence)
     }
 
@@ -306,21 +316,6 @@ impl Competing {
     fn owner(&self, key: Option<&Key>) -> Option<Holder> {
         let held = &self.lanes.get(key?)?.held;
         self.held.get(held.last()?).map(|held| held.holder)
-    }
-
-    /// When the first of the delayed messages is due.
-    pub fn due_at(&self) -> Option<Instant> {
-        self.due_at.earliest()
-    }
-
-    /// Messages that are not due yet.
-    pub fn delayed(&self) -> usize {
-        self.delayed.len()
-    }
-
-    fn undelay(&mut self, sequence: u64) -> Option<Waiting> {
-        self.due_at.remove(sequence);
-        self.delayed.remove(&sequence)
     }
 
     /// A message that was read, which the subscription wants or not, with its terms: to whom it is to
@@ -397,22 +392,6 @@ impl Competing {
             }
             self.next = next + u64::from(passed);
             self.classify(next);
-        }
-    }
-
-    /// What has waited for a moment that is over waits no more for that.
-    fn tick(&mut self, now: Instant) {
-        for sequence in self.due_at.until(now).collect::<Vec<_>>() {
-            if let Some(waiting) = self.undelay(sequence) {
-                self.put_waiting(sequence, waiting);
-            }
-        }
-        while let Some((at, sequence)) = self.due.first().copied().filter(|(at, _)| *at <= now) {
-            self.due.remove(&(at, sequence));
-            if let Some(waiting) = self.waiting.get_mut(&sequence) {
-                waiting.at = None;
-            }
-            self.classify(sequence);
         }
     }
 
@@ -542,7 +521,7 @@ impl Competing {
         Some(held)
     }
 
-    fn put_waiting(&mut self, sequence: u64, waiting: Waiting) {
+    pub(super) fn put_waiting(&mut self, sequence: u64, waiting: Waiting) {
         if let Some(at) = waiting.at {
             self.due.insert((at, sequence));
         }
@@ -582,7 +561,7 @@ impl Competing {
     }
 
     /// Whether a waiting message could go now.
-    fn classify(&mut self, sequence: u64) {
+    pub(super) fn classify(&mut self, sequence: u64) {
         let could = self.waiting.get(&sequence).is_some_and(|waiting| {
             let lane = waiting.key.as_ref().and_then(|key| self.lanes.get(key));
             let first = lane.is_none_or(|lane| lane.waiting.first() == Some(&sequence));

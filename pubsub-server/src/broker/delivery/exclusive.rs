@@ -179,7 +179,7 @@ impl Exclusive {
     /// of them lie within `window` of the floor.
     pub fn wants(&mut self, window: u64, now: Instant) -> Option<(u64, u64)> {
         self.skip_settled();
-        if let Some(due) = self.due(now) {
+        if let Some(due) = self.due_now(now) {
             return Some((due, 1));
         }
         let mut last = self.base().saturating_add(window.max(1)).min(self.cursor.head());
@@ -206,7 +206,7 @@ impl Exclusive {
     }
 
     /// The delayed message that is due first, unless what failed before it is in its way.
-    fn due(&self, now: Instant) -> Option<u64> {
+    fn due_now(&self, now: Instant) -> Option<u64> {
         let condemned = self.cursor.condemned().first().is_some_and(|first| *first <= self.next);
         let blocked = condemned || self.ready_at(now).is_some() || self.is_suspect_tried(now);
         self.delayed.until(now).next().filter(|_| !blocked)
@@ -215,6 +215,11 @@ impl Exclusive {
     /// When the first of the delayed messages is due.
     pub fn due_at(&self) -> Option<Instant> {
         self.delayed.earliest()
+    }
+
+    /// When this message is due, if it is delayed.
+    pub fn delayed_until(&self, sequence: u64) -> Option<Instant> {
+        self.delayed.at(sequence)
     }
 
     /// Messages that are not due yet.
@@ -258,6 +263,11 @@ impl Exclusive {
     /// When a message that is held back by a backoff may be shown.
     pub fn ready_at(&self, now: Instant) -> Option<Instant> {
         self.not_before.get(&self.next).copied().filter(|at| *at > now)
+    }
+
+    /// Until when a message is held back by its backoff.
+    pub fn due(&self, sequence: u64) -> Option<Instant> {
+        self.not_before.get(&sequence).copied()
     }
 
     /// When the next suspect may be shown, if it waits for another one.

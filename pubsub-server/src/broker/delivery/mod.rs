@@ -12,6 +12,7 @@ mod competing;
 #[cfg(test)]
 mod competing_tests;
 mod cursor;
+mod delaying;
 #[cfg(test)]
 mod delivery_model;
 mod exclusive;
@@ -25,10 +26,12 @@ mod model_truth;
 #[cfg(test)]
 mod model_world;
 mod timed;
+mod waiting;
 
 pub use competing::{Competing, Key, Order};
 pub use cursor::Cursor;
 pub use exclusive::Exclusive;
+pub use waiting::Wait;
 
 /// A moment, by the clock that measures and by the one that people read.
 #[derive(Clone, Copy, Debug)]
