@@ -5,11 +5,12 @@ use std::sync::Arc;
 use super::delivery::starting_at;
 use super::error::BrokerError;
 use super::session::Command;
-use super::subscription::{AdminCommand, Description, Listening};
+use super::subscription::{AdminCommand, Description, Listening, Subscription};
 use super::{Broker, Handle, Owed, Start, Topic};
 use crate::limits;
 use crate::names::{SubscriptionName, TopicPattern};
 use crate::record::SubscriptionRecord;
+use crate::storage::Change;
 
 /// A change of what a subscription listens to.
 #[derive(Clone, Debug)]
@@ -20,6 +21,34 @@ pub struct Relisten {
     pub remove: Vec<TopicPattern>,
     /// Where it starts in topics that it does not listen to yet.
     pub start: Start,
+}
+
+impl Subscription {
+    /// Listens to other topics from now on. If that fails everything is as it was.
+    pub(super) async fn listen(&mut self, listening: Listening) -> Result<(), BrokerError> {
+        let Listening { patterns, joining, leaving } = listening;
+        let before = std::mem::replace(&mut self.record.topics, patterns);
+        let subscription = self.record.epoch;
+        let starts = joining.iter().map(|(topic, cursor)| {
+            let (topic, cursor) = (topic.record.epoch, cursor.clone());
+            Change::PutCursor { subscription, topic, cursor }
+        });
+        let ends = leaving.iter().map(|topic| Change::DeleteCursor { subscription, topic: *topic });
+        let changes = starts.chain(ends).collect();
+        self.record_changed = true;
+        // The positions of those that leave are not to be saved after they are deleted.
+        if let Err(error) = self.commit_with(changes).await {
+            self.record.topics = before;
+            return Err(error.into());
+        }
+        leaving.into_iter().for_each(|epoch| self.leave(epoch));
+        for (topic, cursor) in joining {
+            let start = topic.start(&self.record.name, cursor);
+            self.join_and_tell(start);
+        }
+        self.leases.forget_settled(&self.topics);
+        Ok(())
+    }
 }
 
 impl Broker {

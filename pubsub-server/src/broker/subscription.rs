@@ -378,32 +378,6 @@ impl Subscription {
         }
     }
 
-    /// Listens to other topics from now on. If that fails everything is as it was.
-    async fn listen(&mut self, listening: Listening) -> Result<(), BrokerError> {
-        let Listening { patterns, joining, leaving } = listening;
-        let before = std::mem::replace(&mut self.record.topics, patterns);
-        let subscription = self.record.epoch;
-        let starts = joining.iter().map(|(topic, cursor)| {
-            let (topic, cursor) = (topic.record.epoch, cursor.clone());
-            Change::PutCursor { subscription, topic, cursor }
-        });
-        let ends = leaving.iter().map(|topic| Change::DeleteCursor { subscription, topic: *topic });
-        let changes = starts.chain(ends).collect();
-        self.record_changed = true;
-        // The positions of those that leave are not to be saved after they are deleted.
-        if let Err(error) = self.commit_with(changes).await {
-            self.record.topics = before;
-            return Err(error.into());
-        }
-        leaving.into_iter().for_each(|epoch| self.leave(epoch));
-        for (topic, cursor) in joining {
-            let start = topic.start(&self.record.name, cursor);
-            self.join_and_tell(start);
-        }
-        self.leases.forget_settled(&self.topics);
-        Ok(())
-    }
-
     /// Ends with a topic: what is unacked of it is nobody's business any more.
     pub(super) fn leave(&mut self, epoch: Epoch) {
         let Some(topic) = self.topics.remove(&epoch) else { return };
@@ -415,7 +389,7 @@ impl Subscription {
         }
     }
 
-    fn join_and_tell(&mut self, start: TopicStart) {
+    pub(super) fn join_and_tell(&mut self, start: TopicStart) {
         let epoch = self.join(start);
         let joined = self.topics.get(&epoch).map(|topic| topic.describe(epoch));
         if let Some(joined) = joined {
