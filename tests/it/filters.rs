@@ -97,6 +97,37 @@ fn what_is_filtered_out_is_never_shown_and_holds_nothing_up() {
 }
 
 #[test]
+fn however_far_away_they_are_no_more_are_out_than_the_credit() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let client = app::client(&server.url())?;
+        let admin = client.admin();
+        admin.create_topic(TOPIC, TopicConfig::new()).await?;
+        let publisher = app::publisher(&client, TOPIC).await?;
+        publish(&publisher, repeat_n("red", 5000)).await?;
+        publish(&publisher, repeat_n("green", 20)).await?;
+        admin.create_subscription("green", to_all().with_filter(GREEN)).await?;
+        let opening = client.subscriber("green").max_outstanding_messages(2);
+        let mut subscriber = wait::soon("a subscriber", SOON, opening.open()).await??;
+        let outstanding = async || -> Result<u64> {
+            let info = admin.subscription("green").await?;
+            Ok(info.positions.first().context("no position")?.outstanding)
+        };
+        let first = app::next_many(&mut subscriber, 2).await?;
+        ensure!(app::sequences(&first) == [5001, 5002], "{first:?}");
+        ensure!(outstanding().await? == 2, "more than the credit is out");
+        app::confirm(first).await?;
+        for sequence in 5003..=5020 {
+            let delivery = app::next(&mut subscriber).await?;
+            ensure!(delivery.id.sequence == sequence, "{delivery:?}");
+            ensure!(outstanding().await? <= 2, "more than the credit is out");
+            delivery.ack_confirmed().await?;
+        }
+        app::shutdown(client).await
+    });
+}
+
+#[test]
 fn a_topic_of_which_nothing_matches_is_passed_also_after_a_restart() {
     scenario(WITHIN, async |lab| {
         let mut rig = lab.rig().await?;

@@ -72,6 +72,7 @@ impl Subscription {
     fn send(&mut self, epoch: Epoch, limit: ReadLimit, messages: Vec<StoredMessage>) {
         // A reader sees the log as it is.
         let (now, delays) = (self.now(), self.keeper == Keeper::Server);
+        let held = self.outstanding().messages;
         let topic = self.topics.get_mut(&epoch);
         let session = self.seats.values_mut().find_map(|seat| seat.session.as_mut());
         let (Some(topic), Some(session)) = (topic, session) else {
@@ -83,9 +84,11 @@ impl Subscription {
         let mut out = Vec::with_capacity(messages.len());
         let mut bytes = 0;
         let mut passed_over = false;
+        // One may always go, or there would have been no read.
+        let most = session.credit.messages.saturating_sub(held).max(1);
         for message in messages {
             let size = message.body.len();
-            if bytes + size > limit.bytes && !out.is_empty() {
+            if bytes + size > limit.bytes && !out.is_empty() || out.len() as u64 >= most {
                 break;
             }
             let due = now.when(Label::of(&message.body).not_before()).filter(|_| delays);
@@ -102,8 +105,10 @@ impl Subscription {
             session.next_heartbeat = Instant::now();
         }
         if out.is_empty() {
+            topic.reach = (topic.reach * 2).min(limits::MAX_FRAME_MESSAGES as u64);
             return;
         }
+        topic.reach = 1;
         session.deliver(topic.number, delivery.generation(), out);
     }
 
@@ -115,13 +120,7 @@ impl Subscription {
         window: u64,
     ) -> Option<(Epoch, u64, ReadLimit)> {
         let now = Instant::now();
-        // What is held of topics that are gone takes no room from the others.
-        let present = self.topics.values().filter(|topic| !topic.gone);
-        let held = present.map(|topic| match &topic.delivery {
-            Delivery::Exclusive(delivery) => delivery.out(),
-            Delivery::Competing(_) => Out::default(),
-        });
-        let Out { messages: out, bytes } = held.fold(Out::default(), Out::and);
+        let Out { messages: out, bytes } = self.outstanding();
         for _ in 0..self.turns.len() {
             self.turns.rotate_left(1);
             let epoch = *self.turns.back()?;
@@ -140,10 +139,11 @@ impl Subscription {
             if messages == 0 || bytes == 0 {
                 continue;
             }
-            let Some((from, room)) = delivery.wants(window, now) else {
+            let Some((from, room)) = delivery.wants(window.max(topic.reach), now) else {
                 continue;
             };
-            let messages = usize::try_from(messages.min(room)).unwrap_or(usize::MAX);
+            let messages = messages.max(topic.reach).min(room);
+            let messages = usize::try_from(messages).unwrap_or(usize::MAX);
             let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
             let limit = ReadLimit {
                 messages: messages.min(limits::MAX_FRAME_MESSAGES),
@@ -152,6 +152,17 @@ impl Subscription {
             return Some((epoch, from, limit));
         }
         None
+    }
+
+    /// What is with the one consumer. What it holds of topics that are gone takes no room from the
+    /// others.
+    fn outstanding(&self) -> Out {
+        let present = self.topics.values().filter(|topic| !topic.gone);
+        let held = present.map(|topic| match &topic.delivery {
+            Delivery::Exclusive(delivery) => delivery.out(),
+            Delivery::Competing(_) => Out::default(),
+        });
+        held.fold(Out::default(), Out::and)
     }
 
     /// Reads a topic; what cannot be read is told, and empty.

@@ -171,6 +171,9 @@ pub(super) struct Topic {
     pub(super) lost: Option<GapReason>,
     /// Deleted, and here until the consumer knows what it will miss.
     pub(super) gone: bool,
+    /// Messages to read at least, however little credit there is: more and more while all that
+    /// comes is for others, or the last of a credit would look for its message one by one.
+    pub(super) reach: u64,
 }
 
 /// A message that cannot be read.
@@ -426,7 +429,7 @@ impl Subscription {
         self.next_number += 1;
         self.numbers.insert(number, epoch);
         let (damaged, lost) = (None, None);
-        let topic = Topic { name, number, delivery, floor, purged, damaged, lost, gone };
+        let topic = Topic { name, number, delivery, floor, purged, damaged, lost, gone, reach: 1 };
         self.topics.insert(epoch, topic);
         self.turns.push_back(epoch);
         self.heads.push(WatchStream::new(head).map(move |head| (epoch, head)).boxed());
