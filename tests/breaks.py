@@ -36,6 +36,7 @@ BREAKS = {
     "schema_before_identity": ("P13", [SERVER + ["what_is_new"], END_TO_END + ["whatever"]]),
     "head_before_identity": ("P12", [SERVER + ["atomic"], END_TO_END + ["batches"]]),
     "batch_in_part": ("P12", [SERVER + ["atomic"], END_TO_END + ["batches"]]),
+    "filter_is_ignored": ("Filters", [END_TO_END + ["filters"]]),
     "replay_out_of_order": ("P4", [CLIENT + ["publisher"], END_TO_END + ["replayed"]]),
     "resume_by_last_received": ("P2", [CLIENT + ["subscriber"], END_TO_END + ["nack"]]),
     "resume_off_by_one": ("P2", [CLIENT + ["subscriber"], END_TO_END + ["delivery"]]),

@@ -1,13 +1,14 @@
 //! What can be said on the command line, and its help.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
-use pubsub_client::FailurePolicy;
 
-use crate::failure::Failure;
+use crate::dlq::Dlq;
+use crate::failures::Failures;
+use crate::snapshot::Snapshot;
 use crate::values::{self, Bytes, Full, Kind, Where};
 
 /// Publish, subscribe and administer a pubsub server.
@@ -265,7 +266,8 @@ Examples:
   pubsub subscription create billing orders
   pubsub subscription create audit 'orders.*' payments --from earliest
   pubsub subscription create work jobs --kind shared
-  pubsub subscription create work jobs --kind shared --dead-letter jobs-dead --max-attempts 3")]
+  pubsub subscription create work jobs --kind shared --dead-letter jobs-dead --max-attempts 3
+  pubsub subscription create eu orders --filter 'attributes.region = \"eu\"'")]
     Create(CreateSubscription),
     /// List subscriptions
     List,
@@ -274,6 +276,12 @@ Examples:
         /// Its name
         name: String,
     },
+    /// Add and remove topics; live consumers follow at once
+    #[command(after_help = "\
+Examples:
+  pubsub subscription update audit --add 'invoices.*' --from earliest
+  pubsub subscription update audit --remove payments")]
+    Update(UpdateSubscription),
     /// Delete a subscription; its messages and receipts for it are forgotten
     Delete {
         /// Its name
@@ -302,6 +310,9 @@ pub(crate) struct CreateSubscription {
     /// How it spreads its messages over consumers
     #[arg(long, value_name = "KIND", default_value = "exclusive")]
     pub(crate) kind: Kind,
+    /// Which messages it is shown, by their attributes [default: all]
+    #[arg(long, value_name = "FILTER")]
+    pub(crate) filter: Option<String>,
     #[command(flatten)]
     pub(crate) failures: Failures,
     /// Delete it after so long without a consumer, 10s or more [default: never]
@@ -312,121 +323,18 @@ pub(crate) struct CreateSubscription {
     pub(crate) if_not_exists: bool,
 }
 
-/// What becomes of messages that fail.
 #[derive(Debug, ClapArgs)]
-pub(crate) struct Failures {
-    /// Move a message that has failed too often to this topic, which must exist
-    /// [default: show it again until it is acked]
-    #[arg(long, value_name = "TOPIC", conflicts_with = "skip")]
-    dead_letter: Option<String>,
-    /// Let a message go that has failed too often
-    #[arg(long)]
-    skip: bool,
-    /// How often a message is shown before, 1 to 1000 [default: 5]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    max_attempts: Option<u32>,
-    /// How long a handler may have a message before it counts as failed, 1s to 24h
-    /// [default: no limit]
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
-    pub(crate) ack_timeout: Option<Duration>,
-}
-
-impl Failures {
-    /// Whether something was asked for.
-    pub(crate) fn is_any(&self) -> bool {
-        let Self { dead_letter, skip, max_attempts, ack_timeout } = self;
-        dead_letter.is_some() || *skip || max_attempts.is_some() || ack_timeout.is_some()
-    }
-
-    /// What was asked for.
-    pub(crate) fn policy(&self) -> Result<Option<FailurePolicy>, Failure> {
-        let policy = match &self.dead_letter {
-            Some(topic) => FailurePolicy::dead_letter(topic),
-            None if self.skip => FailurePolicy::skip(),
-            None if self.max_attempts.is_some() => {
-                let text = "--max-attempts says when; --dead-letter TOPIC or --skip says what then";
-                return Err(Failure::usage(text));
-            }
-            None => return Ok(None),
-        };
-        Ok(Some(match self.max_attempts {
-            Some(attempts) => policy.after(attempts),
-            None => policy,
-        }))
-    }
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum Snapshot {
-    /// Keep what a subscription has acked, and the messages that it has not
-    #[command(after_help = "\
-The messages that going back would show are kept until the snapshot is deleted.
-
-Examples:
-  pubsub snapshot create before-release billing
-  pubsub subscription seek billing --snapshot before-release
-  pubsub snapshot delete before-release")]
-    Create {
-        /// Its name, by the rules of topic names
-        name: String,
-        /// The subscription
-        subscription: String,
-    },
-    /// List snapshots
-    List,
-    /// Delete a snapshot; the messages that were kept for it can go
-    Delete {
-        /// Its name
-        name: String,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum Dlq {
-    /// List the dead letters of a subscription that wait to be redriven or purged
-    List {
-        /// The subscription that could not process them
-        subscription: String,
-    },
-    /// Show one dead letter with its payload
-    Show {
-        /// The subscription that could not process it
-        subscription: String,
-        /// Its number, as `list` prints it
-        number: u64,
-    },
-    /// Send dead letters back to the topics they come from, for this subscription only
-    #[command(after_help = "\
-Each is sent back once, however often that is asked. One that fails again is a new dead letter.
-
-Examples:
-  pubsub dlq redrive work 17 18            these two
-  pubsub dlq redrive work --all --rate 50  all of them, 50 each second; Ctrl-C stops in between")]
-    Redrive {
-        #[command(flatten)]
-        which: Letters,
-        /// How many to send back each second [default: no limit]
-        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-        rate: Option<u32>,
-    },
-    /// Let dead letters go, for good; the copies stay in their topic as long as it keeps messages
-    Purge {
-        #[command(flatten)]
-        which: Letters,
-    },
-}
-
-/// Which dead letters.
-#[derive(Debug, ClapArgs)]
-pub(crate) struct Letters {
-    /// The subscription that could not process them
-    pub(crate) subscription: String,
-    /// Their numbers, as `list` prints them
-    #[arg(value_name = "NUMBER", required_unless_present = "all", conflicts_with = "all")]
-    pub(crate) numbers: Vec<u64>,
-    /// All that there are
-    #[arg(long)]
-    pub(crate) all: bool,
+pub(crate) struct UpdateSubscription {
+    /// Its name
+    pub(crate) name: String,
+    /// A topic or pattern to listen to; may be given several times
+    #[arg(long, value_name = "TOPIC", required_unless_present = "remove")]
+    pub(crate) add: Vec<String>,
+    /// A topic or pattern to listen to no more; its position is forgotten
+    #[arg(long, value_name = "TOPIC")]
+    pub(crate) remove: Vec<String>,
+    #[arg(help = values::from_help!("Where it starts in what it did not listen to"), long, value_name = "WHERE", default_value = "latest")]
+    pub(crate) from: Where,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -451,6 +359,7 @@ Prints the id of each message, topic/epoch/sequence, once it is on the server's 
 Examples:
   pubsub publish orders 'hello'
   pubsub publish orders 'hello' --create
+  pubsub publish reminders 'call back' --delay 2h
   pubsub publish orders '{\"id\": 7}' --content-type application/json --attr region=eu
   pubsub publish orders 'paid' --idempotency-key order-7-paid    safe to run twice
   pubsub publish orders --batch < order-7.jsonl                  all of it or nothing
@@ -484,6 +393,13 @@ pub(crate) struct Publish {
     /// The only subscriptions to receive it; may be given several times, or with commas
     #[arg(long, value_name = "SUBSCRIPTION", value_delimiter = ',')]
     pub(crate) to: Vec<String>,
+    /// Show it to subscriptions after this delay only; what comes after it goes on
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub(crate) delay: Option<Duration>,
+    /// Show it to subscriptions from this time on only, such as 2026-01-31T12:00:00Z
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_rfc3339_weak,
+        conflicts_with = "delay")]
+    pub(crate) not_before: Option<SystemTime>,
     /// Create the topic if it does not exist
     #[arg(long)]
     pub(crate) create: bool,
@@ -507,6 +423,7 @@ Examples:
   pubsub subscribe orders                               what comes from now on
   pubsub subscribe orders 'sensors.*' --from earliest   several topics, from the beginning
   pubsub subscribe orders --from 10m                    and what came in the last 10 minutes
+  pubsub subscribe orders --filter 'attributes.region = \"eu\"'
   pubsub subscribe orders --from earliest --until-caught-up --raw > orders.txt
   pubsub subscribe orders --subscription billing        goes on where it was
   pubsub subscribe --subscription billing --no-ack --count 5    look without taking
@@ -524,6 +441,9 @@ pub(crate) struct Subscribe {
     /// How a new subscription spreads its messages over consumers [default: exclusive]
     #[arg(long, value_name = "KIND", requires = "subscription")]
     pub(crate) kind: Option<Kind>,
+    /// Which messages a reader or a new subscription is shown, by their attributes [default: all]
+    #[arg(long, value_name = "FILTER")]
+    pub(crate) filter: Option<String>,
     #[command(flatten)]
     pub(crate) failures: Failures,
     /// Stop after this many messages

@@ -2,15 +2,71 @@
 
 use std::time::Duration;
 
+use clap::{Args as ClapArgs, Subcommand};
 use pubsub_client::{Client, DeadLetter, DeadLetters};
 use serde_json::json;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::args::{Dlq, Letters};
 use crate::failure::{Exit, Failure};
 use crate::format;
 use crate::interrupt::Interrupt;
 use crate::output::Output;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Dlq {
+    /// List the dead letters of a subscription that wait to be redriven or purged
+    List {
+        /// The subscription that could not process them
+        subscription: String,
+        /// Only those whose attributes match
+        #[arg(long = "where", value_name = "FILTER")]
+        filter: Option<String>,
+    },
+    /// Show one dead letter with its payload
+    Show {
+        /// The subscription that could not process it
+        subscription: String,
+        /// Its number, as `list` prints it
+        number: u64,
+    },
+    /// Send dead letters back to the topics they come from, for this subscription only
+    #[command(after_help = "\
+Each is sent back once, however often that is asked. One that fails again is a new dead letter.
+
+Examples:
+  pubsub dlq redrive work 17 18            these two
+  pubsub dlq redrive work --all --rate 50  all of them, 50 each second; Ctrl-C stops in between
+  pubsub dlq redrive work --where 'attributes.dead-letter-reason = \"timeout\"'")]
+    Redrive {
+        #[command(flatten)]
+        which: Letters,
+        /// How many to send back each second [default: no limit]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        rate: Option<u32>,
+    },
+    /// Let dead letters go, for good; the copies stay in their topic as long as it keeps messages
+    Purge {
+        #[command(flatten)]
+        which: Letters,
+    },
+}
+
+/// Which dead letters.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Letters {
+    /// The subscription that could not process them
+    pub(crate) subscription: String,
+    /// Their numbers, as `list` prints them
+    #[arg(value_name = "NUMBER", required_unless_present_any = ["all", "filter"],
+        conflicts_with_all = ["all", "filter"])]
+    pub(crate) numbers: Vec<u64>,
+    /// All that there are
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Those whose attributes match, such as dead-letter-reason
+    #[arg(long = "where", value_name = "FILTER", conflicts_with = "all")]
+    pub(crate) filter: Option<String>,
+}
 
 /// Dead letters of one call.
 const BATCH: u32 = 500;
@@ -23,7 +79,9 @@ pub(crate) async fn run(
     output: &mut Output,
 ) -> Result<Exit, Failure> {
     match command {
-        Dlq::List { subscription } => list(&subscription, client, output).await?,
+        Dlq::List { subscription, filter } => {
+            list(&subscription, &filter.unwrap_or_default(), client, output).await?;
+        }
         Dlq::Show { subscription, number } => show(&subscription, number, client, output).await?,
         Dlq::Redrive { which, rate } => return redrive(which, rate, client, output).await,
         Dlq::Purge { which } => return purge(which, client, output).await,
@@ -31,11 +89,16 @@ pub(crate) async fn run(
     Ok(Exit::Ok)
 }
 
-async fn list(subscription: &str, client: &Client, output: &mut Output) -> Result<(), Failure> {
+async fn list(
+    subscription: &str,
+    filter: &str,
+    client: &Client,
+    output: &mut Output,
+) -> Result<(), Failure> {
     let mut rows = Vec::new();
     let mut after = None;
     loop {
-        let page = client.admin().dead_letters(subscription, after).await?;
+        let page = client.admin().dead_letters_matching(subscription, filter, after).await?;
         for letter in page.items {
             if output.is_json() {
                 output.json(&format::dead_letter(&letter))?;
@@ -60,7 +123,8 @@ async fn list(subscription: &str, client: &Client, output: &mut Output) -> Resul
         return Ok(());
     }
     if rows.is_empty() {
-        eprintln!("pubsub: subscription {subscription} has no dead letters");
+        let which = if filter.is_empty() { "no dead letters" } else { "no such dead letters" };
+        eprintln!("pubsub: subscription {subscription} has {which}");
         return Ok(());
     }
     output.table(["NUMBER", "MESSAGE", "ATTEMPTS", "LAST FAILURE", "REASON"], &rows)?;
@@ -119,13 +183,13 @@ async fn redrive(
     let mut numbers = which.numbers.as_slice();
     let (mut redriven, mut homeless, mut left) = (0, 0, 0);
     let exit = loop {
-        let next = if which.all {
-            DeadLetters::Oldest(batch)
-        } else {
+        let some = which.some(batch);
+        let by_number = some.is_none();
+        let next = some.unwrap_or_else(|| {
             let (now, later) = numbers.split_at(numbers.len().min(batch as usize));
             numbers = later;
             DeadLetters::Sequences(now.to_vec())
-        };
+        });
         if rate.is_some() {
             tokio::select! {
                 _ = ticks.tick() => {}
@@ -136,7 +200,7 @@ async fn redrive(
         redriven += done.redriven;
         homeless += done.homeless;
         left = done.left;
-        let over = if which.all { done.redriven == 0 || left == 0 } else { numbers.is_empty() };
+        let over = if by_number { numbers.is_empty() } else { done.redriven == 0 || left == 0 };
         if over {
             break Exit::Ok;
         }
@@ -171,21 +235,14 @@ async fn purge(which: Letters, client: &Client, output: &mut Output) -> Result<E
     let interrupt = Interrupt::new().map_err(|error| Failure::failed(error.to_string()))?;
     let (mut purged, mut left) = (0, 0);
     let mut exit = Exit::Ok;
-    let batches: Vec<DeadLetters> = match which.all {
-        true => Vec::new(),
-        false => {
-            let numbers = which.numbers.chunks(BATCH as usize);
-            numbers.map(|some| DeadLetters::Sequences(some.to_vec())).collect()
-        }
-    };
-    let mut batches = batches.into_iter();
-    while let Some(batch) =
-        if which.all { Some(DeadLetters::Oldest(BATCH)) } else { batches.next() }
-    {
+    let some = which.some(BATCH);
+    let mut numbers = which.numbers.chunks(BATCH as usize);
+    let mut by_number = || Some(DeadLetters::Sequences(numbers.next()?.to_vec()));
+    while let Some(batch) = some.clone().or_else(&mut by_number) {
         let done = client.admin().purge_dead_letters(&which.subscription, batch).await?;
         purged += done.purged;
         left = done.left;
-        if which.all && (left == 0 || done.purged == 0) {
+        if some.is_some() && (left == 0 || done.purged == 0) {
             break;
         }
         if interrupt.is_asked() {
@@ -204,4 +261,14 @@ async fn purge(which: Letters, client: &Client, output: &mut Output) -> Result<E
         output.line(&format!("purged {purged} dead letters; {left} are left"))?;
     }
     Ok(exit)
+}
+
+impl Letters {
+    /// So many of those that are not named by number; `None` if they are.
+    fn some(&self, most: u32) -> Option<DeadLetters> {
+        match &self.filter {
+            Some(filter) => Some(DeadLetters::Matching { filter: filter.clone(), most }),
+            None => self.all.then_some(DeadLetters::Oldest(most)),
+        }
+    }
 }

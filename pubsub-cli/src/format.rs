@@ -159,6 +159,7 @@ pub(crate) fn subscription(subscription: &SubscriptionInfo) -> Value {
         "ack_timeout_seconds": subscription.ack_timeout.map(|time| time.as_secs_f64()),
         "dead_letters": subscription.dead_letters,
         "expires_after_seconds": subscription.expires_after.map(|time| time.as_secs_f64()),
+        "filter": subscription.filter,
     })
 }
 
@@ -214,6 +215,7 @@ pub(crate) fn message(message: &ReceivedMessage) -> Value {
         "attributes": message.attributes,
         "ordering_key": message.ordering_key,
         "content_type": message.content_type,
+        "not_before": message.not_before.map(time),
         "schema_revision": message.schema_revision,
         "idempotency_key": message.idempotency_key,
         "recipients": message.recipients,

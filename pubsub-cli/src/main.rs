@@ -9,6 +9,7 @@ mod batch;
 mod dlq;
 mod events;
 mod failure;
+mod failures;
 mod format;
 mod interrupt;
 mod outbox;

@@ -18,6 +18,7 @@ use crate::failure::{Exit, Failure};
 use crate::format;
 use crate::interrupt::Interrupt;
 use crate::output::Output;
+use crate::values;
 use crate::watch::Announcer;
 
 /// Messages whose fate is not told yet; the publisher's own window bounds their bytes.
@@ -129,6 +130,7 @@ impl Template<'_> {
         message.content_type = self.0.content_type.clone();
         message.idempotency_key = self.0.idempotency_key.clone();
         message.recipients = self.0.to.clone();
+        message.not_before = self.0.not_before.or(self.0.delay.map(|delay| values::now() + delay));
         message.deadline = self.0.timeout;
         message
     }

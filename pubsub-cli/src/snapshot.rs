@@ -1,12 +1,37 @@
 //! `pubsub snapshot`.
 
+use clap::Subcommand;
 use pubsub_client::Client;
 use serde_json::json;
 
-use crate::args::Snapshot;
 use crate::failure::{Exit, Failure};
 use crate::format;
 use crate::output::Output;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Snapshot {
+    /// Keep what a subscription has acked, and the messages that it has not
+    #[command(after_help = "\
+The messages that going back would show are kept until the snapshot is deleted.
+
+Examples:
+  pubsub snapshot create before-release billing
+  pubsub subscription seek billing --snapshot before-release
+  pubsub snapshot delete before-release")]
+    Create {
+        /// Its name, by the rules of topic names
+        name: String,
+        /// The subscription
+        subscription: String,
+    },
+    /// List snapshots
+    List,
+    /// Delete a snapshot; the messages that were kept for it can go
+    Delete {
+        /// Its name
+        name: String,
+    },
+}
 
 pub(crate) async fn run(
     command: Snapshot,

@@ -41,6 +41,7 @@ pub(crate) async fn run(
     let builder = policy.into_iter().fold(builder, SubscriberBuilder::on_failure);
     let timeout = args.failures.ack_timeout;
     let builder = timeout.into_iter().fold(builder, SubscriberBuilder::ack_timeout);
+    let builder = args.filter.iter().fold(builder, SubscriberBuilder::filter);
     let subscriber = tokio::select! {
         opened = announcer.until(client.state(), builder.open()) => opened?,
         () = interrupt.asked() => return Ok(Exit::Interrupted),

@@ -29,6 +29,12 @@ pub(crate) async fn run(
                 output.line(&format!("deleted subscription {name}"))?;
             }
         }
+        Subscription::Update(args) => {
+            let mut change = pubsub_client::UpdateSubscription::new().with_start(args.from.start());
+            change.add_topics = args.add;
+            change.remove_topics = args.remove;
+            show(&client.admin().update_subscription(args.name, change).await?, output)?;
+        }
         Subscription::Seek(args) => seek(args, client, output).await?,
     }
     Ok(Exit::Ok)
@@ -45,6 +51,7 @@ async fn create(
     settings.on_failure = args.failures.policy()?;
     settings.ack_timeout = args.failures.ack_timeout;
     settings.expires_after = args.expires_after;
+    settings.filter = args.filter;
     let settings = if args.if_not_exists { settings.if_not_exists() } else { settings };
     let (subscription, created) = client.admin().create_subscription(args.name, settings).await?;
     if output.is_json() {
@@ -149,6 +156,7 @@ fn show(subscription: &SubscriptionInfo, output: &mut Output) -> Result<(), Fail
             ("epoch", format!("{:x}", subscription.epoch)),
             ("kind", format::kind(subscription.kind).to_owned()),
             ("topics", subscription.topics.join(", ")),
+            ("filter", subscription.filter.clone().unwrap_or_else(|| "-".to_owned())),
             ("created", format::time(subscription.create_time)),
             ("on failure", format::policy(&subscription.on_failure)),
             ("ack timeout", subscription.ack_timeout.map_or("-".to_owned(), format::duration)),

@@ -56,7 +56,7 @@ pub use admin::{
     EventStream, HeadOfLine, InvalidPayload, Page, PayloadRules, Presence, Purged, Receipt,
     ReceiptState, Redriven, Schema, SchemaCheck, SchemaKind, SchemaProblem, SchemaRevision,
     ServerEvent, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionPosition, TimedEvent,
-    TopicConfig, TopicInfo, WaitCause, WhenFull,
+    TopicConfig, TopicInfo, UpdateSubscription, WaitCause, WhenFull,
 };
 pub use client::{Client, ClientBuilder, ShutdownReport};
 #[cfg(feature = "json")]

@@ -44,6 +44,10 @@ pub struct Message {
     /// The subscriptions that this message is for. Empty: all of them. An unknown one is
     /// refused.
     pub recipients: Vec<String>,
+    /// Before which subscriptions are not to be shown the message, by the server's clock, up to
+    /// 366 days ahead. What comes after it goes on meanwhile; when it is due it comes next, also in
+    /// kinds that keep an order. It waits on the server's disk. A reader sees it where it is stored.
+    pub not_before: Option<SystemTime>,
     /// How long to wait for the message's fate, counted from the call that enqueues it: also for
     /// room in the window. Without limit by default. When it has passed, the ticket resolves to an
     /// error whose [`outcome`](crate::PublishError::outcome) says whether the message was ever
@@ -92,6 +96,13 @@ impl Message {
         self
     }
 
+    /// Sets the [time before which](Self::not_before) it is not to be shown.
+    #[must_use]
+    pub fn with_not_before(mut self, time: SystemTime) -> Self {
+        self.not_before = Some(time);
+        self
+    }
+
     /// Sets the [deadline](Self::deadline).
     #[must_use]
     pub fn with_deadline(mut self, deadline: Duration) -> Self {
@@ -108,6 +119,7 @@ impl Message {
             idempotency_key: self.idempotency_key.unwrap_or_default(),
             recipients: self.recipients,
             schema_revision: 0,
+            not_before: self.not_before.map(Into::into),
         }
     }
 
@@ -119,6 +131,7 @@ impl Message {
             content_type: non_empty(message.content_type),
             idempotency_key: non_empty(message.idempotency_key),
             recipients: message.recipients,
+            not_before: message.not_before.and_then(|time| time.try_into().ok()),
             deadline,
         }
     }
@@ -209,6 +222,8 @@ pub struct ReceivedMessage {
     pub idempotency_key: Option<String>,
     /// The subscriptions that it is for; empty: all of them.
     pub recipients: Vec<String>,
+    /// Before which it was not to be shown.
+    pub not_before: Option<SystemTime>,
     /// When the server stored it.
     pub publish_time: SystemTime,
     /// Which showing of the message this is, from 1: one more than the failures counted so far.
@@ -227,6 +242,7 @@ impl ReceivedMessage {
             schema_revision: (message.schema_revision > 0).then_some(message.schema_revision),
             idempotency_key: non_empty(message.idempotency_key),
             recipients: message.recipients,
+            not_before: message.not_before.and_then(|time| time.try_into().ok()),
             publish_time: time(received.publish_time),
             attempt: received.attempt.max(1),
         }

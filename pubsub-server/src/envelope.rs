@@ -1,23 +1,53 @@
 //! What the server reads and writes of a message's body, which is an encoded `pubsub.v1.Message`,
 //! and of that of a dead letter. The rest is the application's.
 
+use std::collections::HashMap;
+
 use bytes::{Bytes, BytesMut};
 use prost::Message as _;
 use pubsub_proto::v1;
 
 use crate::record::{Epoch, Timestamp};
 
-/// The field that orders messages, and nothing else: what is not named here is skipped.
+/// What decides on the delivery of a message, and nothing else: what is not named here is skipped.
 #[derive(Clone, PartialEq, prost::Message)]
-struct Keyed {
+pub(crate) struct Label {
     #[prost(string, tag = "3")]
     ordering_key: String,
+    #[prost(message, optional, tag = "8")]
+    not_before: Option<prost_types::Timestamp>,
 }
 
-/// The ordering key; none if it is empty, or the body is no message.
-pub(crate) fn ordering_key(body: &[u8]) -> Option<String> {
-    let Keyed { ordering_key } = Keyed::decode(body).ok()?;
-    (!ordering_key.is_empty()).then_some(ordering_key)
+impl Label {
+    /// That of a body; an empty one if it is no message.
+    pub(crate) fn of(body: &[u8]) -> Self {
+        Self::decode(body).unwrap_or_default()
+    }
+
+    /// The ordering key; none if it is empty.
+    pub(crate) fn ordering_key(&self) -> Option<&str> {
+        (!self.ordering_key.is_empty()).then_some(&self.ordering_key)
+    }
+
+    /// Before which the message is not to be shown.
+    pub(crate) fn not_before(&self) -> Option<Timestamp> {
+        let prost_types::Timestamp { seconds, nanos } = self.not_before?;
+        let (seconds, nanos) = (u64::try_from(seconds).ok()?, u64::try_from(nanos).ok()?);
+        // Rounded up, so that it is never shown too early.
+        Some(Timestamp(seconds.saturating_mul(1000).saturating_add(nanos.div_ceil(1_000_000))))
+    }
+}
+
+/// The field that filters look at.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Attributed {
+    #[prost(map = "string, string", tag = "2")]
+    attributes: HashMap<String, String>,
+}
+
+/// The attributes; none if the body is no message.
+pub(crate) fn attributes(body: &[u8]) -> HashMap<String, String> {
+    Attributed::decode(body).unwrap_or_default().attributes
 }
 
 /// Where a dead letter comes from, and why it is one. Attributes of the copy carry it, so that
@@ -168,11 +198,14 @@ mod tests {
             ordering_key: key.to_owned(),
             content_type: "text/plain".to_owned(),
             recipients: vec!["r".to_owned()],
+            not_before: Some(prost_types::Timestamp { seconds: 7, nanos: 1_000_001 }),
             ..v1::Message::default()
         };
-        assert_eq!(ordering_key(&message("k").encode_to_vec()).as_deref(), Some("k"));
-        assert_eq!(ordering_key(&message("").encode_to_vec()), None);
-        assert_eq!(ordering_key(b"no message"), None);
+        let label = |key: &str| Label::of(&message(key).encode_to_vec());
+        assert_eq!(label("k").ordering_key(), Some("k"));
+        assert_eq!(label("k").not_before(), Some(Timestamp(7_002)));
+        assert_eq!(label("").ordering_key(), None);
+        assert_eq!(Label::of(b"no message"), Label::default());
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub mod broker;
 pub mod config;
 pub mod env;
 mod envelope;
+pub mod filter;
 pub mod limits;
 pub mod names;
 pub mod record;

@@ -33,6 +33,12 @@ pub const MAX_ATTRIBUTE_BYTES: usize = 8 * 1024;
 pub const MAX_KEY_BYTES: usize = 128;
 /// Recipients of a message.
 pub const MAX_RECIPIENTS: usize = 64;
+/// Bytes of the text of a filter: it is looked at for each message, and people write it.
+pub const MAX_FILTER_BYTES: usize = 1024;
+/// Parentheses and NOT within each other in a filter: parsing recurses as deep.
+pub const MAX_FILTER_DEPTH: usize = 16;
+/// Characters of a filter that an error quotes.
+pub const MAX_FILTER_TOKEN_CHARS: usize = 20;
 /// Messages of one batch or unary publish.
 pub const MAX_BATCH_MESSAGES: usize = 512;
 
@@ -109,6 +115,11 @@ pub const MAX_DONE_RANGES: usize = 20_000;
 /// Messages of one topic that were delivered to competing consumers, or wait, and are not acked:
 /// each may be a hole in what is done.
 pub const MAX_UNSETTLED: usize = 19_000;
+/// Messages of one topic that one subscription has passed over since they are not due: each is
+/// a hole in what is done. At this number the topic waits for one of them.
+pub const MAX_DELAYED: usize = 10_000;
+/// How far ahead a message can be due: what lies further is a mistake in units.
+pub const MAX_DELAY: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Boots remembered in the ledger.
 pub const MAX_BOOTS: usize = 10_000;
 

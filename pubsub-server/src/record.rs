@@ -8,6 +8,7 @@ use bytes::Bytes;
 use rangemap::{RangeInclusiveMap, RangeInclusiveSet};
 use serde::{Deserialize, Serialize};
 
+use crate::filter::Filter;
 use crate::limits;
 use crate::names::{ConsumerId, SubscriptionName, TopicName, TopicPattern};
 
@@ -155,6 +156,8 @@ pub struct SubscriptionRecord {
     pub on_failure: FailurePolicy,
     /// How long a message may be in a handler before it counts as failed; for ever if `None`.
     pub ack_timeout: Option<Duration>,
+    /// Which messages it is shown; all if `None`.
+    pub filter: Option<Filter>,
     /// After how long without a consumer it is deleted; never if `None`.
     pub expires_after: Option<Duration>,
     /// When it was known to be in use last.

@@ -43,13 +43,13 @@ fn every_promise_names_tests_that_exist() -> Result<()> {
     }
     let document = read("docs/guarantees.md")?;
     let numbered = (1..=13).map(|number| format!("P{number}"));
-    for promise in numbered.chain(["Outbox".to_owned(), "Inbox".to_owned()]) {
+    for promise in numbered.chain(["Filters", "Outbox", "Inbox"].map(str::to_owned)) {
         let heading = format!("\n## {promise}\n");
         let (_, rest) = document.split_once(&heading).with_context(|| heading.clone())?;
         let section = rest.split("\n## ").next().unwrap_or(rest);
         let tests: Vec<_> = quoted(section)
             .filter(|quote| {
-                ["it::", "storage::", "broker::", "schema::", "client::"]
+                ["it::", "storage::", "broker::", "schema::", "filter::", "client::"]
                     .iter()
                     .any(|p| quote.starts_with(p))
             })

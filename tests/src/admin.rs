@@ -77,6 +77,7 @@ pub async fn create_subscription(channel: &Channel, name: &str, topics: &[&str])
         on_failure: None,
         ack_timeout: None,
         expires_after: None,
+        filter: String::new(),
     };
     raw::admin(channel).create_subscription(request).await?;
     Ok(())

@@ -198,12 +198,23 @@ fn dead_letters_are_listed_shown_redriven_and_purged() -> Result<()> {
     assert!(described.contains("3 wait") && described.contains("after 2 attempts"), "{described}");
     lab.run("topic delete orders-dead")?.fails(4)?;
 
+    let by = |what: &str, filter: &str| lab.run_args(&["dlq", what, "work", "--where", filter]);
+    assert_eq!(by("list", "attributes.color = \"green\"")?.succeeds()?, list);
+    assert_eq!(by("list", "attributes.color != \"green\"")?.succeeds()?, "");
+    let late = "hasPrefix(attributes.dead-letter-reason, \"broken\")";
+    let redriven = by("redrive", late)?.succeeds()?;
+    assert_eq!(redriven, "redriven 0 dead letters; 3 are left\n");
+    assert_eq!(by("purge", late)?.succeeds()?, "purged 0 dead letters; 3 are left\n");
+    let refused = by("redrive", "attributes.color")?.fails(2)?;
+    assert!(refused.contains("column 17: expected `=` or `!=`, found the end"), "{refused}");
+    lab.run("dlq redrive work 1 --where x")?.fails(2)?;
+
     let redriven = lab.run(&format!("dlq redrive work {number}"))?.succeeds()?;
     assert_eq!(redriven, "redriven 1 dead letters; 2 are left\n");
     let again = lab.run(&format!("dlq redrive work {number} --json"))?.succeeds()?;
     assert_eq!(json(&again)?[0]["redriven"], 0);
     lab.run("subscribe --subscription work --count 1")?.succeeds()?;
-    let redriven = lab.run("dlq redrive work --all --rate 1")?.succeeds()?;
+    let redriven = by("redrive", "NOT attributes:colour")?.succeeds()?;
     assert_eq!(redriven, "redriven 2 dead letters; 0 are left\n");
     lab.run("subscribe --subscription work --count 2")?.succeeds()?;
     assert_eq!(lab.run("dlq purge work --all")?.succeeds()?, "purged 0 dead letters; 0 are left\n");

@@ -175,3 +175,28 @@ fn a_consumer_that_is_superseded_says_why_it_ends() -> Result<()> {
     assert!(error.contains("--consumer"), "{error}");
     Ok(())
 }
+
+#[test]
+fn a_filter_prints_what_matches_only() -> Result<()> {
+    let lab = Lab::with_orders(&["a", "b"])?;
+    lab.run("publish orders c --attr region=eu")?.succeeds()?;
+    lab.run("publish orders d --attr region=us")?.succeeds()?;
+    let eu = "attributes.region = \"eu\"";
+    let read = ["subscribe", "orders", "--from", "earliest", "--until-caught-up", "--filter"];
+    let shown = |args: &[&str], filter| lab.run_args(&[args, &[filter]].concat());
+    assert_eq!(shown(&read, eu)?.succeeds()?, "orders 3 c\n");
+    assert_eq!(shown(&read, "NOT attributes:region")?.succeeds()?, "orders 1 a\norders 2 b\n");
+    let refused = shown(&read, "region = eu")?.fails(2)?;
+    assert!(refused.contains("at column 1: expected attributes"), "{refused}");
+
+    let create = ["subscription", "create", "billing", "orders", "--from", "earliest", "--filter"];
+    shown(&create, eu)?.succeeds()?;
+    let described = lab.run("subscription describe billing")?.succeeds()?;
+    assert!(described.contains(eu), "{described}");
+    let described = json(&lab.run("subscription describe billing --json")?.succeeds()?)?;
+    assert_eq!(described[0]["filter"], eu);
+    let consume = ["subscribe", "--subscription", "billing", "--until-caught-up", "--filter"];
+    assert_eq!(shown(&consume, eu)?.succeeds()?, "orders 3 c\n");
+    shown(&consume, "attributes:region")?.fails(4)?;
+    Ok(())
+}

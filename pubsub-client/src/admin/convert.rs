@@ -70,6 +70,7 @@ pub(super) fn create_subscription(
         on_failure: settings.on_failure.as_ref().map(policy_to_wire),
         ack_timeout: settings.ack_timeout.and_then(wire_duration),
         expires_after: settings.expires_after.and_then(wire_duration),
+        filter: settings.filter.unwrap_or_default(),
     }
 }
 
@@ -102,14 +103,15 @@ pub(super) fn dead_letter(letter: pb::DeadLetter) -> Result<DeadLetter, AdminErr
     })
 }
 
-/// The named sequences, and how many at most.
-pub(super) fn dead_letters(which: DeadLetters) -> (Vec<pb::SequenceRange>, u32) {
+/// The named sequences, how many at most, and the filter.
+pub(super) fn dead_letters(which: DeadLetters) -> (Vec<pb::SequenceRange>, u32, String) {
     match which {
-        DeadLetters::Oldest(most) => (Vec::new(), most.max(1)),
+        DeadLetters::Oldest(most) => (Vec::new(), most.max(1), String::new()),
         DeadLetters::Sequences(sequences) => {
             let each = |sequence| pb::SequenceRange { first: sequence, last: sequence };
-            (sequences.into_iter().map(each).collect(), 0)
+            (sequences.into_iter().map(each).collect(), 0, String::new())
         }
+        DeadLetters::Matching { filter, most } => (Vec::new(), most.max(1), filter),
     }
 }
 
@@ -131,6 +133,7 @@ pub(super) fn subscription(
         ack_timeout: duration(subscription.ack_timeout),
         dead_letters: subscription.dead_letters,
         expires_after: duration(subscription.expires_after),
+        filter: non_empty(subscription.filter),
     })
 }
 

@@ -40,6 +40,8 @@ pub enum WaitCause {
     Damaged,
     /// Its topic was deleted, which no consumer knows yet.
     TopicDeleted,
+    /// Its publisher has delayed it, and it is not due yet.
+    Delayed,
     /// A cause that this version of the client does not know.
     Other,
 }
@@ -58,6 +60,7 @@ impl WaitCause {
             Self::DeadLetter => "dead_letter",
             Self::Damaged => "damaged",
             Self::TopicDeleted => "topic_deleted",
+            Self::Delayed => "delayed",
             Self::Other => "other",
         }
     }
@@ -75,6 +78,7 @@ pub(super) fn head_of_line(head: pb::HeadOfLine) -> HeadOfLine {
         pb::WaitCause::DeadLetter => WaitCause::DeadLetter,
         pb::WaitCause::Damaged => WaitCause::Damaged,
         pb::WaitCause::TopicDeleted => WaitCause::TopicDeleted,
+        pb::WaitCause::Delayed => WaitCause::Delayed,
         pb::WaitCause::Unspecified => WaitCause::Other,
     };
     HeadOfLine { sequence: head.sequence, cause, text: head.text }

@@ -21,7 +21,7 @@ pub use self::schema::{
 pub use self::types::{
     ActiveConsumer, CreateSubscription, DeadLetter, DeadLetters, Page, Purged, Receipt,
     ReceiptState, Redriven, ServerInfo, SnapshotInfo, SubscriptionInfo, SubscriptionPosition,
-    TopicConfig, TopicInfo, WhenFull,
+    TopicConfig, TopicInfo, UpdateSubscription, WhenFull,
 };
 use crate::client::Shared;
 use crate::error::AdminError;
@@ -275,6 +275,34 @@ impl Admin {
         Ok(())
     }
 
+    /// Adds and removes topics of a subscription. Its subscribers follow at once, and need not be
+    /// opened anew; one that is opened later has to name the topics as they are by then, or none.
+    ///
+    /// What was delivered of a topic that is removed is still shown, and its acks mean nothing.
+    ///
+    /// # Errors
+    ///
+    /// There is no such subscription or topic, it does not listen to what is to be removed, or
+    /// would listen to nothing ([`Reason::InvalidArgument`](crate::Reason::InvalidArgument)).
+    pub async fn update_subscription(
+        &self,
+        name: impl Into<String>,
+        change: UpdateSubscription,
+    ) -> Result<SubscriptionInfo, AdminError> {
+        let request = pb::UpdateSubscriptionRequest {
+            name: name.into(),
+            add_topics: change.add_topics,
+            remove_topics: change.remove_topics,
+            start: Some(start_to_wire(change.start)),
+        };
+        let response = self
+            .call(call::Again::IfUnsent, request, |mut client, request| async move {
+                client.update_subscription(request).await
+            })
+            .await?;
+        convert::subscription(response.subscription)
+    }
+
     /// Moves a subscription to another position, in one topic or in all. Its subscriber follows
     /// at once; acks of what it was delivered before are ignored.
     ///
@@ -398,10 +426,26 @@ impl Admin {
         subscription: impl Into<String>,
         after: Option<String>,
     ) -> Result<Page<DeadLetter>, AdminError> {
+        self.dead_letters_matching(subscription, "", after).await
+    }
+
+    /// As [`dead_letters`](Self::dead_letters), but only those whose attributes match, in the
+    /// language of [`SubscriberBuilder::filter`](crate::SubscriberBuilder::filter).
+    ///
+    /// # Errors
+    ///
+    /// As there, and if the text is no filter.
+    pub async fn dead_letters_matching(
+        &self,
+        subscription: impl Into<String>,
+        filter: impl Into<String>,
+        after: Option<String>,
+    ) -> Result<Page<DeadLetter>, AdminError> {
         let request = pb::ListDeadLettersRequest {
             subscription: subscription.into(),
             page_size: 0,
             page_token: after.unwrap_or_default(),
+            filter: filter.into(),
         };
         let response = self
             .call(call::Again::Always, request, |mut client, request| async move {
@@ -427,9 +471,10 @@ impl Admin {
         subscription: impl Into<String>,
         which: DeadLetters,
     ) -> Result<Redriven, AdminError> {
-        let (sequences, max_messages) = convert::dead_letters(which);
+        let (sequences, max_messages, filter) = convert::dead_letters(which);
         let subscription = subscription.into();
-        let request = pb::RedriveDeadLettersRequest { subscription, sequences, max_messages };
+        let request =
+            pb::RedriveDeadLettersRequest { subscription, sequences, max_messages, filter };
         let response = self
             .call(call::Again::IfUnsent, request, |mut client, request| async move {
                 client.redrive_dead_letters(request).await
@@ -450,9 +495,9 @@ impl Admin {
         subscription: impl Into<String>,
         which: DeadLetters,
     ) -> Result<Purged, AdminError> {
-        let (sequences, max_messages) = convert::dead_letters(which);
+        let (sequences, max_messages, filter) = convert::dead_letters(which);
         let subscription = subscription.into();
-        let request = pb::PurgeDeadLettersRequest { subscription, sequences, max_messages };
+        let request = pb::PurgeDeadLettersRequest { subscription, sequences, max_messages, filter };
         let response = self
             .call(call::Again::IfUnsent, request, |mut client, request| async move {
                 client.purge_dead_letters(request).await

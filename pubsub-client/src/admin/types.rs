@@ -124,6 +124,9 @@ pub struct CreateSubscription {
     pub ack_timeout: Option<Duration>,
     /// After how long without a consumer it is deleted, 10 s or more; never if it is not said.
     pub expires_after: Option<Duration>,
+    /// Which messages it is shown, by their attributes, in the language of
+    /// [`SubscriberBuilder::filter`](crate::SubscriberBuilder::filter); all if it is not said.
+    pub filter: Option<String>,
     /// Where it starts.
     pub start: Start,
     /// Answer with the existing subscription, if its settings are the same.
@@ -164,6 +167,14 @@ impl CreateSubscription {
         self
     }
 
+    /// Sets which messages it is shown, in the language of
+    /// [`SubscriberBuilder::filter`](crate::SubscriberBuilder::filter).
+    #[must_use]
+    pub fn with_filter(mut self, filter: impl Into<String>) -> Self {
+        self.filter = Some(filter.into());
+        self
+    }
+
     /// Sets where it starts.
     #[must_use]
     pub fn with_start(mut self, start: Start) -> Self {
@@ -175,6 +186,46 @@ impl CreateSubscription {
     #[must_use]
     pub fn if_not_exists(mut self) -> Self {
         self.if_not_exists = true;
+        self
+    }
+}
+
+/// A change of the topics of a subscription.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct UpdateSubscription {
+    /// Names of topics and patterns to be added.
+    pub add_topics: Vec<String>,
+    /// Names of topics and patterns to be removed, as they were given.
+    pub remove_topics: Vec<String>,
+    /// Where it starts in topics that it does not listen to yet.
+    pub start: Start,
+}
+
+impl UpdateSubscription {
+    /// Changes nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a topic or pattern.
+    #[must_use]
+    pub fn add_topic(mut self, topic: impl Into<String>) -> Self {
+        self.add_topics.push(topic.into());
+        self
+    }
+
+    /// Removes a topic or pattern; the position in it is forgotten.
+    #[must_use]
+    pub fn remove_topic(mut self, topic: impl Into<String>) -> Self {
+        self.remove_topics.push(topic.into());
+        self
+    }
+
+    /// Sets where it starts in topics that it does not listen to yet: [`Start::Latest`] by default.
+    #[must_use]
+    pub fn with_start(mut self, start: Start) -> Self {
+        self.start = start;
         self
     }
 }
@@ -208,6 +259,8 @@ pub struct SubscriptionInfo {
     pub dead_letters: u64,
     /// After how long without a consumer it is deleted; never if nothing is said.
     pub expires_after: Option<Duration>,
+    /// Which messages it is shown, by their attributes, as it was written; all if nothing is said.
+    pub filter: Option<String>,
 }
 
 /// The position of a subscription that is kept.
@@ -254,6 +307,15 @@ pub enum DeadLetters {
     Oldest(u32),
     /// Those with these sequences in the dead-letter topic; 1,000 at most in one call.
     Sequences(Vec<u64>),
+    /// The oldest ones of those that match.
+    Matching {
+        /// What the attributes of the dead letter have to be, in the language of
+        /// [`SubscriberBuilder::filter`](crate::SubscriberBuilder::filter); among them are
+        /// `dead-letter-reason` and the like. All match an empty one.
+        filter: String,
+        /// So many; 1,000 at most in one call.
+        most: u32,
+    },
 }
 
 /// What a call has done with dead letters.
@@ -303,7 +365,8 @@ pub struct SubscriptionPosition {
     pub floor: u64,
     /// The last message of the topic.
     pub head: u64,
-    /// How many messages after the floor are not acked.
+    /// How many messages after the floor are not acked. Those for other recipients, and those that
+    /// the filter leaves out, count until delivery has come across them.
     pub backlog: u64,
     /// How many of these are with the consumer.
     pub outstanding: u64,
@@ -338,7 +401,8 @@ pub enum ReceiptState {
     Received,
     /// It is still to be delivered or acked.
     Pending,
-    /// It was never meant for this subscription: other recipients, or before the start.
+    /// It was never meant for this subscription: other recipients, left out by its filter, or
+    /// before the start.
     NotAddressed,
     /// It was let go without an ack.
     Released {

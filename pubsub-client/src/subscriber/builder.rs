@@ -69,6 +69,8 @@ pub(super) struct Settings {
     pub(super) on_failure: Option<FailurePolicy>,
     /// Nothing: that of the subscription.
     pub(super) ack_timeout: Option<Duration>,
+    /// Empty: that of the subscription.
+    pub(super) filter: String,
     pub(super) start: Start,
     pub(super) must_exist: bool,
     pub(super) max_messages: u32,
@@ -87,6 +89,7 @@ impl Settings {
             kind: None,
             on_failure: None,
             ack_timeout: None,
+            filter: String::new(),
             start: Start::default(),
             must_exist: false,
             max_messages: limits::OUTSTANDING_MESSAGES,
@@ -182,6 +185,32 @@ impl SubscriberBuilder {
     /// no use to a process that hangs as a whole.
     pub fn ack_timeout(mut self, timeout: Duration) -> Self {
         self.settings.ack_timeout = Some(timeout);
+        self
+    }
+
+    /// Sets which messages a new subscription, or a reader, is shown, by their attributes; all by
+    /// default. Written as in Google Pub/Sub, in at most 1 KiB:
+    ///
+    /// ```text
+    /// attributes:region                          there is an attribute `region`
+    /// attributes.region = "eu"                   and it has this value
+    /// attributes.region != "eu"                  it has another value, or there is none
+    /// hasPrefix(attributes.region, "eu-")        its value begins like this
+    /// attributes."odd/name" = "a \"quote\""      names of other than letters, digits, _ and -
+    /// (... OR ...) AND NOT ...                   AND beside OR needs parentheses
+    /// ```
+    ///
+    /// What does not match is never delivered, holds nothing up, and is no backlog once delivery has
+    /// come across it; [`Admin::receipts`](crate::Admin::receipts) calls it not addressed. A message
+    /// that names its recipients, such as a redriven dead letter, comes to them whatever their
+    /// filters say.
+    ///
+    /// A subscription keeps the filter that it was created with: with another one, opening is
+    /// refused. Without one, that of an existing subscription holds. A text that is no filter is
+    /// refused ([`Reason::InvalidArgument`](crate::Reason::InvalidArgument)) with the column, what
+    /// was expected there and what was found.
+    pub fn filter(mut self, filter: impl Into<String>) -> Self {
+        self.settings.filter = filter.into();
         self
     }
 

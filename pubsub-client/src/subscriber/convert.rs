@@ -54,6 +54,7 @@ pub(super) fn hello(core: &Core) -> pb::SubscribeRequest {
         boot_id: inner.boot.clone(),
         on_failure,
         ack_timeout: ack_timeout.and_then(wire_duration),
+        filter: settings.filter.clone(),
     }))
 }
 

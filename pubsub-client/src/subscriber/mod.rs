@@ -171,6 +171,7 @@ impl Drop for Subscriber {
 /// What a subscriber yields.
 #[derive(Debug)]
 #[non_exhaustive]
+#[expect(clippy::large_enum_variant, reason = "nearly all of them are messages")]
 pub enum Event {
     /// A message.
     Message(Delivery),

@@ -75,6 +75,7 @@ impl<T, C: Codec<T> + Unpin> Stream for TypedSubscriber<T, C> {
 /// What a [`TypedSubscriber`] yields.
 #[derive(Debug)]
 #[non_exhaustive]
+#[expect(clippy::large_enum_variant, reason = "nearly all of them are messages")]
 pub enum TypedEvent<T> {
     /// A message.
     Message(TypedDelivery<T>),

@@ -409,7 +409,9 @@ impl Subscription {
         let handlers = handlers.filter_map(|since| timeout.map(|timeout| since + timeout));
         let burial = self.letters.as_ref().and_then(|letters| letters.retry);
         let trials = self.topics.values().filter_map(|topic| topic.delivery.tried_until(now));
-        let backoffs = backoffs.chain(handlers).chain(trials).chain(burial);
+        let delayed = self.topics.values().filter_map(|topic| topic.delivery.due_at());
+        let delayed = delayed.filter(|due| *due > now);
+        let backoffs = backoffs.chain(handlers).chain(trials).chain(delayed).chain(burial);
         let retries = self.topics.values().filter_map(|topic| topic.damaged?.retry);
         let times = backoffs.chain(retries).chain(others.into_iter().flatten());
         let first = times.min().unwrap_or(now + Duration::from_secs(3600));

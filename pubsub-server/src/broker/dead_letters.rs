@@ -16,8 +16,9 @@ use super::delivery::Cursor;
 use super::error::BrokerError;
 use super::events::What;
 use super::subscription::Subscription;
-use super::{Broker, Owed, session};
+use super::{Broker, Handle, Owed, session};
 use crate::envelope::{self, Origin};
+use crate::filter::Filter;
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName};
 use crate::record::{
@@ -344,20 +345,6 @@ impl Subscription {
         self.leases.forget_settled(&self.topics);
     }
 
-    fn tell_let_go(&self, epoch: Epoch, sequences: &[u64], into: Option<&TopicName>) {
-        let (Some(topic), Some(first)) = (self.topics.get(&epoch), sequences.iter().min()) else {
-            return;
-        };
-        self.tell_all(|| What::LetGo {
-            subscription: self.record.name.clone(),
-            topic: topic.name.clone(),
-            epoch,
-            count: sequences.len() as u64,
-            first: *first,
-            into: into.cloned(),
-        });
-    }
-
     /// Answers with dead letters.
     pub(super) async fn letters_after(
         &mut self,
@@ -491,7 +478,8 @@ impl Subscription {
 }
 
 impl Broker {
-    /// The dead letters of a subscription after a sequence of the dead-letter topic.
+    /// The dead letters of a subscription after a sequence of the dead-letter topic, or those of
+    /// them that a filter means.
     ///
     /// # Errors
     ///
@@ -499,15 +487,20 @@ impl Broker {
     pub async fn dead_letters(
         &self,
         name: &SubscriptionName,
+        filter: Option<&Filter>,
         after: u64,
         most: usize,
     ) -> Result<LetterPage, BrokerError> {
         let handle = self.existing(name)?;
-        handle.ask(|reply| letter_command(LetterCommand::List(after, most, reply))).await?
+        match filter {
+            Some(filter) => handle.search(filter, (after, u64::MAX), most, |_| true).await,
+            None => handle.letters(after, most).await,
+        }
     }
 
     /// Sends dead letters back to the topics that they come from, to be received by their
-    /// subscription alone. A call takes up to [`limits::MAX_DEAD_LETTERS`].
+    /// subscription alone: those that are meant, and a filter means too. A call takes up to
+    /// [`limits::MAX_DEAD_LETTERS`].
     ///
     /// # Errors
     ///
@@ -516,15 +509,18 @@ impl Broker {
         &self,
         name: &SubscriptionName,
         which: Letters,
+        filter: Option<&Filter>,
     ) -> Result<Settled, BrokerError> {
         let handle = self.existing(name)?;
         for topic in self.matching(&handle.record.topics) {
             topic.check_room(&*self.inner.storage, 1)?;
         }
+        let which = handle.narrowed(which, filter).await?;
         handle.ask(|reply| letter_command(LetterCommand::Redrive(which, reply))).await?
     }
 
-    /// Lets dead letters go, for good. A call takes up to [`limits::MAX_DEAD_LETTERS`].
+    /// Lets dead letters go, for good: those that are meant, and a filter means too. A call takes
+    /// up to [`limits::MAX_DEAD_LETTERS`].
     ///
     /// # Errors
     ///
@@ -533,9 +529,68 @@ impl Broker {
         &self,
         name: &SubscriptionName,
         which: Letters,
+        filter: Option<&Filter>,
     ) -> Result<Settled, BrokerError> {
         let handle = self.existing(name)?;
+        let which = handle.narrowed(which, filter).await?;
         handle.ask(|reply| letter_command(LetterCommand::Purge(which, reply))).await?
+    }
+}
+
+impl Handle {
+    async fn letters(&self, after: u64, most: usize) -> Result<LetterPage, BrokerError> {
+        self.ask(|reply| letter_command(LetterCommand::List(after, most, reply))).await?
+    }
+
+    /// Those of the dead letters that a filter means, too.
+    async fn narrowed(
+        &self,
+        which: Letters,
+        filter: Option<&Filter>,
+    ) -> Result<Letters, BrokerError> {
+        let Some(filter) = filter else { return Ok(which) };
+        let found = match which {
+            Letters::Oldest(most) => self.search(filter, (0, u64::MAX), most, |_| true).await?,
+            Letters::These(these) => {
+                let first = these.first().map_or(1, |range| *range.start());
+                let last = these.last().map_or(0, |range| *range.end());
+                let (within, most) = ((first - 1, last), limits::MAX_DEAD_LETTERS);
+                self.search(filter, within, most, |sequence| these.contains(&sequence)).await?
+            }
+        };
+        let one = |letter: &StoredMessage| letter.sequence..=letter.sequence;
+        Ok(Letters::These(found.letters.iter().map(one).collect()))
+    }
+
+    /// Looks for dead letters after a sequence and up to another one. The subscription is asked
+    /// for a page at a time, and goes on in between: there may be many that do not match.
+    async fn search(
+        &self,
+        filter: &Filter,
+        (mut after, last): (u64, u64),
+        most: usize,
+        meant: impl Fn(u64) -> bool,
+    ) -> Result<LetterPage, BrokerError> {
+        let mut found = Vec::new();
+        let mut bytes = 0;
+        loop {
+            let page = self.letters(after, limits::MAX_DEAD_LETTERS).await?;
+            after = page.letters.last().map_or(u64::MAX, |letter| letter.sequence);
+            for letter in page.letters {
+                let matches = || filter.matches(&envelope::attributes(&letter.body));
+                if letter.sequence > last || !meant(letter.sequence) || !matches() {
+                    continue;
+                }
+                bytes += letter.body.len();
+                if found.len() >= most || bytes > limits::MAX_COMMIT_BYTES && !found.is_empty() {
+                    return Ok(LetterPage { letters: found, more: true, ..page });
+                }
+                found.push(letter);
+            }
+            if !page.more || after >= last {
+                return Ok(LetterPage { letters: found, more: false, ..page });
+            }
+        }
     }
 }
 

@@ -8,9 +8,10 @@ use tokio::time::Instant;
 
 use super::delivery::{Delivery, Out};
 use super::session::{Credit, Event, GapReason};
-use super::subscription::{Damage, Subscription, Topic};
+use super::subscription::{Damage, Keeper, Subscription, Topic};
+use crate::envelope::{self, Label};
 use crate::limits;
-use crate::record::{Epoch, StoredMessage};
+use crate::record::{Epoch, StoredMessage, SubscriptionRecord};
 use crate::storage::{ReadError, ReadLimit};
 
 /// How long to wait after a read that may succeed later.
@@ -31,8 +32,10 @@ impl Subscription {
     /// Sends a frame, or one to each of several consumers, if there is something to send and room
     /// for it.
     pub(super) async fn deliver(&mut self) -> Next {
-        self.serve_pulls().await;
-        if self.is_competing() { self.share().await } else { self.deliver_to_one().await }
+        let more = self.serve_pulls().await;
+        let next =
+            if self.is_competing() { self.share().await } else { self.deliver_to_one().await };
+        if more { Next::Again } else { next }
     }
 
     /// The ways to the active sessions whose streams have no room.
@@ -67,6 +70,8 @@ impl Subscription {
     }
 
     fn send(&mut self, epoch: Epoch, limit: ReadLimit, messages: Vec<StoredMessage>) {
+        // A reader sees the log as it is.
+        let (now, delays) = (self.now(), self.keeper == Keeper::Server);
         let topic = self.topics.get_mut(&epoch);
         let session = self.seats.values_mut().find_map(|seat| seat.session.as_mut());
         let (Some(topic), Some(session)) = (topic, session) else {
@@ -83,7 +88,8 @@ impl Subscription {
             if bytes + size > limit.bytes && !out.is_empty() {
                 break;
             }
-            if let Some(attempt) = delivery.offer(&message, &self.record.name) {
+            let due = now.when(Label::of(&message.body).not_before()).filter(|_| delays);
+            if let Some(attempt) = delivery.offer(&message, self.record.wants(&message), due) {
                 bytes += size;
                 out.push((message, attempt));
                 passed_over = false;
@@ -183,6 +189,20 @@ impl Subscription {
             }
         }
         Vec::new()
+    }
+}
+
+impl SubscriptionRecord {
+    /// Whether it is to be shown a message: one that names its recipients, if it is one of them,
+    /// whatever its filter says; and else, if its filter says so.
+    pub(super) fn wants(&self, message: &StoredMessage) -> bool {
+        match &self.filter {
+            Some(filter) if message.recipients.is_empty() => {
+                cfg!(pubsub_break = "filter_is_ignored")
+                    || filter.matches(&envelope::attributes(&message.body))
+            }
+            Some(_) | None => message.is_for(&self.name),
+        }
     }
 }
 

@@ -11,10 +11,11 @@ use super::error::BrokerError;
 use super::session::{Credit, Lease, Leased, Missing, Pull, Pulled};
 use super::sharing::Takers;
 use super::subscription::{Damage, Subscription, Topic};
-use crate::limits;
+use crate::envelope::Label;
+use crate::limits::{self, FRAME_BYTES};
 use crate::names::ConsumerId;
-use crate::record::Epoch;
-use crate::storage::ReadError;
+use crate::record::{Epoch, StoredMessage};
+use crate::storage::{ReadError, ReadLimit};
 
 /// The leases of one subscription, all of one consumer, and the pulls that wait for messages.
 #[derive(Debug, Default)]
@@ -42,6 +43,9 @@ struct Waiting {
 
 /// Pulls that may wait at one subscription.
 const MAX_WAITING: usize = 64;
+/// Reads of one pull before its subscription looks after others: it may come across many messages
+/// that are not for it.
+const READS: usize = 16;
 
 impl Leases {
     /// `first_pull`: tokens from before a restart are not to be taken for new ones.
@@ -110,8 +114,9 @@ impl Subscription {
         }
     }
 
-    /// Answers the pulls for which there is something, or whose time is over.
-    pub(super) async fn serve_pulls(&mut self) {
+    /// Answers the pulls for which there is something, or whose time is over. Says whether one has
+    /// not looked at everything yet, and is to go on at once.
+    pub(super) async fn serve_pulls(&mut self) -> bool {
         while let Some(waiting) = self.leases.waiting.pop_front() {
             if waiting.reply.is_closed() {
                 continue;
@@ -120,12 +125,16 @@ impl Subscription {
                 let _ = waiting.reply.send(Err(BrokerError::SubscriptionBusy { active }));
                 continue;
             }
-            let leased = self.take(&waiting.pull).await;
+            let (leased, more) = self.take(&waiting.pull).await;
             let missing = std::mem::take(&mut self.leases.missing);
+            if leased.is_empty() && missing.is_empty() && more {
+                self.leases.waiting.push_front(waiting);
+                return true;
+            }
             if leased.is_empty() && missing.is_empty() && waiting.until > Instant::now() {
                 self.leases.waiting.push_front(waiting);
                 self.leases.dismiss_overdue();
-                return;
+                return false;
             }
             if leased.is_empty()
                 && missing.is_empty()
@@ -141,6 +150,7 @@ impl Subscription {
                 Err(Err(_)) => {}
             }
         }
+        false
     }
 
     /// What a pull that gets nothing is to be told: a topic that cannot be read is not empty.
@@ -161,14 +171,28 @@ impl Subscription {
         self.fail_leases(&unread.collect::<Vec<_>>(), &nack);
     }
 
-    async fn take(&mut self, pull: &Pull) -> Vec<Leased> {
+    /// Takes what there is for a pull, and says whether there may be more, which it has not looked
+    /// at: of many messages that are for others a part is read at a time.
+    async fn take(&mut self, pull: &Pull) -> (Vec<Leased>, bool) {
         self.leases.next_pull += 1;
         let number = self.leases.next_pull;
         self.tell_departed();
-        let leased = match self.is_competing() {
-            true => self.take_shared(pull, number).await,
-            false => self.take_exclusive(pull, number).await,
-        };
+        let mut leased: Vec<Leased> = Vec::new();
+        let (mut bytes, mut reads, mut more) = (0, 0, true);
+        while more && reads < READS && leased.len() < pull.max_messages && bytes < FRAME_BYTES {
+            let messages = pull.max_messages - leased.len();
+            let room = ReadLimit { messages, bytes: FRAME_BYTES - bytes };
+            let taken = match self.is_competing() {
+                true => self.take_shared(number, room).await,
+                false => self.take_exclusive(number, room).await,
+            };
+            reads += 1;
+            more = taken.is_some();
+            for one in taken.unwrap_or_default() {
+                bytes += one.message.body.len();
+                leased.push(one);
+            }
+        }
         if !leased.is_empty() {
             let allowed = self.record.ack_timeout.unwrap_or(limits::PULL_LEASE);
             let until = Instant::now() + pull.lease.unwrap_or(allowed);
@@ -176,63 +200,51 @@ impl Subscription {
             self.leases.consumer = Some(pull.consumer.clone());
             self.leases.pulls.insert(number, PullLease { until, messages });
         }
-        leased
+        (leased, more)
     }
 
-    async fn take_shared(&mut self, pull: &Pull, number: u64) -> Vec<Leased> {
+    /// What one read brings; `None` if there is nothing to read.
+    async fn take_shared(&mut self, number: u64, room: ReadLimit) -> Option<Vec<Leased>> {
         let holder = Holder::Pull(number);
-        let mut leased = Vec::new();
-        let mut bytes = 0;
-        while leased.len() < pull.max_messages && bytes < limits::FRAME_BYTES {
-            let messages = (pull.max_messages - leased.len()) as u64;
-            let mut takers = Takers::only(holder, messages, (limits::FRAME_BYTES - bytes) as u64);
-            let Some((epoch, from, limit)) = self.next_run(&mut takers) else {
-                break;
-            };
-            let messages = self.read(epoch, from, limit).await;
-            let routed = self.route(epoch, messages, &mut takers).remove(&holder);
-            let Some(topic) = self.topics.get(&epoch) else {
-                break;
-            };
-            for (message, attempt) in routed.unwrap_or_default() {
-                let sequence = message.sequence;
-                let lease = Lease { topic: epoch, sequence, attempt, pull: number };
-                bytes += message.body.len();
-                leased.push(Leased { topic: topic.name.clone(), lease, message });
-            }
-        }
-        leased
+        let mut takers = Takers::only(holder, room.messages as u64, room.bytes as u64);
+        let (epoch, from, limit) = self.next_run(&mut takers)?;
+        let messages = self.read(epoch, from, limit).await;
+        let routed = self.route(epoch, messages, &mut takers).remove(&holder);
+        let topic = &self.topics.get(&epoch)?.name;
+        let lease = |(message, attempt): (StoredMessage, u32)| {
+            let sequence = message.sequence;
+            let lease = Lease { topic: epoch, sequence, attempt, pull: number };
+            Leased { topic: topic.clone(), lease, message }
+        };
+        Some(routed.unwrap_or_default().into_iter().map(lease).collect())
     }
 
-    async fn take_exclusive(&mut self, pull: &Pull, number: u64) -> Vec<Leased> {
+    /// What one read brings; `None` if there is nothing to read.
+    async fn take_exclusive(&mut self, number: u64, room: ReadLimit) -> Option<Vec<Leased>> {
         let window = u64::from(limits::MAX_OUTSTANDING_MESSAGES);
         let credit = Credit { messages: window, bytes: limits::MAX_OUTSTANDING_BYTES };
-        let mut leased = Vec::new();
-        let mut bytes = 0;
-        while leased.len() < pull.max_messages && bytes < limits::FRAME_BYTES {
-            let Some((epoch, from, mut limit)) = self.next_read(credit, window) else {
-                break;
-            };
-            limit.messages = limit.messages.min(pull.max_messages - leased.len());
-            let messages = self.read(epoch, from, limit).await;
-            let me = self.name().clone();
-            let Some(topic) = self.topics.get_mut(&epoch) else {
-                break;
-            };
-            let Delivery::Exclusive(delivery) = &mut topic.delivery else {
-                break;
-            };
-            for message in messages {
-                let Some(attempt) = delivery.offer(&message, &me) else {
-                    continue;
-                };
-                let sequence = message.sequence;
-                let lease = Lease { topic: epoch, sequence, attempt, pull: number };
-                bytes += message.body.len();
-                leased.push(Leased { topic: topic.name.clone(), lease, message });
-            }
+        let (epoch, from, mut limit) = self.next_read(credit, window)?;
+        if self.record.filter.is_none() {
+            limit.messages = limit.messages.min(room.messages);
         }
-        leased
+        let messages = self.read(epoch, from, limit).await;
+        let now = self.now();
+        let topic = self.topics.get_mut(&epoch)?;
+        let Delivery::Exclusive(delivery) = &mut topic.delivery else { return None };
+        let mut leased = Vec::new();
+        for message in messages {
+            if leased.len() >= room.messages {
+                break;
+            }
+            let due = now.when(Label::of(&message.body).not_before());
+            let Some(attempt) = delivery.offer(&message, self.record.wants(&message), due) else {
+                continue;
+            };
+            let sequence = message.sequence;
+            let lease = Lease { topic: epoch, sequence, attempt, pull: number };
+            leased.push(Leased { topic: topic.name.clone(), lease, message });
+        }
+        Some(leased)
     }
 
     /// Hands messages back whose leases hold still.

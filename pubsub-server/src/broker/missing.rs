@@ -113,14 +113,8 @@ impl Subscription {
         };
         let over = self.topics.iter().filter(|(_, topic)| is_over(topic));
         for epoch in over.map(|(epoch, _)| *epoch).collect::<Vec<_>>() {
-            let Some(topic) = self.topics.remove(&epoch) else { continue };
             self.departed.fetch_sub(1, Ordering::Relaxed);
-            self.numbers.remove(&topic.number);
-            self.turns.retain(|turn| *turn != epoch);
-            for session in self.active() {
-                session.tell(Event::Left(topic.number));
-                session.forget(topic.number);
-            }
+            self.leave(epoch);
         }
     }
 }

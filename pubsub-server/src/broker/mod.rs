@@ -23,6 +23,7 @@ pub mod delivery;
 pub mod error;
 pub mod events;
 mod lease;
+mod listening;
 mod missing;
 pub mod publisher;
 mod receipts;
@@ -40,6 +41,7 @@ pub mod waiting;
 
 pub use dead_letters::{LetterPage, Letters};
 pub use error::{BrokerError, Code};
+pub use listening::Relisten;
 pub use receipts::ReceiptAnswer;
 pub use schemas::{PayloadFate, SchemaCheck};
 pub use snapshots::Snapshot;

@@ -6,7 +6,7 @@ use super::session::Command;
 use super::subscription::AdminCommand;
 use super::{Broker, Topic};
 use crate::names::{SubscriptionName, TopicName};
-use crate::record::Epoch;
+use crate::record::{Epoch, StoredMessage};
 use crate::storage::{ReadError, ReadLimit};
 
 /// What one subscription knows of a message.
@@ -45,7 +45,7 @@ impl Broker {
             Some(subscription) => vec![subscription.clone()],
             None => topic.subscriptions(),
         };
-        let recipients = self.recipients(&topic, sequence).await;
+        let message = self.stored(&topic, sequence).await;
         let mut answers = Vec::with_capacity(asked.len());
         for subscription in asked {
             let handle = self.existing(&subscription)?;
@@ -55,8 +55,8 @@ impl Broker {
                 let text = format!("subscription {subscription} does not listen to topic {name}");
                 return Err(BrokerError::Invalid(text));
             };
-            let meant = recipients.is_empty() || recipients.contains(&subscription);
-            if receipt == Receipt::Pending && !meant {
+            let wanted = message.as_ref().is_none_or(|message| handle.record.wants(message));
+            if receipt == Receipt::Pending && !wanted {
                 receipt = Receipt::NotAddressed;
             }
             answers.push(ReceiptAnswer { subscription, receipt });
@@ -64,12 +64,11 @@ impl Broker {
         Ok(answers)
     }
 
-    /// The recipients of a message; empty for all, or if it is not stored any more.
-    async fn recipients(&self, topic: &Topic, sequence: u64) -> Vec<SubscriptionName> {
+    /// A message, if it is still stored.
+    async fn stored(&self, topic: &Topic, sequence: u64) -> Option<StoredMessage> {
         let one = ReadLimit { messages: 1, bytes: 1 };
         let read: Result<_, ReadError> =
             self.inner.storage.read(topic.record.epoch, sequence, one).await;
-        let first = read.ok().and_then(|messages| messages.into_iter().next());
-        first.map(|message| message.recipients).unwrap_or_default()
+        read.ok().and_then(|messages| messages.into_iter().next())
     }
 }

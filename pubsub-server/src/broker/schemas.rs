@@ -9,10 +9,10 @@ use futures_util::future::BoxFuture;
 use super::error::{BrokerError, Problems};
 use super::publisher::{Batch, Inspected};
 use super::{Broker, Topic};
-use crate::envelope::{Content, Stamp};
+use crate::envelope::{Content, Label, Stamp};
 use crate::limits;
 use crate::names::TopicName;
-use crate::record::NewMessage;
+use crate::record::{NewMessage, Timestamp};
 use crate::schema::{
     Checker, Compatibility, InvalidSchema, PayloadRules, Problem, SchemaRecord, Violation,
     shortened,
@@ -230,12 +230,13 @@ impl Broker {
         let current = topic.payloads.current();
         let topic = Arc::clone(topic);
         let quick = current.as_ref().is_none_or(|current| current.is_quick(batch.bytes()));
+        let now = self.inner.env.now();
         let inspect = move || {
             let checker = current.as_ref().map(|current| current.checker()).transpose()?;
             let rules = current.as_ref().map(|current| current.record.revision).zip(checker);
             for item in &mut batch.items {
                 if let Item::Store(message) = item
-                    && let Err(refusal) = topic.inspect(message, rules)
+                    && let Err(refusal) = topic.inspect(message, rules, now)
                 {
                     *item = message.refused(refusal);
                 }
@@ -265,11 +266,18 @@ impl Topic {
         &self,
         message: &mut NewMessage,
         rules: Option<(u32, &Checker)>,
+        now: Timestamp,
     ) -> Result<(), Refusal> {
         let (size, limit) = (message.body.len() as u64, self.config().max_message_bytes);
         if size > limit {
             let detail = format!("the message has {size} bytes, and the topic allows {limit}");
             return Err(Refusal::new(RefusalReason::TooLarge, detail).with(Fact::Limit(limit)));
+        }
+        let latest =
+            now.0.saturating_add(u64::try_from(limits::MAX_DELAY.as_millis()).unwrap_or(u64::MAX));
+        if Label::of(&message.body).not_before().is_some_and(|due| due.0 > latest) {
+            let detail = "not_before lies more than 366 days ahead";
+            return Err(Refusal::new(RefusalReason::Invalid, detail));
         }
         let Some((revision, checker)) = rules else {
             return Ok(());

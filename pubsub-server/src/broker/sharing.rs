@@ -6,9 +6,9 @@ use tokio::time::Instant;
 
 use super::consumers::Seat;
 use super::delivering::Next;
-use super::delivery::{Delivery, Holder, Key, Out};
+use super::delivery::{Delivery, Holder, Key, Out, Terms};
 use super::subscription::Subscription;
-use crate::envelope;
+use crate::envelope::Label;
 use crate::limits;
 use crate::record::{Epoch, StoredMessage, SubscriptionKind};
 use crate::storage::ReadLimit;
@@ -156,6 +156,7 @@ impl Subscription {
         takers: &mut Takers,
     ) -> Routed {
         let mut routed = Routed::new();
+        let now = self.now();
         let Some(topic) = self.topics.get_mut(&epoch) else {
             return routed;
         };
@@ -164,11 +165,12 @@ impl Subscription {
         };
         let by_key = self.record.kind == SubscriptionKind::KeyOrdered;
         for message in messages {
-            let key = by_key.then(|| envelope::ordering_key(&message.body)).flatten();
-            let key = key.map(Key::from);
+            let label = Label::of(&message.body);
+            let key = label.ordering_key().filter(|_| by_key).map(Key::from);
+            let terms = Terms { key, due: now.when(label.not_before()) };
             let pick = |owner, bytes| takers.pick(owner, bytes);
-            if let Some((holder, attempt)) = delivery.route(&message, key, &self.record.name, pick)
-            {
+            let wanted = self.record.wants(&message);
+            if let Some((holder, attempt)) = delivery.route(&message, terms, wanted, pick) {
                 takers.took(holder, message.body.len() as u64);
                 routed.entry(holder).or_default().push((message, attempt));
             }

@@ -111,6 +111,7 @@ impl Broker {
             kind: SubscriptionKind::Exclusive,
             on_failure: FailurePolicy::Block,
             ack_timeout: None,
+            filter: None,
             expires_after: None,
             used_at: created_at,
             topics: handle.record.topics.clone(),

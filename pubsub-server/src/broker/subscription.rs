@@ -27,7 +27,7 @@ use super::stalls::Noted;
 use super::waiting::HeadOfLine;
 use crate::env::SharedEnv;
 use crate::limits;
-use crate::names::{ConsumerId, SubscriptionName, TopicName};
+use crate::names::{ConsumerId, TopicName, TopicPattern};
 use crate::record::{CursorRecord, Epoch, Sequences, SubscriptionKind, SubscriptionRecord};
 use crate::storage::{Change, Storage, Urgency};
 
@@ -38,6 +38,8 @@ pub enum AdminCommand {
     TopicCreated(TopicStart),
     /// A topic was deleted.
     TopicDeleted(Epoch),
+    /// Listen to other topics.
+    Listen(Listening, oneshot::Sender<Result<(), BrokerError>>),
     /// Move the position.
     Seek(Vec<(Epoch, Target)>, oneshot::Sender<Result<(), BrokerError>>),
     /// Tell the position, as far as it is durable.
@@ -54,6 +56,17 @@ pub enum AdminCommand {
     Letters(LetterCommand),
     /// Delete the subscription, and end.
     Delete(oneshot::Sender<Result<(), BrokerError>>),
+}
+
+/// What a subscription is to listen to from now on.
+#[derive(Debug)]
+pub struct Listening {
+    /// Names and patterns.
+    pub(super) patterns: Vec<TopicPattern>,
+    /// Topics that join, with where they start.
+    pub(super) joining: Vec<(Arc<super::Topic>, CursorRecord)>,
+    /// Topics that leave.
+    pub(super) leaving: Vec<Epoch>,
 }
 
 /// A position in a topic.
@@ -330,12 +343,9 @@ impl Subscription {
 
     async fn on_admin(&mut self, command: AdminCommand) {
         match command {
-            AdminCommand::TopicCreated(start) => {
-                let epoch = self.join(start);
-                let joined = self.topics.get(&epoch).map(|topic| topic.describe(epoch));
-                if let Some(joined) = joined {
-                    self.active().for_each(|session| session.tell(Event::Joined(joined.clone())));
-                }
+            AdminCommand::TopicCreated(start) => self.join_and_tell(start),
+            AdminCommand::Listen(listening, reply) => {
+                let _ = reply.send(self.listen(listening).await);
             }
             AdminCommand::TopicDeleted(epoch) => self.on_topic_deleted(epoch),
             AdminCommand::Seek(targets, reply) => {
@@ -364,6 +374,51 @@ impl Subscription {
             AdminCommand::Delete(reply) => {
                 let _ = reply.send(self.delete().await);
             }
+        }
+    }
+
+    /// Listens to other topics from now on. If that fails everything is as it was.
+    async fn listen(&mut self, listening: Listening) -> Result<(), BrokerError> {
+        let Listening { patterns, joining, leaving } = listening;
+        let before = std::mem::replace(&mut self.record.topics, patterns);
+        let subscription = self.record.epoch;
+        let starts = joining.iter().map(|(topic, cursor)| {
+            let (topic, cursor) = (topic.record.epoch, cursor.clone());
+            Change::PutCursor { subscription, topic, cursor }
+        });
+        let ends = leaving.iter().map(|topic| Change::DeleteCursor { subscription, topic: *topic });
+        let changes = starts.chain(ends).collect();
+        self.record_changed = true;
+        // The positions of those that leave are not to be saved after they are deleted.
+        if let Err(error) = self.commit_with(changes).await {
+            self.record.topics = before;
+            return Err(error.into());
+        }
+        leaving.into_iter().for_each(|epoch| self.leave(epoch));
+        for (topic, cursor) in joining {
+            let start = topic.start(&self.record.name, cursor);
+            self.join_and_tell(start);
+        }
+        self.leases.forget_settled(&self.topics);
+        Ok(())
+    }
+
+    /// Ends with a topic: what is unacked of it is nobody's business any more.
+    pub(super) fn leave(&mut self, epoch: Epoch) {
+        let Some(topic) = self.topics.remove(&epoch) else { return };
+        self.numbers.remove(&topic.number);
+        self.turns.retain(|turn| *turn != epoch);
+        for session in self.active() {
+            session.tell(Event::Left(topic.number));
+            session.forget(topic.number);
+        }
+    }
+
+    fn join_and_tell(&mut self, start: TopicStart) {
+        let epoch = self.join(start);
+        let joined = self.topics.get(&epoch).map(|topic| topic.describe(epoch));
+        if let Some(joined) = joined {
+            self.active().for_each(|session| session.tell(Event::Joined(joined.clone())));
         }
     }
 
@@ -449,10 +504,6 @@ impl Subscription {
         Moment { at: Instant::now(), wall: self.env.now() }
     }
 
-    pub(super) fn name(&self) -> &SubscriptionName {
-        &self.record.name
-    }
-
     fn describe(&self) -> Description {
         let now = Instant::now();
         Description {
@@ -472,17 +523,6 @@ impl Subscription {
                 .map(|position| self.with_head_of_line(position, now))
                 .collect(),
             dead_letters: self.letters.as_ref().map_or(0, DeadLetters::waiting),
-        }
-    }
-
-    /// What waits for the dead-letter topic says so.
-    fn why_it_waits(&self, position: Position) -> Position {
-        let topic = self.topics.get(&position.epoch);
-        let condemned = topic.is_some_and(|t| !t.delivery.cursor().condemned().is_empty());
-        let cause = self.letters.as_ref().and_then(|letters| letters.waits_for.clone());
-        match cause.filter(|_| condemned) {
-            Some(cause) => Position { waits_for: Some(cause), ..position },
-            None => position,
         }
     }
 

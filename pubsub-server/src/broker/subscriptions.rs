@@ -15,6 +15,7 @@ use super::events::{SubscriptionFate, What};
 use super::session::{Attach, Command, Event, Lease, Outlet, Pull, Pulled, SessionId};
 use super::subscription::{AdminCommand, Description, Keeper, Target, TopicStart, Topics};
 use super::{Broker, Handle, Owed, Topic};
+use crate::filter::Filter;
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName, TopicPattern};
 use crate::record::{
@@ -48,6 +49,8 @@ pub struct NewSubscription {
     pub on_failure: Option<FailurePolicy>,
     /// How long a handler may take; as it is already, or for ever, if that is not said.
     pub ack_timeout: Option<Duration>,
+    /// Which messages it is shown; as it is already, or all, if that is not said.
+    pub filter: Option<Filter>,
     /// After how long without a consumer it is deleted.
     pub expires_after: Option<Duration>,
     /// Where it starts.
@@ -67,6 +70,8 @@ pub struct Consume {
     pub on_failure: Option<FailurePolicy>,
     /// How long a handler may take; as it is already, or for ever, if that is not said.
     pub ack_timeout: Option<Duration>,
+    /// Which messages it is shown; as it is already, or all, if that is not said.
+    pub filter: Option<Filter>,
     /// Where it starts, if it is new.
     pub start: Start,
     /// Whether it may be created.
@@ -141,6 +146,7 @@ impl Broker {
             kind: new.kind.unwrap_or(SubscriptionKind::Exclusive),
             on_failure: new.on_failure.clone().unwrap_or_default(),
             ack_timeout: new.ack_timeout,
+            filter: new.filter.clone(),
             expires_after: new.expires_after,
             used_at: env.now(),
             topics: new.topics.clone(),
@@ -203,7 +209,7 @@ impl Broker {
 
     /// Every name must exist, or a typing error would wait for ever; a pattern may match nothing
     /// yet.
-    fn check_patterns(&self, patterns: &[TopicPattern]) -> Result<(), BrokerError> {
+    pub(super) fn check_patterns(&self, patterns: &[TopicPattern]) -> Result<(), BrokerError> {
         if patterns.is_empty() {
             let rule = "a new subscription needs the topics it listens to";
             return Err(BrokerError::Invalid(rule.to_owned()));
@@ -224,7 +230,7 @@ impl Broker {
     }
 
     /// The first message to be shown.
-    async fn resolve(&self, topic: &Topic, start: Start) -> Result<u64, BrokerError> {
+    pub(super) async fn resolve(&self, topic: &Topic, start: Start) -> Result<u64, BrokerError> {
         let stats = self.stats(topic);
         let name = &topic.record.name;
         match start {
@@ -297,7 +303,10 @@ impl Broker {
         let first_time = consume.attach.known_epoch.is_none();
         match self.find(name) {
             Some(handle) => {
-                handle.check_same(&consume.to_new(name))?;
+                // Who was here before listens to what the subscription listens to by now.
+                if first_time {
+                    handle.check_same(&consume.to_new(name))?;
+                }
                 Ok(handle)
             }
             None if !first_time => Err(BrokerError::SubscriptionDeleted(name.clone())),
@@ -320,6 +329,7 @@ impl Broker {
             kind: SubscriptionKind::Exclusive,
             on_failure: FailurePolicy::Block,
             ack_timeout: None,
+            filter: consume.filter.clone(),
             expires_after: None,
             used_at: env.now(),
             topics: consume.topics.clone(),
@@ -530,6 +540,7 @@ impl Consume {
             kind: self.kind,
             on_failure: self.on_failure.clone(),
             ack_timeout: self.ack_timeout,
+            filter: self.filter.clone(),
             expires_after: None,
             start: self.start,
         }
@@ -560,6 +571,12 @@ impl Handle {
         let present = self.record.ack_timeout;
         if ack_timeout.is_some_and(|timeout| Some(timeout) != present) {
             return mismatch("ack_timeout", duration(present));
+        }
+        if let Some(filter) = &new.filter
+            && self.record.filter.as_ref() != Some(filter)
+        {
+            let present = self.record.filter.as_ref().map_or("none".to_owned(), Filter::to_string);
+            return mismatch("filter", present);
         }
         let sorted = |topics: &[TopicPattern]| {
             let mut texts: Vec<String> = topics.iter().map(|t| t.as_str().to_owned()).collect();
@@ -595,6 +612,7 @@ mod tests {
             kind: None,
             on_failure: None,
             ack_timeout: None,
+            filter: None,
             start: Start::Earliest,
             must_exist: false,
             known_boot: None,

@@ -203,6 +203,7 @@ impl Store {
             | Change::PutSubscription(_)
             | Change::DeleteSubscription(_)
             | Change::PutCursor { .. }
+            | Change::DeleteCursor { .. }
             | Change::Trim { .. } => true,
         };
         if !changes.iter().all(known) {
@@ -248,6 +249,9 @@ impl Store {
                         self.departed.remove(&key);
                     }
                 }
+            }
+            Change::DeleteCursor { subscription, topic } => {
+                self.cursors.remove(&(topic, subscription));
             }
             Change::Store { topic, message } => {
                 if let Some(topic) = self.topics.get_mut(&topic) {

@@ -352,6 +352,13 @@ pub enum Change {
         /// The position.
         cursor: CursorRecord,
     },
+    /// Removes the position of a subscription in a topic: it does not listen there any more.
+    DeleteCursor {
+        /// The subscription.
+        subscription: Epoch,
+        /// The topic.
+        topic: Epoch,
+    },
     /// Stores a message, behind what was accepted before. It has no identity: what makes it
     /// happen once is the rest of the changes.
     Store {

@@ -100,6 +100,7 @@ pub(super) fn subscription(name: &str, epoch: u64) -> SubscriptionRecord {
         used_at: Timestamp(0),
         on_failure: FailurePolicy::Block,
         ack_timeout: None,
+        filter: None,
         topics: vec![TopicPattern::parse("*").unwrap()],
         created_at: Timestamp(1),
         consumers: Vec::new(),

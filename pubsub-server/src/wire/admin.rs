@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use pubsub_proto::v1::admin_service_server::AdminService;
 use pubsub_proto::v1::{
-    CheckSchemaRequest, CheckSchemaResponse, CreateSnapshotRequest, CreateSnapshotResponse,
+    self, CheckSchemaRequest, CheckSchemaResponse, CreateSnapshotRequest, CreateSnapshotResponse,
     CreateSubscriptionRequest, CreateSubscriptionResponse, CreateTopicRequest, CreateTopicResponse,
     DeleteSnapshotRequest, DeleteSnapshotResponse, DeleteSubscriptionRequest,
     DeleteSubscriptionResponse, DeleteTopicRequest, DeleteTopicResponse, GetReceiptsRequest,
@@ -23,7 +23,7 @@ use tonic::{Request, Response, Status};
 use super::status::{invalid, status};
 use super::stream::Outbound;
 use super::{Context, convert, describe, events, schema};
-use crate::broker::{BrokerError, NewSubscription};
+use crate::broker::{BrokerError, NewSubscription, Relisten};
 use crate::record::TopicConfig;
 use crate::storage::Health;
 
@@ -162,6 +162,7 @@ impl AdminService for Service {
             on_failure: convert::parse_policy(request.on_failure)?,
             ack_timeout: convert::parse_duration("ack_timeout", request.ack_timeout)?,
             expires_after: convert::parse_duration("expires_after", request.expires_after)?,
+            filter: convert::parse_filter(&request.filter)?,
             start: convert::parse_start(request.start)?,
         };
         let create = self.0.broker.create_subscription(new, request.if_not_exists);
@@ -233,6 +234,22 @@ impl AdminService for Service {
         Ok(Response::new(SeekSubscriptionResponse { subscription }))
     }
 
+    async fn update_subscription(
+        &self,
+        request: Request<v1::UpdateSubscriptionRequest>,
+    ) -> Result<Response<v1::UpdateSubscriptionResponse>, Status> {
+        let request = request.into_inner();
+        let name = convert::parse_subscription(&request.name)?;
+        let change = Relisten {
+            add: convert::parse_patterns(&request.add_topics)?,
+            remove: convert::parse_patterns(&request.remove_topics)?,
+            start: convert::parse_start(request.start)?,
+        };
+        let description = self.0.broker.relisten(name, change).await.map_err(refuse)?;
+        let subscription = Some(describe::subscription(description));
+        Ok(Response::new(v1::UpdateSubscriptionResponse { subscription }))
+    }
+
     async fn create_snapshot(
         &self,
         request: Request<CreateSnapshotRequest>,
@@ -280,7 +297,8 @@ impl AdminService for Service {
             "" => 0,
             token => token.parse().map_err(|_| invalid("page_token is not one of this server"))?,
         };
-        let page = self.0.broker.dead_letters(&name, after, page(request.page_size));
+        let (filter, most) = (convert::parse_filter(&request.filter)?, page(request.page_size));
+        let page = self.0.broker.dead_letters(&name, filter.as_ref(), after, most);
         let page = page.await.map_err(refuse)?;
         let last = page.letters.last().filter(|_| page.more);
         let next_page_token = last.map(|last| last.sequence.to_string()).unwrap_or_default();
@@ -295,7 +313,8 @@ impl AdminService for Service {
         let request = request.into_inner();
         let name = convert::parse_subscription(&request.subscription)?;
         let which = describe::parse_letters(&request.sequences, request.max_messages)?;
-        let settled = self.0.broker.redrive(&name, which).await.map_err(refuse)?;
+        let filter = convert::parse_filter(&request.filter)?;
+        let settled = self.0.broker.redrive(&name, which, filter.as_ref()).await.map_err(refuse)?;
         let (redriven, homeless, left) = (settled.settled, settled.homeless, settled.left);
         Ok(Response::new(RedriveDeadLettersResponse { redriven, homeless, left }))
     }
@@ -307,7 +326,9 @@ impl AdminService for Service {
         let request = request.into_inner();
         let name = convert::parse_subscription(&request.subscription)?;
         let which = describe::parse_letters(&request.sequences, request.max_messages)?;
-        let settled = self.0.broker.purge_dead_letters(&name, which).await.map_err(refuse)?;
+        let filter = convert::parse_filter(&request.filter)?;
+        let settled = self.0.broker.purge_dead_letters(&name, which, filter.as_ref()).await;
+        let settled = settled.map_err(refuse)?;
         let (purged, left) = (settled.settled, settled.left);
         Ok(Response::new(PurgeDeadLettersResponse { purged, left }))
     }

@@ -12,6 +12,7 @@ use super::status::{self, invalid};
 use crate::broker::Start;
 use crate::broker::delivery::{Claim, Nack};
 use crate::broker::session::{self, GapReason, Lease, Leased, Missing, TopicAcks};
+use crate::filter::Filter;
 use crate::limits;
 use crate::names::{SnapshotName, SubscriptionName, TopicName, TopicPattern};
 use crate::record::{
@@ -72,6 +73,14 @@ pub(super) fn parse_patterns(patterns: &[String]) -> Result<Vec<TopicPattern>, S
     }
     let parse = |pattern: &String| TopicPattern::parse(pattern);
     patterns.iter().map(parse).collect::<Result<_, _>>().map_err(|error| invalid(error.to_string()))
+}
+
+/// A filter; `None` if there is none.
+pub(super) fn parse_filter(text: &str) -> Result<Option<Filter>, Status> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    Filter::parse(text).map(Some).map_err(|error| invalid(error.to_string()))
 }
 
 /// 16 bytes.

@@ -80,6 +80,7 @@ pub(super) fn subscription(description: Description) -> v1::Subscription {
         ack_timeout: record.ack_timeout.and_then(duration),
         expires_after: record.expires_after.and_then(duration),
         dead_letters,
+        filter: record.filter.map(String::from).unwrap_or_default(),
     }
 }
 

@@ -217,6 +217,7 @@ pub(super) fn head_of_line(head: waiting::HeadOfLine) -> HeadOfLine {
         waiting::WaitCause::NoConsumer => WaitCause::NoConsumer,
         waiting::WaitCause::NoCredit => WaitCause::NoCredit,
         waiting::WaitCause::Backoff => WaitCause::Backoff,
+        waiting::WaitCause::Delayed => WaitCause::Delayed,
         waiting::WaitCause::Suspect => WaitCause::Suspect,
         waiting::WaitCause::AwaitedConsumer => WaitCause::AwaitedConsumer,
         waiting::WaitCause::TooManyUnacked => WaitCause::TooManyUnacked,

@@ -176,6 +176,7 @@ fn parse_hello(hello: SubscribeHello) -> Result<Consume, Status> {
         kind: convert::parse_kind(hello.kind)?,
         on_failure: convert::parse_policy(hello.on_failure)?,
         ack_timeout: convert::parse_duration("ack_timeout", hello.ack_timeout)?,
+        filter: convert::parse_filter(&hello.filter)?,
         start: convert::parse_start(hello.start)?,
         must_exist: hello.must_exist,
         known_boot: convert::parse_optional_uuid("boot_id", &hello.boot_id)?,

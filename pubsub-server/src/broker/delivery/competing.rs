@@ -13,10 +13,9 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::started::Started;
-use super::{Claim, Cursor, Holder, Moment, Out};
+use super::timed::Timed;
+use super::{Claim, Cursor, Holder, Moment, Out, Terms};
 use crate::limits;
-use crate::names::SubscriptionName;
 use crate::record::{Sequences, StoredMessage};
 
 /// An ordering key.
@@ -40,19 +39,22 @@ pub struct Competing {
     /// that are held or waiting all the same: consumers that came back named them.
     pub(super) next: u64,
     pub(super) held: BTreeMap<u64, Held>,
-    waiting: BTreeMap<u64, Waiting>,
+    pub(super) waiting: BTreeMap<u64, Waiting>,
     /// Of the waiting ones, those that could go now if someone had room.
     ready: BTreeSet<u64>,
     /// Of the waiting ones, those that have to wait for a moment.
     due: BTreeSet<(Instant, u64)>,
     pub(super) lanes: BTreeMap<Key, Lane>,
     out: BTreeMap<Holder, Out>,
-    pub(super) started: Started,
+    pub(super) started: Timed,
+    /// To wait for a moment that their publishers have named; they are in nobody's way.
+    delayed: BTreeMap<u64, Waiting>,
+    pub(super) due_at: Timed,
     /// Of the suspects, those that are held.
     suspects_out: usize,
     /// When one was given out last, unless that is so long ago that it kills nobody.
     suspect_at: Option<Instant>,
-    /// When it was asked last what is to be shown.
+    /// When it was asked last what is to be shown, or told what is held.
     asked_at: Option<Instant>,
     /// Messages up to here may be with consumers that have not come back since the start.
     withheld: u64,
@@ -70,8 +72,8 @@ pub(super) struct Held {
 }
 
 #[derive(Debug, Default)]
-struct Waiting {
-    at: Option<Instant>,
+pub(super) struct Waiting {
+    pub(super) at: Option<Instant>,
     bytes: u32,
     key: Option<Key>,
 }
@@ -96,7 +98,9 @@ impl Competing {
             due: BTreeSet::new(),
             lanes: BTreeMap::new(),
             out: BTreeMap::new(),
-            started: Started::default(),
+            started: Timed::default(),
+            delayed: BTreeMap::new(),
+            due_at: Timed::default(),
             suspects_out: 0,
             suspect_at: None,
             asked_at: None,
@@ -140,16 +144,6 @@ impl Competing {
         self.held.get(&sequence).is_some_and(|held| held.holder == holder)
     }
 
-    /// Who holds this message.
-    pub fn holder_of(&self, sequence: u64) -> Option<Holder> {
-        self.held.get(&sequence).map(|held| held.holder)
-    }
-
-    /// Until when a message is held back by its backoff.
-    pub fn due(&self, sequence: u64) -> Option<Instant> {
-        self.waiting.get(&sequence).and_then(|waiting| waiting.at)
-    }
-
     /// Messages that were looked at and wait.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
@@ -160,6 +154,7 @@ impl Competing {
         let condemned = self.cursor.condemned().len();
         self.held.len() + self.waiting.len() >= limits::MAX_UNSETTLED
             || condemned >= limits::MAX_CONDEMNED
+            || self.delayed.len() >= limits::MAX_DELAYED
     }
 
     /// When the next of the waiting messages may be shown that have to wait for a moment.
@@ -203,6 +198,8 @@ impl Competing {
         for sequence in lost.collect::<Vec<_>>() {
             self.hand_back(sequence, None);
         }
+        // It has what it claims since now, as far as it is known.
+        self.asked_at = Some(now.at);
         let dropped = self.hold(holder, claim);
         self.start(holder, &claim.started, now.at);
         dropped
@@ -218,17 +215,27 @@ impl Competing {
             let others = self.held.get(&sequence).map(|held| held.holder != holder);
             // No more than could be out before, whatever is claimed.
             let too_many = others.is_none() && self.is_full();
-            let another = others == Some(true);
+            let another =
+                others == Some(true) || others.is_none() && self.would_overtake(sequence, holder);
             if sequence > head || self.cursor.is_done(sequence) || another || too_many {
                 dropped.insert(sequence..=sequence);
             } else if others.is_none() {
-                let known = self.unwait(sequence);
+                let known = self.unwait(sequence).or_else(|| self.undelay(sequence));
                 let Waiting { bytes, key, .. } = known.unwrap_or_default();
                 let bytes = if bytes == 0 { each } else { bytes };
                 self.give(sequence, holder, bytes, key);
             }
         }
         dropped
+    }
+
+    /// Whether a waiting message must not go to a consumer that claims to have it: one of the same
+    /// key that comes first waits, too, or is another's. It was taken back from the consumer before.
+    fn would_overtake(&self, sequence: u64, holder: Holder) -> bool {
+        let key = self.waiting.get(&sequence).and_then(|waiting| waiting.key.as_ref());
+        let Some(lane) = key.and_then(|key| self.lanes.get(key)) else { return false };
+        let is_first = lane.waiting.first() == Some(&sequence);
+        !is_first || self.owner(key).is_some_and(|owner| owner != holder)
     }
 
     /// A consumer is gone, and what it held is anybody's.
@@ -250,6 +257,9 @@ impl Competing {
         self.skip_settled();
         self.suspect_at = self.suspect_at.filter(|at| now < *at + limits::SUSPICION);
         self.asked_at = Some(now);
+        if self.cursor.condemned().len() >= limits::MAX_CONDEMNED {
+            return None;
+        }
         let mut ready = self.ready.range(self.withheld + 1..).filter_map(|sequence| {
             if self.waits_for_another_suspect(*sequence) {
                 return None;
@@ -271,7 +281,8 @@ impl Competing {
             None => {}
         }
         let looked_at = self.held.len() + self.waiting.len();
-        let room = limits::MAX_UNSETTLED.saturating_sub(looked_at) as u64;
+        let room = limits::MAX_UNSETTLED.saturating_sub(looked_at);
+        let room = room.min(limits::MAX_DELAYED.saturating_sub(self.delayed.len())) as u64;
         let last = self.cursor.head().min(self.next.saturating_add(room) - 1);
         (self.next <= last && can(None, 1)).then(|| (self.next, last - self.next + 1))
     }
@@ -297,18 +308,34 @@ impl Competing {
         self.held.get(held.last()?).map(|held| held.holder)
     }
 
-    /// A message that was read, with its key: to whom it is to be sent, and as which attempt.
+    /// When the first of the delayed messages is due.
+    pub fn due_at(&self) -> Option<Instant> {
+        self.due_at.earliest()
+    }
+
+    /// Messages that are not due yet.
+    pub fn delayed(&self) -> usize {
+        self.delayed.len()
+    }
+
+    fn undelay(&mut self, sequence: u64) -> Option<Waiting> {
+        self.due_at.remove(sequence);
+        self.delayed.remove(&sequence)
+    }
+
+    /// A message that was read, which the subscription wants or not, with its terms: to whom it is to
+    /// be sent, and as which attempt.
     /// `choose` says who could take so many bytes: the consumer of its key, or anyone.
     pub fn route(
         &mut self,
         message: &StoredMessage,
-        key: Option<Key>,
-        me: &SubscriptionName,
+        terms: Terms,
+        wanted: bool,
         choose: impl FnOnce(Option<Holder>, u64) -> Option<Holder>,
     ) -> Option<(Holder, u32)> {
         let sequence = message.sequence;
         if sequence == self.next {
-            self.look_at(message, key, me);
+            self.look_at(message, terms, wanted);
         }
         if sequence <= self.withheld
             || !self.ready.contains(&sequence)
@@ -316,36 +343,45 @@ impl Competing {
         {
             return None;
         }
-        let waiting = self.waiting.get(&sequence)?;
-        // One that was named by a consumer, and not looked at, has not told its size yet.
+        // One that was named by a consumer, and not looked at, has not told its size yet. It is
+        // remembered: to `wants` it would fit again, for ever.
         let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
-        let holder = choose(self.owner(waiting.key.as_ref()), u64::from(bytes))?;
+        let waiting = self.waiting.get_mut(&sequence)?;
+        waiting.bytes = bytes;
+        let key = waiting.key.clone();
+        let holder = choose(self.owner(key.as_ref()), u64::from(bytes))?;
         let Waiting { key, .. } = self.unwait(sequence)?;
         self.give(sequence, holder, bytes, key);
         Some((holder, self.cursor.failures(sequence).saturating_add(1)))
     }
 
     /// The first look at a message: from now on it is known what has to come before it.
-    fn look_at(&mut self, message: &StoredMessage, key: Option<Key>, me: &SubscriptionName) {
+    fn look_at(&mut self, message: &StoredMessage, terms: Terms, wanted: bool) {
         let sequence = message.sequence;
         self.next += 1;
         if self.cursor.is_done(sequence) {
             return;
         }
-        if !message.is_for(me) {
+        if !wanted {
             self.cursor.settle(sequence, sequence);
             self.let_go(sequence, sequence);
             return;
         }
-        let key = key.filter(|_| self.order == Order::Key);
+        let key = terms.key.filter(|_| self.order == Order::Key);
         let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
-        let since = self.started.since(sequence);
+        let since = self.started.at(sequence);
         if let Some(held) = self.take_held(sequence) {
             self.put_held(sequence, Held { bytes, key, ..held });
-            since.into_iter().for_each(|since| self.started.start(sequence, since));
-        } else {
-            let early = self.unwait(sequence).unwrap_or_default();
-            self.put_waiting(sequence, Waiting { bytes, key, ..early });
+            since.into_iter().for_each(|since| self.started.insert(sequence, since));
+            return;
+        }
+        let early = self.unwait(sequence);
+        match terms.due.filter(|_| early.is_none()) {
+            Some(due) => {
+                self.due_at.insert(sequence, due);
+                self.delayed.insert(sequence, Waiting { at: None, bytes, key });
+            }
+            None => self.put_waiting(sequence, Waiting { bytes, key, ..early.unwrap_or_default() }),
         }
     }
 
@@ -366,6 +402,11 @@ impl Competing {
 
     /// What has waited for a moment that is over waits no more for that.
     fn tick(&mut self, now: Instant) {
+        for sequence in self.due_at.until(now).collect::<Vec<_>>() {
+            if let Some(waiting) = self.undelay(sequence) {
+                self.put_waiting(sequence, waiting);
+            }
+        }
         while let Some((at, sequence)) = self.due.first().copied().filter(|(at, _)| *at <= now) {
             self.due.remove(&(at, sequence));
             if let Some(waiting) = self.waiting.get_mut(&sequence) {
@@ -399,6 +440,10 @@ impl Competing {
             self.take_held(sequence);
             self.unwait(sequence);
         }
+        let delayed = self.delayed.range(first..=last).map(|(sequence, _)| *sequence);
+        for sequence in delayed.collect::<Vec<_>>() {
+            self.undelay(sequence);
+        }
     }
 
     /// Makes a message wait that is held, or that nothing is known of. Answers its key.
@@ -423,7 +468,9 @@ impl Competing {
         self.due.clear();
         self.lanes.clear();
         self.out.clear();
-        (self.started, self.suspects_out, self.suspect_at) = (Started::default(), 0, None);
+        (self.started, self.suspects_out, self.suspect_at) = (Timed::default(), 0, None);
+        self.delayed.clear();
+        self.due_at = Timed::default();
         self.next = self.cursor.floor() + 1;
         (self.withheld, self.lost_below) = (0, 0);
     }
@@ -433,15 +480,19 @@ impl Competing {
     pub fn lose_below(&mut self, first: u64) -> Option<(u64, u64)> {
         let first = first.min(self.cursor.head() + 1).max(self.lost_below);
         // What is handed back of it is lost, too.
-        let handed_back = self.waiting.first_key_value().is_some_and(|(waits, _)| *waits < first);
+        let waiting =
+            self.waiting.first_key_value().into_iter().chain(self.delayed.first_key_value());
+        let handed_back = waiting.map(|(waits, _)| *waits).min().is_some_and(|waits| waits < first);
         if first == self.lost_below && !handed_back {
             return None;
         }
         self.lost_below = first;
         self.next = self.next.max(first);
         let gone = self.waiting.range(..first).map(|(sequence, _)| *sequence);
-        for sequence in gone.collect::<Vec<_>>() {
+        let delayed = self.delayed.range(..first).map(|(sequence, _)| *sequence);
+        for sequence in gone.chain(delayed).collect::<Vec<_>>() {
             self.unwait(sequence);
+            self.undelay(sequence);
         }
         self.lost()
     }
@@ -478,7 +529,7 @@ impl Competing {
 
     fn take_held(&mut self, sequence: u64) -> Option<Held> {
         let held = self.held.remove(&sequence)?;
-        self.started.end(sequence);
+        self.started.remove(sequence);
         self.suspects_out -= usize::from(held.suspect);
         if let Some(out) = self.out.get_mut(&held.holder) {
             out.messages -= 1;

@@ -8,10 +8,9 @@ use std::collections::BTreeMap;
 
 use tokio::time::Instant;
 
-use super::started::Started;
+use super::timed::Timed;
 use super::{Claim, Cursor, LOST, Moment, Nack, Out, Rewound, backoff};
 use crate::limits;
-use crate::names::SubscriptionName;
 use crate::record::{Sequences, StoredMessage};
 
 /// The delivery of one topic to one exclusive subscription.
@@ -20,7 +19,11 @@ pub struct Exclusive {
     pub(super) cursor: Cursor,
     held: BTreeMap<u64, u32>,
     held_bytes: u64,
-    started: Started,
+    started: Timed,
+    /// Passed over, and to be shown when they are due.
+    delayed: Timed,
+    /// All up to here is done, or delayed: what lies beyond counts as outstanding.
+    base: u64,
     /// No message below is to be shown in this session, but for those in `not_before`'s way.
     next: u64,
     generation: u32,
@@ -37,7 +40,9 @@ impl Exclusive {
             cursor,
             held: BTreeMap::new(),
             held_bytes: 0,
-            started: Started::default(),
+            started: Timed::default(),
+            delayed: Timed::default(),
+            base: 0,
             next,
             generation: 0,
             not_before: BTreeMap::new(),
@@ -85,9 +90,12 @@ impl Exclusive {
             self.fail(nack, now);
         }
         let dropped = self.hold(claim);
+        if self.cursor.suspects().iter().any(|suspect| self.held.contains_key(suspect)) {
+            self.suspect_at.get_or_insert(now.at);
+        }
         for sequence in claim.started.iter().flat_map(Clone::clone) {
             if self.held.contains_key(&sequence) {
-                self.started.start(sequence, before.since(sequence).unwrap_or(now.at));
+                self.started.insert(sequence, before.at(sequence).unwrap_or(now.at));
             }
         }
         dropped
@@ -113,6 +121,7 @@ impl Exclusive {
         }
         let each = claim.held_bytes / (kept.len() as u64).max(1);
         for sequence in kept {
+            self.not_before.remove(&sequence);
             self.put_held(sequence, u32::try_from(each).unwrap_or(u32::MAX));
         }
         dropped
@@ -122,7 +131,9 @@ impl Exclusive {
     pub fn detach(&mut self) {
         self.held.clear();
         self.held_bytes = 0;
-        self.started = Started::default();
+        self.started = Timed::default();
+        self.delayed = Timed::default();
+        self.base = 0;
         self.next = self.cursor.floor() + 1;
     }
 
@@ -147,7 +158,7 @@ impl Exclusive {
     pub fn start(&mut self, started: &Sequences, now: Instant) {
         for range in started.iter() {
             for (sequence, _) in self.held.range(range.clone()) {
-                self.started.start(*sequence, now);
+                self.started.insert(*sequence, now);
             }
         }
     }
@@ -159,7 +170,7 @@ impl Exclusive {
 
     /// What is in a handler for so long has failed.
     pub fn expire(&mut self, since: Instant, reason: &str, now: Moment) -> Option<Rewound> {
-        let overdue = self.started.since_before(since).into_iter();
+        let overdue = self.started.until(since);
         let nacks: Vec<Nack> = overdue.map(|sequence| self.failure(sequence, reason)).collect();
         self.nack(&nacks, now)
     }
@@ -168,7 +179,13 @@ impl Exclusive {
     /// of them lie within `window` of the floor.
     pub fn wants(&mut self, window: u64, now: Instant) -> Option<(u64, u64)> {
         self.skip_settled();
-        let mut last = self.cursor.floor().saturating_add(window.max(1)).min(self.cursor.head());
+        if let Some(due) = self.due(now) {
+            return Some((due, 1));
+        }
+        let mut last = self.base().saturating_add(window.max(1)).min(self.cursor.head());
+        if self.delayed.len() >= limits::MAX_DELAYED {
+            return None;
+        }
         // One that is held back ends the run before it.
         let mut later = self.not_before.range(self.next + 1..);
         if let Some((held_back, _)) = later.find(|(_, at)| **at > now) {
@@ -186,6 +203,35 @@ impl Exclusive {
             self.suspect_at = Some(now);
         }
         Some((self.next, last - self.next + 1))
+    }
+
+    /// The delayed message that is due first, unless what failed before it is in its way.
+    fn due(&self, now: Instant) -> Option<u64> {
+        let condemned = self.cursor.condemned().first().is_some_and(|first| *first <= self.next);
+        let blocked = condemned || self.ready_at(now).is_some() || self.is_suspect_tried(now);
+        self.delayed.until(now).next().filter(|_| !blocked)
+    }
+
+    /// When the first of the delayed messages is due.
+    pub fn due_at(&self) -> Option<Instant> {
+        self.delayed.earliest()
+    }
+
+    /// Messages that are not due yet.
+    pub fn delayed(&self) -> usize {
+        self.delayed.len()
+    }
+
+    fn base(&mut self) -> u64 {
+        self.base = self.base.max(self.cursor.floor());
+        loop {
+            let next = self.cursor.after_done(self.base + 1);
+            if !self.delayed.contains(next) {
+                self.base = next - 1;
+                return self.base;
+            }
+            self.base = next;
+        }
     }
 
     /// A suspect goes alone, and while no other one is out.
@@ -211,12 +257,16 @@ impl Exclusive {
 
     /// When a message that is held back by a backoff may be shown.
     pub fn ready_at(&self, now: Instant) -> Option<Instant> {
-        let held_back = self.not_before.range(..=self.next).next().map(|(_, at)| *at);
-        held_back.filter(|at| *at > now)
+        self.not_before.get(&self.next).copied().filter(|at| *at > now)
+    }
+
+    /// Until when a message waits, as its publisher said.
+    pub fn delayed_until(&self, sequence: u64) -> Option<Instant> {
+        self.delayed.at(sequence)
     }
 
     /// Until when a message is held back by its backoff.
-    pub fn due(&self, sequence: u64) -> Option<Instant> {
+    pub fn held_back_until(&self, sequence: u64) -> Option<Instant> {
         self.not_before.get(&sequence).copied()
     }
 
@@ -237,16 +287,28 @@ impl Exclusive {
         }
     }
 
-    /// The message that was read next: whether it is to be sent, and as which attempt.
-    pub fn offer(&mut self, message: &StoredMessage, me: &SubscriptionName) -> Option<u32> {
+    /// The message that was read next, which the subscription wants or not: whether it is to be
+    /// sent, and as which attempt. `due`: until when it waits, if that is not over.
+    pub fn offer(
+        &mut self,
+        message: &StoredMessage,
+        wanted: bool,
+        due: Option<Instant>,
+    ) -> Option<u32> {
         let sequence = message.sequence;
         let known = self.cursor.is_done(sequence) || self.held.contains_key(&sequence);
-        if sequence < self.next || known {
+        let was_delayed = self.delayed.contains(sequence);
+        if known || sequence < self.next && !was_delayed {
             return None;
         }
-        self.next = sequence + 1;
+        self.next = self.next.max(sequence + 1);
+        if let Some(due) = due.filter(|_| wanted) {
+            self.delayed.insert(sequence, due);
+            return None;
+        }
+        self.delayed.remove(sequence);
         self.not_before.remove(&sequence);
-        if !message.is_for(me) {
+        if !wanted {
             self.cursor.settle(sequence, sequence);
             return None;
         }
@@ -276,7 +338,8 @@ impl Exclusive {
     /// What is done is held no more.
     pub(super) fn let_go(&mut self, settled: &Sequences) {
         for range in settled.iter() {
-            self.started.end_all(range.clone());
+            self.delayed.remove_all(range.clone());
+            self.started.remove_all(range.clone());
             let held = self.held.range(range.clone()).map(|(sequence, _)| *sequence);
             for sequence in held.collect::<Vec<_>>() {
                 self.held_bytes -= u64::from(self.held.remove(&sequence).unwrap_or(0));
@@ -309,9 +372,10 @@ impl Exclusive {
     /// Everything from `from` on that is not done is shown again.
     fn rewind(&mut self, from: u64) -> Rewound {
         let taken_back = self.held.split_off(&from);
-        self.started.end_all(from..=u64::MAX);
+        self.started.remove_all(from..=u64::MAX);
         self.held_bytes -= taken_back.values().map(|bytes| u64::from(*bytes)).sum::<u64>();
         self.next = self.next.min(from).max(self.cursor.floor() + 1);
+        self.base = 0;
         self.generation += 1;
         Rewound { from, generation: self.generation, taken_back: Sequences::new() }
     }
@@ -327,12 +391,14 @@ impl Exclusive {
     /// to be told of; it may hold some between them. The floor waits until it knows.
     pub fn lose_below(&mut self, first: u64) -> Option<(u64, u64)> {
         let first = first.min(self.cursor.head() + 1);
-        // What lies before `next` is with the consumer, or told already.
-        let (from, to) = (self.next.max(self.cursor.floor() + 1), first - 1);
+        // What lies before `next` is with the consumer, delayed, or told already.
+        let untold = self.delayed.first().map_or(self.next, |delayed| self.next.min(delayed));
+        let (from, to) = (untold.max(self.cursor.floor() + 1), first - 1);
         if from > to {
             return None;
         }
-        self.next = first;
+        self.next = self.next.max(first);
+        self.delayed.remove_all(..first);
         let held = self.held.range(from..=to).map(|(sequence, _)| *sequence);
         self.cursor.missing(&(from..=to), held)
     }
@@ -340,11 +406,9 @@ impl Exclusive {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::time::Duration;
 
     use bytes::Bytes;
-    use proptest::prelude::*;
 
     use super::super::Receipt;
     use super::*;
@@ -358,18 +422,12 @@ mod tests {
         Moment { at: now, wall: Timestamp(1) }
     }
 
-    fn me() -> SubscriptionName {
-        SubscriptionName::parse("me").unwrap()
-    }
-
-    /// A topic of the log: every seventh message is for someone else.
     fn message(sequence: u64) -> StoredMessage {
-        let other = SubscriptionName::parse("other").unwrap();
-        let recipients = if for_others(sequence) { vec![other] } else { Vec::new() };
         let body = Bytes::from_static(b"body");
-        StoredMessage { sequence, published_at: Timestamp(0), recipients, body }
+        StoredMessage { sequence, published_at: Timestamp(0), recipients: Vec::new(), body }
     }
 
+    /// Every seventh message is for someone else.
     fn for_others(sequence: u64) -> bool {
         sequence.is_multiple_of(7)
     }
@@ -383,7 +441,9 @@ mod tests {
         let mut sent = Vec::new();
         while let Some((from, room)) = delivery.wants(window, now) {
             for sequence in from..from + room.min(3) {
-                if let Some(attempt) = delivery.offer(&message(sequence), &me()) {
+                if let Some(attempt) =
+                    delivery.offer(&message(sequence), !for_others(sequence), None)
+                {
                     sent.push((sequence, attempt));
                 }
             }
@@ -521,6 +581,45 @@ mod tests {
     }
 
     #[test]
+    fn delayed_messages_are_passed_over_and_come_when_they_are_due_the_earliest_first() {
+        let minutes = |minutes: u32| minutes * Duration::from_secs(60);
+        check(6, |delivery, now| {
+            let offer = |delivery: &mut Exclusive, sequence, due| {
+                delivery.offer(&message(sequence), true, due)
+            };
+            assert_eq!(offer(delivery, 1, Some(now + minutes(2))), None);
+            assert_eq!(offer(delivery, 2, Some(now + minutes(1))), None);
+            assert_eq!(pump(delivery, 2, now), [(3, 1), (4, 1)], "the window is behind them");
+            delivery.ack(&set([3, 4]));
+            assert_eq!((delivery.passed(), delivery.cursor.floor()), (4, 0));
+            assert_eq!(delivery.due_at(), Some(now + minutes(1)));
+            assert_eq!(pump(delivery, 2, now + minutes(3)), [(2, 1), (1, 1), (5, 1), (6, 1)]);
+            // One that fails is before everything later in the log.
+            let nack = Nack { sequence: 2, attempt: 1, ..Nack::default() };
+            let rewound = delivery.nack(std::slice::from_ref(&nack), at(now + minutes(3)));
+            assert_eq!(rewound.unwrap().from, 2);
+            assert_eq!(pump(delivery, 9, now + minutes(3)), []);
+            assert_eq!(pump(delivery, 9, now + minutes(4)), [(2, 2), (5, 1), (6, 1)]);
+        });
+    }
+
+    #[test]
+    fn a_delayed_message_can_be_lost_acked_and_moved_past() {
+        let delivery = check(4, |delivery, now| {
+            let due = Some(now + Duration::from_secs(60));
+            for sequence in 1..=4 {
+                delivery.offer(&message(sequence), true, due);
+            }
+            delivery.ack(&set([2]));
+            assert_eq!(delivery.lose_below(4), Some((1, 3)));
+            delivery.miss(&set([1, 3]));
+            assert_eq!((delivery.delayed(), delivery.cursor.floor()), (1, 3));
+            delivery.restore(4, &Sequences::new());
+        });
+        assert_eq!((delivery.delayed(), delivery.due_at()), (0, None));
+    }
+
+    #[test]
     fn the_window_counts_from_the_floor() {
         check(10, |delivery, now| {
             assert_eq!(pump(delivery, 4, now).len(), 4);
@@ -539,118 +638,41 @@ mod tests {
         assert_eq!(delivery.cursor.receipt(4), Receipt::Received);
     }
 
-    #[derive(Clone, Debug)]
-    enum Step {
-        Publish(u64),
-        Pump,
-        AckNth(usize),
-        NackNth(usize),
-        Reconnect,
-        LoseConsumer,
-        Restart,
+    #[test]
+    fn what_is_lost_or_held_again_holds_nothing_back() {
+        let nack = |sequence, seconds| Nack {
+            sequence,
+            attempt: 1,
+            delay: Some(Duration::from_secs(seconds)),
+            ..Nack::default()
+        };
+        check(3, |delivery, now| {
+            pump(delivery, 100, now);
+            delivery.nack(&[nack(1, 5)], at(now));
+            assert_eq!(delivery.lose_below(2), Some((1, 1)));
+            assert_eq!(pump(delivery, 100, now), [(2, 1), (3, 1)]);
+            // Nor does its time being over let others come before theirs.
+            delivery.nack(&[nack(2, 50)], at(now));
+            let later = now + Duration::from_secs(6);
+            assert_eq!(pump(delivery, 100, later), []);
+            let claim = Claim { held: set([2]), ..Claim::default() };
+            delivery.attach(&claim, at(later));
+            delivery.lose_below(2);
+            assert_eq!(pump(delivery, 100, later), [(3, 1)]);
+        });
     }
 
-    fn step() -> impl Strategy<Value = Step> {
-        prop_oneof![
-            (1..5_u64).prop_map(Step::Publish),
-            Just(Step::Pump),
-            (0..20_usize).prop_map(Step::AckNth),
-            (0..20_usize).prop_map(Step::NackNth),
-            Just(Step::Reconnect),
-            Just(Step::LoseConsumer),
-            Just(Step::Restart),
-        ]
-    }
-
-    /// A consumer as simple as can be, and what it has seen.
-    #[derive(Default)]
-    struct Consumer {
-        held: BTreeSet<u64>,
-        acked: BTreeSet<u64>,
-        /// The next sequence may be at most one after what was seen since the last rewind.
-        last: u64,
-    }
-
-    impl Consumer {
-        fn receive(&mut self, sent: &[(u64, u32)]) {
-            for (sequence, _) in sent {
-                assert!(!for_others(*sequence), "{sequence} is for others");
-                assert!(!self.acked.contains(sequence), "{sequence} is acked");
-                assert!(self.held.insert(*sequence), "{sequence} is held");
-                let skipped = (self.last + 1..*sequence)
-                    .find(|s| !for_others(*s) && !self.acked.contains(s) && !self.held.contains(s));
-                assert_eq!(skipped, None, "skipped before {sequence}");
-                self.last = *sequence;
-            }
-        }
-
-        fn rewind(&mut self, from: u64) {
-            self.held.split_off(&from);
-            self.last = self.last.min(from - 1);
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn every_message_is_shown_in_order_until_it_is_acked(
-            steps in proptest::collection::vec(step(), 1..120),
-        ) {
-            let now = Instant::now();
-            let mut delivery = Exclusive::new(Cursor::new(CursorRecord::default(), 0, None));
-            let mut consumer = Consumer::default();
-            let mut head = 0;
-            let mut floor = 0;
-            for step in steps {
-                let nth = |n: usize| consumer.held.iter().nth(n).copied();
-                match step {
-                    Step::Publish(count) => {
-                        head += count;
-                        delivery.cursor.on_head(head);
-                    }
-                    Step::Pump => consumer.receive(&pump(&mut delivery, 16, now)),
-                    Step::AckNth(n) => if let Some(sequence) = nth(n) {
-                        delivery.ack(&set([sequence]));
-                        consumer.held.remove(&sequence);
-                        consumer.acked.insert(sequence);
-                    },
-                    Step::NackNth(n) => if let Some(sequence) = nth(n) {
-                        let nack = Nack { sequence, attempt: 1, delay: Some(Duration::ZERO), ..Nack::default() };
-                        let rewound = delivery.nack(std::slice::from_ref(&nack), at(now)).unwrap();
-                        consumer.rewind(rewound.from);
-                    },
-                    Step::Reconnect => {
-                        let held = set(consumer.held.iter().copied());
-                        let dropped = delivery.attach(&Claim { held, ..Claim::default() }, at(now));
-                        prop_assert!(dropped.is_empty());
-                        consumer.last = 0;
-                    }
-                    Step::LoseConsumer => {
-                        delivery.detach();
-                        consumer.rewind(1);
-                    }
-                    Step::Restart => {
-                        let record = delivery.cursor.record().clone();
-                        delivery = Exclusive::new(Cursor::new(record, head, None));
-                        let held = set(consumer.held.iter().copied());
-                        delivery.attach(&Claim { held, ..Claim::default() }, at(now));
-                        consumer.last = 0;
-                    }
-                }
-                prop_assert!(delivery.cursor.floor() >= floor, "the floor went back");
-                floor = delivery.cursor.floor();
-            }
-            // In the end, everything is shown and acked.
-            while floor < head {
-                consumer.receive(&pump(&mut delivery, 16, now));
-                delivery.ack(&set(consumer.held.iter().copied()));
-                consumer.acked.append(&mut consumer.held);
-                prop_assert!(delivery.cursor.floor() > floor, "nothing moves");
-                floor = delivery.cursor.floor();
-            }
-            let received = &delivery.cursor.record().received;
-            for sequence in 1..=head {
-                prop_assert_eq!(received.contains(&sequence), !for_others(sequence));
-            }
-        }
+    #[test]
+    fn a_suspect_that_is_claimed_after_a_restart_is_tried_still() {
+        let before = check(3, |delivery, now| {
+            pump(delivery, 100, now);
+            delivery.start(&set([1, 2]), now);
+            delivery.crash(at(now));
+        });
+        let now = Instant::now() + limits::MAX_BACKOFF;
+        let mut delivery = Exclusive::new(Cursor::new(before.cursor.record().clone(), 3, None));
+        delivery.attach(&Claim { held: set([1]), ..Claim::default() }, at(now));
+        assert_eq!(pump(&mut delivery, 100, now), [], "2 may kill, too");
+        assert_eq!(pump(&mut delivery, 100, now + limits::SUSPICION), [(2, 2), (3, 1)]);
     }
 }

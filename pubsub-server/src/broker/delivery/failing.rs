@@ -15,8 +15,7 @@ impl Competing {
         let mine = self.held.iter().filter(|(_, held)| held.holder == holder);
         let mine = mine.map(|(sequence, _)| *sequence);
         for sequence in mine.filter(|mine| self.started.contains(*mine)).collect::<Vec<_>>() {
-            let nack = self.failure(sequence, LOST);
-            self.fail(holder, &nack, false, now);
+            self.fail_alone(&self.failure(sequence, LOST), now);
             self.cursor.suspect(sequence);
         }
         self.detach(holder);
@@ -33,7 +32,7 @@ impl Competing {
         for range in started.iter() {
             for (sequence, held) in self.held.range(range.clone()) {
                 if held.holder == holder {
-                    self.started.start(*sequence, now);
+                    self.started.insert(*sequence, now);
                 }
             }
         }
@@ -53,10 +52,17 @@ impl Competing {
         now: Moment,
     ) -> BTreeMap<Holder, Rewound> {
         let mut rewound: BTreeMap<Holder, Rewound> = BTreeMap::new();
-        for sequence in self.started.since_before(since) {
-            let Some(holder) = self.held.get(&sequence).map(|held| held.holder) else { continue };
+        let overdue = self.started.until(since);
+        let whose = |sequence| Some((sequence, self.held.get(&sequence)?.holder));
+        for (sequence, holder) in overdue.filter_map(whose).collect::<Vec<_>>() {
             let nack = self.failure(sequence, reason);
-            let mut taken_back = self.fail(holder, &nack, false, now);
+            let mut taken_back = if self.holds(sequence, holder) {
+                self.fail(holder, &nack, false, now)
+            } else {
+                // It was taken back with one before it, and has failed all the same.
+                self.fail_alone(&nack, now);
+                Sequences::new()
+            };
             taken_back.insert(sequence..=sequence);
             let back = rewound.entry(holder).or_insert_with(Rewound::nothing);
             back.taken_back.extend(taken_back);
@@ -95,9 +101,7 @@ impl Competing {
         {
             return Sequences::new();
         }
-        let failures = self.cursor.fail(nack, now.wall);
-        let delay = nack.delay.unwrap_or_else(|| backoff(failures)).min(limits::MAX_BACKOFF);
-        let key = self.hand_back(sequence, (!delay.is_zero()).then(|| now.at + delay));
+        let key = self.fail_alone(nack, now);
         let after = self.held_after(holder, sequence, key.as_ref());
         for sequence in &after {
             self.hand_back(*sequence, None);
@@ -105,6 +109,13 @@ impl Competing {
         let has_lane = key.is_some() || self.order == Order::Key && sequence >= self.next;
         let itself = has_lane.then_some(sequence);
         itself.into_iter().chain(after).map(|sequence| sequence..=sequence).collect()
+    }
+
+    /// A message has failed, and what comes after it is left alone. Answers its key.
+    fn fail_alone(&mut self, nack: &Nack, now: Moment) -> Option<Key> {
+        let failures = self.cursor.fail(nack, now.wall);
+        let delay = nack.delay.unwrap_or_else(|| backoff(failures)).min(limits::MAX_BACKOFF);
+        self.hand_back(nack.sequence, (!delay.is_zero()).then(|| now.at + delay))
     }
 
     /// What a consumer holds that must not be processed before a message that it has handed back.
@@ -115,6 +126,8 @@ impl Competing {
         }
         let lane = key.and_then(|key| self.lanes.get(key));
         let of_key = lane.into_iter().flat_map(|lane| lane.held.range(sequence + 1..)).copied();
+        // Another has some of it if a restart has lost that this one was let go before.
+        let of_key = of_key.filter(|after| self.holds(*after, holder));
         // What was not looked at may be of the same key.
         let unknown = self.held.range(self.next.max(sequence + 1)..);
         let unknown = unknown.filter(|(_, held)| held.holder == holder);

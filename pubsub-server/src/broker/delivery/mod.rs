@@ -10,11 +10,21 @@ use crate::record::{CursorRecord, Release, Sequences, SubscriptionKind, Timestam
 
 mod competing;
 #[cfg(test)]
-mod competing_model;
+mod competing_tests;
 mod cursor;
+#[cfg(test)]
+mod delivery_model;
 mod exclusive;
 mod failing;
-mod started;
+#[cfg(test)]
+mod model_consumer;
+#[cfg(test)]
+mod model_steps;
+#[cfg(test)]
+mod model_truth;
+#[cfg(test)]
+mod model_world;
+mod timed;
 mod waiting;
 
 pub use competing::{Competing, Key, Order};
@@ -29,6 +39,23 @@ pub struct Moment {
     pub at: Instant,
     /// For what is kept.
     pub wall: Timestamp,
+}
+
+impl Moment {
+    /// When a time comes; nothing if it is over already.
+    pub fn when(&self, time: Option<Timestamp>) -> Option<Instant> {
+        let ahead = time?.since(self.wall);
+        (!ahead.is_zero()).then(|| self.at + ahead)
+    }
+}
+
+/// What of a message decides on its delivery, beside its recipients.
+#[derive(Clone, Debug, Default)]
+pub struct Terms {
+    /// The key that orders it, if its subscription orders by key.
+    pub key: Option<Key>,
+    /// Until when it waits, if that is not over.
+    pub due: Option<Instant>,
 }
 
 /// Who holds messages: a consumer that has a place in the subscription, or a pull.
@@ -271,6 +298,15 @@ impl Delivery {
 
     /// What keeps messages from being delivered, for people.
     pub fn waits_for(&self, now: Instant) -> Option<String> {
+        let failing = self.failing_for(now);
+        let due = self.due_at().map(|at| at.saturating_duration_since(now).as_secs_f32());
+        let delayed = due.map(|seconds| {
+            format!("{} messages are not due; the first one is in {seconds:.1} s", self.delayed())
+        });
+        failing.or(delayed)
+    }
+
+    fn failing_for(&self, now: Instant) -> Option<String> {
         let until = |at: Instant| at.saturating_duration_since(now).as_secs_f32();
         match self {
             _ if !self.cursor().condemned().is_empty() => {
@@ -301,6 +337,22 @@ impl Delivery {
         match self {
             Self::Exclusive(delivery) => delivery.ready_at(now),
             Self::Competing(delivery) => delivery.ready_at(now),
+        }
+    }
+
+    /// When the next of the messages may be shown that were published to be shown later.
+    pub fn due_at(&self) -> Option<Instant> {
+        match self {
+            Self::Exclusive(delivery) => delivery.due_at(),
+            Self::Competing(delivery) => delivery.due_at(),
+        }
+    }
+
+    /// Messages that were published to be shown later, and are not due yet.
+    pub fn delayed(&self) -> usize {
+        match self {
+            Self::Exclusive(delivery) => delivery.delayed(),
+            Self::Competing(delivery) => delivery.delayed(),
         }
     }
 

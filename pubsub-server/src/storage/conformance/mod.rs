@@ -329,6 +329,12 @@ async fn the_catalog_is_what_was_applied(lab: &mut Lab) {
         assert_eq!(found.cursors, [(Epoch(T), cursor.clone())]);
         lab.reopen().await;
     }
+    let gone = Change::DeleteCursor { subscription: Epoch(3), topic: Epoch(T) };
+    lab.storage.done(vec![gone]).await;
+    for _ in 0..2 {
+        assert_eq!(lab.storage.catalog().await.unwrap().subscriptions[0].cursors, []);
+        lab.reopen().await;
+    }
 }
 
 async fn the_schemas_of_a_topic_are_kept_as_long_as_it_is(lab: &mut Lab) {

@@ -273,6 +273,9 @@ impl<'t, 's> Group<'t, 's> {
                     self.move_departed((subscription.0, topic.0), cursor)?;
                 }
             }
+            Change::DeleteCursor { subscription, topic } => {
+                self.tables.cursors.remove((topic.0, subscription.0))?;
+            }
             Change::Store { topic, message } => {
                 if let Some(context) = self.context(topic)? {
                     self.store_messages(topic, &context, vec![message])?;
