@@ -44,6 +44,8 @@ BREAKS = {
     "outbox_mints_new_keys": ("P3", [END_TO_END + ["outbox"]]),
     "outbox_removes_before_the_answer": ("P1", [END_TO_END + ["outbox"]]),
     "outbox_forgets_what_it_sent": ("P9", [END_TO_END + ["outbox"]]),
+    "events_missed_in_silence": ("P7", [SERVER + ["broker::events"]]),
+    "events_resume_in_silence": ("P7", [END_TO_END + ["events::a_lost"]]),
     "inbox_is_not_asked": ("P5", [CLIENT + ["inbox"], END_TO_END + ["inbox"]]),
 }
 

@@ -295,7 +295,8 @@ impl EventStream {
         self.events.next().await
     }
 
-    /// The state of its connection.
+    /// The state of its connection, as it was when the stream was polled last. That of the
+    /// [client](crate::Client::state) takes it in.
     pub fn state(&self) -> StateWatch {
         self.state.clone()
     }
@@ -446,6 +447,8 @@ impl Events {
             return Ok(None);
         }
         let lost = self.lost.take();
+        #[cfg(pubsub_break = "events_resume_in_silence")]
+        let lost = lost.filter(|_| false);
         Ok(lost.map(|(since, cause)| TimedEvent {
             time: self.client.env.now(),
             event: ServerEvent::Reconnected {

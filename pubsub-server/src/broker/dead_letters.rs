@@ -15,7 +15,6 @@ use tokio::time::Instant;
 use super::Owed;
 use super::delivery::Cursor;
 use super::error::BrokerError;
-use super::events::What;
 use super::subscription::Subscription;
 use crate::envelope::Origin;
 use crate::limits;
@@ -342,19 +341,5 @@ impl Subscription {
             topic.delivery.let_go(*sequence);
         }
         self.leases.forget_settled(&self.topics);
-    }
-
-    fn tell_let_go(&self, epoch: Epoch, sequences: &[u64], into: Option<&TopicName>) {
-        let (Some(topic), Some(first)) = (self.topics.get(&epoch), sequences.iter().min()) else {
-            return;
-        };
-        self.tell_all(|| What::LetGo {
-            subscription: self.record.name.clone(),
-            topic: topic.name.clone(),
-            epoch,
-            count: sequences.len() as u64,
-            first: *first,
-            into: into.cloned(),
-        });
     }
 }

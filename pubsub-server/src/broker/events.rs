@@ -274,6 +274,9 @@ impl Watcher {
                     return Some(Noticed::Event(event));
                 }
                 Ok(_) => {}
+                #[cfg(pubsub_break = "events_missed_in_silence")]
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                #[cfg(not(pubsub_break = "events_missed_in_silence"))]
                 Err(broadcast::error::RecvError::Lagged(count)) => {
                     return Some(Noticed::Missed(count));
                 }

@@ -1,4 +1,5 @@
-//! What a subscription remembers of what it has told, so that it tells it once: stalls and gaps.
+//! What a subscription tells whoever watches, and what it remembers of that, so that it tells of a
+//! stall or a gap once.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -90,6 +91,21 @@ impl Subscription {
         self.noted.heads = heads;
         let topics = &self.topics;
         self.noted.gaps.retain(|epoch, _| topics.contains_key(epoch));
+    }
+
+    /// Tells of messages that failed and were let go.
+    pub(super) fn tell_let_go(&self, epoch: Epoch, sequences: &[u64], into: Option<&TopicName>) {
+        let (Some(topic), Some(first)) = (self.topics.get(&epoch), sequences.iter().min()) else {
+            return;
+        };
+        self.tell_all(|| What::LetGo {
+            subscription: self.record.name.clone(),
+            topic: topic.name.clone(),
+            epoch,
+            count: sequences.len() as u64,
+            first: *first,
+            into: into.cloned(),
+        });
     }
 
     /// Tells of a gap. A consumer may have to be told again; whoever watches does not.

@@ -504,17 +504,6 @@ impl Subscription {
         }
     }
 
-    /// What waits for the dead-letter topic says so.
-    fn why_it_waits(&self, position: Position) -> Position {
-        let topic = self.topics.get(&position.epoch);
-        let condemned = topic.is_some_and(|t| !t.delivery.cursor().condemned().is_empty());
-        let cause = self.letters.as_ref().and_then(|letters| letters.waits_for.clone());
-        match cause.filter(|_| condemned) {
-            Some(cause) => Position { waits_for: Some(cause), ..position },
-            None => position,
-        }
-    }
-
     fn active_one(&self, holder: Holder, seat: &Seat) -> ActiveConsumer {
         let out = self.topics.values().map(|topic| topic.delivery.out(holder).messages);
         let (id, connected) = (seat.consumer.id.clone(), seat.session.is_some());

@@ -21,6 +21,8 @@ pub enum WaitCause {
     NoCredit,
     /// It has failed, and is shown again after its delay.
     Backoff,
+    /// Its publisher has delayed it, and it is not due yet.
+    Delayed,
     /// Another message that may have killed its consumer is being tried.
     Suspect,
     /// Consumers may hold it that are not connected.
@@ -29,8 +31,6 @@ pub enum WaitCause {
     TooManyUnacked,
     /// It has failed too often, and is to be let go.
     DeadLetter,
-    /// It was published to be shown later.
-    Delayed,
     /// It cannot be read.
     Damaged,
     /// Its topic was deleted, which no consumer knows yet.
@@ -49,6 +49,17 @@ pub struct HeadOfLine {
 }
 
 impl Subscription {
+    /// What waits for the dead-letter topic says so.
+    pub(super) fn why_it_waits(&self, position: Position) -> Position {
+        let topic = self.topics.get(&position.epoch);
+        let condemned = topic.is_some_and(|t| !t.delivery.cursor().condemned().is_empty());
+        let cause = self.letters.as_ref().and_then(|letters| letters.waits_for.clone());
+        match cause.filter(|_| condemned) {
+            Some(cause) => Position { waits_for: Some(cause), ..position },
+            None => position,
+        }
+    }
+
     /// Completes the description of a topic with what its first message waits for.
     pub(super) fn with_head_of_line(&self, position: Position, now: Instant) -> Position {
         let topic = self.topics.get(&position.epoch);
@@ -80,6 +91,9 @@ impl Subscription {
             Wait::Backoff(at) => {
                 (WaitCause::Backoff, format!("it has failed, and is shown in {:.1} s", until(at)))
             }
+            Wait::Delayed(at) => {
+                (WaitCause::Delayed, format!("it is delayed, and due in {:.1} s", until(at)))
+            }
             Wait::Suspect(at) => {
                 let what = "another message that may have killed its consumer is tried";
                 (WaitCause::Suspect, format!("{what} for {:.1} s more", until(at)))
@@ -93,7 +107,6 @@ impl Subscription {
                     format!("{unacked} messages are unacked and {waiting} wait; no more can");
                 (WaitCause::TooManyUnacked, text)
             }
-            Wait::Delayed(at) => (WaitCause::Delayed, format!("it is due in {:.1} s", until(at))),
             Wait::Condemned => {
                 let cause = self.letters.as_ref().and_then(|letters| letters.waits_for.clone());
                 let moving = || "it has failed too often, and is to be let go".to_owned();

@@ -149,11 +149,6 @@ impl Competing {
         self.held.get(&sequence).map(|held| held.holder)
     }
 
-    /// Until when a message is held back by its backoff.
-    pub fn due(&self, sequence: u64) -> Option<Instant> {
-        self.waiting.get(&sequence).and_then(|waiting| waiting.at)
-    }
-
     /// Messages that were looked at and wait.
     pub fn waiting(&self) -> usize {
         self.waiting.len()

@@ -10,11 +10,6 @@ impl Competing {
         self.due_at.earliest()
     }
 
-    /// When this message is due, if it is delayed.
-    pub fn delayed_until(&self, sequence: u64) -> Option<Instant> {
-        self.due_at.at(sequence)
-    }
-
     /// Messages that are not due yet.
     pub fn delayed(&self) -> usize {
         self.delayed.len()

@@ -266,7 +266,7 @@ impl Exclusive {
     }
 
     /// Until when a message is held back by its backoff.
-    pub fn due(&self, sequence: u64) -> Option<Instant> {
+    pub fn held_back_until(&self, sequence: u64) -> Option<Instant> {
         self.not_before.get(&sequence).copied()
     }
 

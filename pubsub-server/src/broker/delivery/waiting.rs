@@ -11,6 +11,8 @@ pub enum Wait {
     Held(Option<Holder>),
     /// It has failed, and is shown again then.
     Backoff(Instant),
+    /// Its publisher has delayed it until then.
+    Delayed(Instant),
     /// It may have killed its consumer, and another one that may have done so is tried until then.
     Suspect(Instant),
     /// Consumers may hold it that have not come back since the start.
@@ -22,8 +24,6 @@ pub enum Wait {
         /// Handed back, or too large for anybody's credit.
         waiting: usize,
     },
-    /// It was published to be shown then.
-    Delayed(Instant),
     /// It has failed too often, and is to be let go.
     Condemned,
     /// Nothing but a consumer that takes it.
@@ -37,29 +37,28 @@ impl Delivery {
         if self.cursor().condemned().contains(&first) {
             return Some((first, Wait::Condemned));
         }
-        let delayed = match self {
-            Self::Exclusive(delivery) => delivery.delayed_until(first),
-            Self::Competing(delivery) => delivery.delayed_until(first),
-        };
-        if let Some(due) = delayed {
-            return Some((first, Wait::Delayed(due)));
-        }
         let wait = match self {
             Self::Exclusive(delivery) if delivery.holds(first) => Wait::Held(None),
             Self::Exclusive(delivery) => {
-                let due = delivery.due(first).filter(|at| *at > now).map(Wait::Backoff);
-                due.or_else(|| delivery.tried_until(now).map(Wait::Suspect)).unwrap_or(Wait::Taker)
+                let due = delivery.held_back_until(first).filter(|at| *at > now);
+                let delayed = || delivery.delayed_until(first).map(Wait::Delayed);
+                let suspect = || delivery.tried_until(now).map(Wait::Suspect);
+                due.map(Wait::Backoff).or_else(delayed).or_else(suspect).unwrap_or(Wait::Taker)
             }
             Self::Competing(delivery) if delivery.is_full() => {
                 Wait::Full { unacked: delivery.held(), waiting: delivery.waiting() }
             }
             Self::Competing(delivery) => {
-                let held = delivery.holder_of(first).map(|holder| Wait::Held(Some(holder)));
+                let holder = delivery.held.get(&first).map(|held| held.holder);
                 let awaited = || delivery.is_withholding().then_some(Wait::Awaited);
-                let due = || delivery.due(first).filter(|at| *at > now).map(Wait::Backoff);
+                let at = delivery.waiting.get(&first).and_then(|waiting| waiting.at);
+                let due = || at.filter(|at| *at > now).map(Wait::Backoff);
+                let delayed = || delivery.due_at.at(first).map(Wait::Delayed);
                 let suspected = || delivery.waits_for_another_suspect(first);
                 let suspect = || delivery.tried_until().filter(|_| suspected()).map(Wait::Suspect);
-                held.or_else(awaited).or_else(due).or_else(suspect).unwrap_or(Wait::Taker)
+                let held = holder.map(|holder| Wait::Held(Some(holder)));
+                let wait = held.or_else(awaited).or_else(due).or_else(delayed).or_else(suspect);
+                wait.unwrap_or(Wait::Taker)
             }
         };
         Some((first, wait))
@@ -89,6 +88,10 @@ mod tests {
 
     /// Gives the next message to the consumer.
     fn give(delivery: &mut Delivery, now: Instant) {
+        try_to_give(delivery, now, None).unwrap();
+    }
+
+    fn try_to_give(delivery: &mut Delivery, now: Instant, due: Option<Instant>) -> Option<u32> {
         let message = |sequence| StoredMessage {
             sequence,
             published_at: Timestamp(0),
@@ -98,12 +101,13 @@ mod tests {
         match delivery {
             Delivery::Exclusive(delivery) => {
                 let (from, _) = delivery.wants(10, now).unwrap();
-                delivery.offer(&message(from), true, None).unwrap();
+                delivery.offer(&message(from), true, due)
             }
             Delivery::Competing(delivery) => {
                 let (from, _) = delivery.wants(now, |_, _| true).unwrap();
-                let terms = Terms::default();
-                delivery.route(&message(from), terms, true, |_, _| Some(SEAT)).unwrap();
+                let terms = Terms { key: None, due };
+                let routed = delivery.route(&message(from), terms, true, |_, _| Some(SEAT));
+                routed.map(|(_, attempt)| attempt)
             }
         }
     }
@@ -130,6 +134,17 @@ mod tests {
             assert_eq!(delivery.head_of_line(due), Some((1, Wait::Condemned)));
             delivery.ack(&Sequences::from_iter([1..=3]));
             assert_eq!(delivery.head_of_line(due), None);
+        }
+    }
+
+    #[test]
+    fn a_delayed_message_says_so() {
+        for kind in [SubscriptionKind::Exclusive, SubscriptionKind::Shared] {
+            let now = Instant::now();
+            let mut delivery = delivery(kind, None);
+            let due = now + Duration::from_secs(60);
+            assert_eq!(try_to_give(&mut delivery, now, Some(due)), None);
+            assert_eq!(delivery.head_of_line(now), Some((1, Wait::Delayed(due))));
         }
     }
 
