@@ -111,7 +111,7 @@ pub const FRAME_BYTES: usize = 256 * 1024;
 /// "trimmed".
 pub const MAX_RECEIVED_RANGES: usize = 10_000;
 /// Ranges beyond the floor that are done: a consumer that acks what it was sent never has as many.
-pub const MAX_DONE_RANGES: usize = 20_000;
+pub const MAX_DONE_RANGES: usize = 24_000;
 /// Messages of one topic that were delivered to competing consumers, or wait, and are not acked:
 /// each may be a hole in what is done.
 pub const MAX_UNSETTLED: usize = 19_000;

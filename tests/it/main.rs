@@ -25,6 +25,7 @@ mod inbox;
 mod lifetimes;
 mod link;
 mod load;
+mod order;
 mod outbox;
 mod outcomes;
 mod retention;

@@ -7,7 +7,9 @@ use pubsub_client::{
     Client, CreateSubscription, Event as Item, Gap, GapReason, Message, Reason, ReceiptState,
     Start, Subscriber, TopicConfig, WhenFull,
 };
-use pubsub_tests::{lab::scenario, wait};
+use pubsub_proto::v1::PullRequest;
+use pubsub_tests::{lab::scenario, raw, wait};
+use tokio::time::Instant;
 
 use crate::app::{self, SOON};
 
@@ -168,23 +170,29 @@ fn a_subscription_that_nobody_uses_goes_if_it_says_so() {
         let client = app::client(&rig.url())?;
         prepare(&client, TopicConfig::new()).await?;
         let admin = client.admin();
-        for name in ["idle", "used"] {
+        for name in ["idle", "used", "pulled"] {
             let settings = CreateSubscription::to([TOPIC]).with_expiry(AFTER);
             admin.create_subscription(name, settings).await?;
         }
         let used = client.subscriber("used").open().await?;
         rig.crash().await?;
+        let channel = raw::connect(&rig.url()).await?;
+        let pull = PullRequest { subscription: "pulled".into(), ..PullRequest::default() };
+        let began = Instant::now();
         wait::until_ok("the end of it", 2 * SOON, async || {
+            raw::subscriber(&channel).pull(pull.clone()).await?;
+            ensure!(began.elapsed() > AFTER + AFTER, "a pull is a use");
             let gone = admin.subscription("idle").await.err().context("it is there")?;
             ensure!(gone.reason() == Some(Reason::SubscriptionNotFound), "{gone}");
             Ok(())
         })
         .await?;
+        admin.subscription("pulled").await?;
         let kept = admin.subscription("used").await?;
         ensure!(kept.expires_after == Some(AFTER), "{kept:?}");
         admin.subscription(SUBSCRIPTION).await?;
         let topic = admin.topic(TOPIC).await?;
-        ensure!(topic.subscriptions == [SUBSCRIPTION, "used"], "{topic:?}");
+        ensure!(topic.subscriptions == [SUBSCRIPTION, "pulled", "used"], "{topic:?}");
         drop(used);
         app::shutdown(client).await
     });

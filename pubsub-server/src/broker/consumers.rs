@@ -437,6 +437,7 @@ impl Subscription {
                 }
             }
         }
+        self.tell_departed();
     }
 
     pub(super) async fn on_time(&mut self) {

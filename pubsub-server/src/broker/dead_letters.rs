@@ -154,7 +154,7 @@ impl DeadLetters {
 
     /// Those that are meant, as far as one call goes.
     pub(super) async fn choose(
-        &self,
+        &mut self,
         storage: &dyn Storage,
         which: &Letters,
     ) -> Result<Vec<StoredMessage>, ReadError> {
@@ -167,7 +167,15 @@ impl DeadLetters {
         let mut bytes = 0;
         let mut from = meant.map_or(1, |these| these.first().map_or(u64::MAX, |r| *r.start()));
         while let Some(next) = self.next(from) {
-            let messages = self.read(storage, next).await?;
+            let messages = match self.read(storage, next).await {
+                // They are gone, and nobody's business any more.
+                Err(ReadError::Trimmed { first }) => {
+                    self.cursor.settle(next, first - 1);
+                    from = first;
+                    continue;
+                }
+                read => read?,
+            };
             for message in messages {
                 from = message.sequence + 1;
                 let is_one = self.next(message.sequence) == Some(message.sequence);
@@ -274,10 +282,10 @@ impl Subscription {
         let mut bytes = 0;
         for sequence in condemned {
             let Some(message) = self.read(epoch, sequence, one).await.into_iter().next() else {
-                break;
+                continue;
             };
             let Some(copy) = self.copy(epoch, &message) else {
-                break;
+                continue;
             };
             bytes += copy.len();
             copies.push((sequence, copy));

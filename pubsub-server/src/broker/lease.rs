@@ -58,9 +58,9 @@ impl Leases {
         self.consumer.clone().filter(|_| !self.pulls.is_empty())
     }
 
-    /// Whether nobody holds leases.
-    pub(super) fn is_empty(&self) -> bool {
-        self.pulls.is_empty()
+    /// Whether somebody holds leases, or waits for some.
+    pub(super) fn are_used(&self) -> bool {
+        !self.pulls.is_empty() || self.waiting.iter().any(|waiting| !waiting.reply.is_closed())
     }
 
     /// A streaming session takes over: leases end.

@@ -40,7 +40,8 @@ impl Broker {
                 below = below.max(topic.young_from(storage, now, retention).await.min(received));
             }
             if let Some(age) = max_age_unacked.filter(|_| head >= first) {
-                below = below.max(topic.young_from(storage, now, age).await);
+                let old = topic.young_from(storage, now, age).await;
+                below = below.max(old.min(topic.kept_from()));
             }
             topic.trim(storage, below);
         }
@@ -86,8 +87,11 @@ impl Topic {
             return Ok(());
         }
         // Up to twice the limit, or what is trimmed and not gone yet would pile up.
-        if when_full == WhenFull::DropOldest && held < limit.saturating_mul(2).max(DROP_SLACK) {
-            self.drop_oldest(storage, limit);
+        let drops = when_full == WhenFull::DropOldest;
+        if drops
+            && held < limit.saturating_mul(2).max(DROP_SLACK)
+            && self.drop_oldest(storage, limit)
+        {
             return Ok(());
         }
         let cause = match self.lowest_floor() {
@@ -99,18 +103,27 @@ impl Topic {
     }
 
     /// Removes the oldest messages, whoever has not received them, so that a part of the limit is
-    /// free. It is queued before what is stored next.
-    fn drop_oldest(&self, storage: &dyn Storage, limit: u64) {
+    /// free. It is queued before what is stored next. Says whether there is room now.
+    fn drop_oldest(&self, storage: &dyn Storage, limit: u64) -> bool {
         let stats = self.stats(storage);
         let live = stats.live_bytes() + self.uncommitted.load(Ordering::Relaxed);
         let surplus = live.saturating_sub(limit - limit / DROP_PART);
         if live < limit {
-            return;
+            return true;
         }
         let count = (stats.head + 1).saturating_sub(stats.first);
         let average = (live / count.max(1)).max(1);
         let some = surplus.div_ceil(average).clamp(1, count.max(1));
-        self.trim(storage, (stats.first + some).min(stats.head + 1));
+        let below = (stats.first + some).min(stats.head + 1).min(self.kept_from());
+        self.trim(storage, below);
+        below > stats.first
+    }
+
+    /// The first message that is kept whatever its age: for a snapshot, or as a dead letter.
+    fn kept_from(&self) -> u64 {
+        let floors = self.floors();
+        let kept = floors.iter().filter(|(whom, _)| !matches!(whom, Owed::Subscription(_)));
+        kept.map(|(_, floor)| floor.load(Ordering::Acquire) + 1).min().unwrap_or(u64::MAX)
     }
 
     /// Removes the older half of what nobody is owed.

@@ -10,7 +10,7 @@ use super::error::BrokerError;
 use super::session::{Event, SessionId};
 use super::subscription::{Keeper, Subscription};
 use crate::record::Epoch;
-use crate::storage::{Change, CommitError, Committed, Ticket, Urgency};
+use crate::storage::{CatalogSubscription, Change, CommitError, Committed, Ticket, Urgency};
 
 /// Whoever waits for something to be durable.
 pub(super) type Waiter = oneshot::Sender<Result<(), BrokerError>>;
@@ -160,9 +160,14 @@ impl Subscription {
             failed.map_or(Ok(()), Err)?;
         }
         let (mut changes, floors) = self.collect_changes();
+        let sought = changes.clone();
         changes.extend(more);
         match self.storage.apply(changes, Urgency::Now).await {
             Ok(_committed) => {
+                self.show_floors(floors);
+                Ok(())
+            }
+            Err(CommitError::Unknown) if self.has_happened(&sought).await => {
                 self.show_floors(floors);
                 Ok(())
             }
@@ -171,6 +176,34 @@ impl Subscription {
                 Err(error)
             }
         }
+    }
+
+    /// Whether a commit whose outcome is unknown has happened, which shows in what it says of this
+    /// subscription. What cannot be looked up is not known to have.
+    async fn has_happened(&mut self, sought: &[Change]) -> bool {
+        let Some(Some(stored)) = self.stored().await else { return false };
+        let is_stored = |change: &Change| match change {
+            Change::PutSubscription(record) => *record == stored.record,
+            Change::PutCursor { topic, cursor, .. } => {
+                stored.cursors.iter().any(|(epoch, stored)| epoch == topic && stored == cursor)
+            }
+            Change::CreateTopic(_)
+            | Change::PutTopic(_)
+            | Change::DeleteTopic(_)
+            | Change::PutSchema(..)
+            | Change::DeleteSubscription(_)
+            | Change::DeleteCursor { .. }
+            | Change::Store { .. }
+            | Change::Trim { .. } => true,
+        };
+        !sought.is_empty() && sought.iter().all(is_stored)
+    }
+
+    /// What is stored of this subscription, as far as that can be looked up.
+    pub(super) async fn stored(&mut self) -> Option<Option<CatalogSubscription>> {
+        let catalog = self.storage.catalog().await.ok()?;
+        let mut all = catalog.subscriptions.into_iter();
+        Some(all.find(|stored| stored.record.epoch == self.record.epoch))
     }
 
     /// Saves what is left, at the end.

@@ -30,7 +30,7 @@ use crate::env::SharedEnv;
 use crate::limits;
 use crate::names::{ConsumerId, TopicName, TopicPattern};
 use crate::record::{CursorRecord, Epoch, Sequences, SubscriptionKind, SubscriptionRecord};
-use crate::storage::{Change, Storage, Urgency};
+use crate::storage::{Change, CommitError, Storage, Urgency};
 
 /// What administrators, and the broker itself, ask of a subscription.
 #[derive(Debug)]
@@ -199,6 +199,8 @@ pub(super) struct Subscription {
     pub(super) events: Events,
     pub(super) noted: Noted,
     started: Instant,
+    /// When it was seen in use last, in this run.
+    last_used: Option<Instant>,
     pub(super) letters: Option<DeadLetters>,
     pub(super) topics: BTreeMap<Epoch, Topic>,
     /// The numbers of the topics, which sessions use instead of their names.
@@ -253,6 +255,7 @@ impl Subscription {
             events,
             noted: Noted::default(),
             started: Instant::now(),
+            last_used: None,
             letters,
             topics: BTreeMap::new(),
             numbers: BTreeMap::new(),
@@ -303,6 +306,9 @@ impl Subscription {
                 () = room(without_room), if next == Next::Room => {}
                 () = std::future::ready(()), if next == Next::Again => {}
             }
+            if self.ended {
+                break;
+            }
             self.promote_if_free().await;
             let more = self.bury().await;
             self.start_save();
@@ -328,6 +334,7 @@ impl Subscription {
             Command::Ping(id, nonce) => self.on_ping(id, nonce),
             Command::Goodbye(id) => self.on_goodbye(id).await,
             Command::Ack(acked, reply) => {
+                self.last_used = Some(Instant::now());
                 for (epoch, sequences) in acked {
                     if let Some(topic) = self.topics.get_mut(&epoch) {
                         topic.delivery.ack(&sequences);
@@ -336,8 +343,12 @@ impl Subscription {
                 self.leases.forget_settled(&self.topics);
                 self.waiters.push(reply);
             }
-            Command::Pull(pull, reply) => self.on_pull(pull, reply),
+            Command::Pull(pull, reply) => {
+                self.last_used = Some(Instant::now());
+                self.on_pull(pull, reply);
+            }
             Command::Release(leases, nack, reply) => {
+                self.last_used = Some(Instant::now());
                 self.on_release(&leases, &nack);
                 self.waiters.push(reply);
             }
@@ -408,7 +419,10 @@ impl Subscription {
             self.on_saved(result);
         }
         let change = Change::DeleteSubscription(self.record.epoch);
-        self.storage.apply(vec![change], Urgency::Now).await?.into_inner();
+        match self.storage.apply(vec![change], Urgency::Now).await {
+            Err(CommitError::Unknown) if matches!(self.stored().await, Some(None)) => {}
+            deleted => deleted?.into_inner(),
+        }
         self.keeper = Keeper::Client;
         self.ended = true;
         let error = BrokerError::SubscriptionDeleted(self.record.name.clone());
@@ -464,18 +478,23 @@ impl Subscription {
         self.leases.forget_settled(&self.topics);
     }
 
-    /// Whether nobody has used it for as long as it says. Notes now and then that it is used, so
-    /// that a restart does not make it look idle.
+    /// Whether nobody has used it for as long as it says: it has no consumer, and none has pulled or
+    /// acked. Notes now and then that it is used, so that a restart does not make it look idle.
     fn is_expired(&mut self) -> bool {
         let Some(after) = self.record.expires_after else { return false };
         let now = self.now();
-        let idle = now.wall.since(self.record.used_at);
-        let used = !self.seats.is_empty() || !self.standby.is_empty() || !self.leases.is_empty();
-        if used && idle > after / 4 {
+        let noted = now.wall.since(self.record.used_at);
+        let connected = !self.seats.is_empty() || !self.standby.is_empty();
+        if connected || self.leases.are_used() {
+            self.last_used = Some(now.at);
+        }
+        let used_within = |time| self.last_used.is_some_and(|at| now.at.duration_since(at) < time);
+        if noted > after / 4 && used_within(after / 4) {
             self.record_changed = true;
         }
         // Whoever was connected when the server stopped has time to come back.
-        !used && idle > after && now.at.duration_since(self.started) > after / 4
+        let is_up = now.at.duration_since(self.started) > after / 4;
+        noted > after && is_up && !used_within(after)
     }
 
     pub(super) fn now(&self) -> Moment {

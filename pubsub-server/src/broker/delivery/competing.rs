@@ -154,10 +154,15 @@ impl Competing {
         self.waiting.len()
     }
 
+    /// Messages that were looked at and are not done: each may be a hole.
+    fn unsettled(&self) -> usize {
+        self.held.len() + self.waiting.len() + self.delayed.len()
+    }
+
     /// Whether so many messages are unacked that no more are looked at.
     pub fn is_full(&self) -> bool {
         let condemned = self.cursor.condemned().len();
-        self.held.len() + self.waiting.len() >= limits::MAX_UNSETTLED
+        self.unsettled() >= limits::MAX_UNSETTLED
             || condemned >= limits::MAX_CONDEMNED
             || self.delayed.len() >= limits::MAX_DELAYED
     }
@@ -285,8 +290,7 @@ impl Competing {
             Some((_, false)) => return None,
             None => {}
         }
-        let looked_at = self.held.len() + self.waiting.len();
-        let room = limits::MAX_UNSETTLED.saturating_sub(looked_at);
+        let room = limits::MAX_UNSETTLED.saturating_sub(self.unsettled());
         let room = room.min(limits::MAX_DELAYED.saturating_sub(self.delayed.len())) as u64;
         let last = self.cursor.head().min(self.next.saturating_add(room) - 1);
         (self.next <= last && can(None, 1)).then(|| (self.next, last - self.next + 1))

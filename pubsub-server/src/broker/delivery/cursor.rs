@@ -60,6 +60,15 @@ impl Cursor {
         self.head - self.record.floor - done
     }
 
+    /// Messages after the floor and up to here that are not done.
+    pub(super) fn undone_to(&self, sequence: u64) -> u64 {
+        let all = self.record.floor + 1..=sequence;
+        if all.is_empty() {
+            return 0;
+        }
+        self.record.done.gaps(&all).map(|gap| gap.end() - gap.start() + 1).sum()
+    }
+
     /// Whether the position has changed since it was taken.
     pub fn is_dirty(&self) -> bool {
         self.dirty

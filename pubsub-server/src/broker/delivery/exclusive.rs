@@ -172,6 +172,7 @@ impl Exclusive {
     pub fn expire(&mut self, since: Instant, reason: &str, now: Moment) -> Option<Rewound> {
         let overdue = self.started.until(since);
         let nacks: Vec<Nack> = overdue.map(|sequence| self.failure(sequence, reason)).collect();
+        nacks.iter().for_each(|nack| self.started.remove(nack.sequence));
         self.nack(&nacks, now)
     }
 
@@ -183,7 +184,9 @@ impl Exclusive {
             return Some((due, 1));
         }
         let mut last = self.base().saturating_add(window.max(1)).min(self.cursor.head());
-        if self.delayed.len() >= limits::MAX_DELAYED {
+        // What lies before the last of them was looked at already.
+        let full = self.delayed.len() >= limits::MAX_DELAYED;
+        if full && self.delayed.last().is_some_and(|delayed| delayed < self.next) {
             return None;
         }
         // One that is held back ends the run before it.
@@ -302,11 +305,12 @@ impl Exclusive {
             return None;
         }
         self.next = self.next.max(sequence + 1);
+        // It may be due later than it was, when the clock was set.
+        self.delayed.remove(sequence);
         if let Some(due) = due.filter(|_| wanted) {
             self.delayed.insert(sequence, due);
             return None;
         }
-        self.delayed.remove(sequence);
         self.not_before.remove(&sequence);
         if !wanted {
             self.cursor.settle(sequence, sequence);
@@ -358,9 +362,12 @@ impl Exclusive {
 
     fn fail(&mut self, nack: &Nack, now: Moment) -> bool {
         let sequence = nack.sequence;
+        if sequence > self.cursor.head() || self.cursor.is_done(sequence) {
+            return false;
+        }
         // Nobody can have more than this in hand, and what fails has to be remembered.
-        let last = self.cursor.floor().saturating_add(limits::MAX_OUTSTANDING_MESSAGES.into());
-        if sequence > self.cursor.head().min(last) || self.cursor.is_done(sequence) {
+        let most = u64::from(limits::MAX_OUTSTANDING_MESSAGES) + limits::MAX_DELAYED as u64;
+        if !self.held.contains_key(&sequence) && self.cursor.undone_to(sequence) > most {
             return false;
         }
         let failures = self.cursor.fail(nack, now.wall);
@@ -600,6 +607,51 @@ mod tests {
             assert_eq!(rewound.unwrap().from, 2);
             assert_eq!(pump(delivery, 9, now + minutes(3)), []);
             assert_eq!(pump(delivery, 9, now + minutes(4)), [(2, 2), (5, 1), (6, 1)]);
+        });
+    }
+
+    #[test]
+    fn what_is_far_behind_a_delayed_message_can_fail() {
+        let most = u64::from(limits::MAX_OUTSTANDING_MESSAGES);
+        check(most + 4, |delivery, now| {
+            delivery.offer(&message(1), true, Some(now + Duration::from_secs(9999)));
+            let last = pump(delivery, 2 * most, now).last().map(|(last, _)| *last);
+            assert_eq!(last, Some(most + 4));
+            delivery.start(&set([most + 4]), now);
+            let rewound = delivery.expire(now, "slow", at(now)).map(|rewound| rewound.from);
+            assert_eq!((rewound, delivery.started_at()), (Some(most + 4), None));
+            let nack = Nack { sequence: most + 2, attempt: 1, ..Nack::default() };
+            assert!(delivery.nack(std::slice::from_ref(&nack), at(now)).is_some());
+        });
+    }
+
+    #[test]
+    fn a_message_is_due_later_when_the_clock_is_set_back() {
+        check(2, |delivery, now| {
+            let minute = Duration::from_secs(60);
+            delivery.offer(&message(1), true, Some(now + minute));
+            assert_eq!(pump(delivery, 2, now), [(2, 1)]);
+            let soon = now + minute;
+            assert_eq!(delivery.wants(2, soon), Some((1, 1)));
+            delivery.offer(&message(1), true, Some(soon + minute));
+            assert_eq!(delivery.wants(2, soon), None);
+            assert_eq!(delivery.due_at(), Some(soon + minute));
+        });
+    }
+
+    #[test]
+    fn what_failed_is_shown_again_however_much_is_delayed() {
+        let many = limits::MAX_DELAYED as u64;
+        check(many + 9, |delivery, now| {
+            assert_eq!(pump(delivery, 2, now), [(1, 1), (2, 1)]);
+            for sequence in 3..=many + 2 {
+                delivery.offer(&message(sequence), true, Some(now + Duration::from_secs(9999)));
+            }
+            assert_eq!(delivery.wants(10, now), None);
+            let delay = Some(Duration::ZERO);
+            let nack = Nack { sequence: 1, attempt: 1, delay, ..Nack::default() };
+            delivery.nack(std::slice::from_ref(&nack), at(now));
+            assert_eq!(delivery.wants(10, now).map(|(first, _)| first), Some(1));
         });
     }
 

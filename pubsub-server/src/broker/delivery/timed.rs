@@ -39,6 +39,11 @@ impl Timed {
         self.at.first_key_value().map(|(sequence, _)| *sequence)
     }
 
+    /// The highest sequence.
+    pub(super) fn last(&self) -> Option<u64> {
+        self.at.last_key_value().map(|(sequence, _)| *sequence)
+    }
+
     pub(super) fn remove(&mut self, sequence: u64) {
         if let Some(at) = self.at.remove(&sequence) {
             self.by_time.remove(&(at, sequence));
