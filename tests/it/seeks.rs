@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use pubsub_client::{Client, CreateSubscription, Reason, Start, SubscriptionKind, TopicConfig};
+use pubsub_client::{
+    Client, CreateSubscription, Reason, Start, SubscriptionKind, TopicConfig, WhenFull,
+};
 use pubsub_tests::{lab::scenario, wait};
 
 use crate::app::{self, SOON};
@@ -65,12 +67,21 @@ fn a_snapshot_brings_back_what_was_unacked_and_nothing_else() {
 
 #[test]
 fn what_a_snapshot_shows_is_kept_however_full_the_topic_is() {
+    is_kept(WhenFull::Reject);
+}
+
+#[test]
+fn what_a_snapshot_shows_is_kept_by_a_topic_that_drops_its_oldest() {
+    is_kept(WhenFull::DropOldest);
+}
+
+fn is_kept(when_full: WhenFull) {
     scenario(WITHIN, async |lab| {
         let mut rig = lab.rig().await?;
         let client = app::client(&rig.url())?;
         let admin = client.admin();
         let small = TopicConfig::new().with_max_bytes(1000).with_retention(Duration::ZERO);
-        admin.create_topic(TOPIC, small).await?;
+        admin.create_topic(TOPIC, small.with_when_full(when_full)).await?;
         let from = CreateSubscription::to([TOPIC]).with_start(Start::Earliest);
         admin.create_subscription("billing", from).await?;
         admin.create_snapshot("then", "billing").await?;

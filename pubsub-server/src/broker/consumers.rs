@@ -452,6 +452,10 @@ impl Subscription {
             self.release_place(holder, Parting::Lost).await;
         }
         self.expire_handlers();
+        // Also where nothing is to be read now, or its time would be over for ever.
+        self.topics.values_mut().for_each(|topic| {
+            topic.is_readable(now);
+        });
         self.ended |= self.unattended.is_some_and(|until| until <= now);
         self.expire_leases(now);
     }

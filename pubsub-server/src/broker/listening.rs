@@ -143,3 +143,64 @@ fn changed(
     }
     Ok(patterns)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::subscriptions::NewSubscription;
+    use super::*;
+    use crate::env::System;
+    use crate::names::TopicName;
+    use crate::record::TopicConfig;
+    use crate::storage::Storage as _;
+    use crate::storage::memory::{Fault, Memory};
+
+    fn name() -> SubscriptionName {
+        SubscriptionName::parse("s").unwrap()
+    }
+
+    fn pattern(topic: &str) -> TopicPattern {
+        TopicPattern::parse(topic).unwrap()
+    }
+
+    /// A subscription of one of two topics, if the engine does not fail before.
+    async fn prepared(memory: &Arc<Memory>) -> Option<Broker> {
+        let broker = Broker::start(Arc::clone(memory) as _, Arc::new(System)).await.ok()?;
+        for topic in ["t", "u"] {
+            let topic = TopicName::parse(topic).unwrap();
+            broker.create_topic(topic, TopicConfig::default(), false).await.ok()?;
+        }
+        let new = NewSubscription {
+            filter: None,
+            name: name(),
+            topics: vec![pattern("t")],
+            kind: None,
+            on_failure: None,
+            ack_timeout: None,
+            expires_after: None,
+            start: Start::Earliest,
+        };
+        broker.create_subscription(new, false).await.ok()?;
+        Some(broker)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_answered_is_stored_also_if_a_commit_does_not_tell() {
+        let mut failed = 0;
+        for (after, applied) in (0..12).flat_map(|after| [(after, true), (after, false)]) {
+            let memory = Memory::failing(Arc::new(System), Fault { after, applied });
+            let memory = Arc::new(memory);
+            let Some(broker) = prepared(&memory).await else { continue };
+            let change =
+                Relisten { add: vec![pattern("u")], remove: Vec::new(), start: Start::Earliest };
+            let listens = broker.relisten(name(), change).await.is_ok();
+            let stored = memory.catalog().await.unwrap().subscriptions;
+            let at = format!("write {after}, applied: {applied}");
+            assert_eq!(listens, stored[0].record.topics.len() == 2, "{at}");
+            let deleted = broker.delete_subscription(name()).await.is_ok();
+            let stored = memory.catalog().await.unwrap().subscriptions;
+            assert_eq!(deleted, stored.is_empty(), "{at}");
+            failed += u32::from(!listens) + u32::from(!deleted);
+        }
+        assert!(failed >= 2, "{failed}");
+    }
+}

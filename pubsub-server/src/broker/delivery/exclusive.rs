@@ -273,10 +273,13 @@ impl Exclusive {
         self.not_before.get(&sequence).copied()
     }
 
-    /// When the next suspect may be shown, if it waits for another one.
+    /// When the next suspect, or a message that is due, may be shown, if it waits for another one.
     pub fn tried_until(&self, now: Instant) -> Option<Instant> {
-        let waits = self.cursor.suspects().contains(&self.next) && self.is_suspect_tried(now);
-        self.suspect_at.filter(|_| waits).map(|at| at + limits::SUSPICION)
+        let due = self.delayed.earliest().is_some_and(|at| at <= now);
+        let waits = due || self.cursor.suspects().contains(&self.next);
+        self.suspect_at
+            .filter(|_| waits && self.is_suspect_tried(now))
+            .map(|at| at + limits::SUSPICION)
     }
 
     fn skip_settled(&mut self) {
