@@ -436,3 +436,37 @@ fn what_is_redriven_comes_back_whatever_the_filter_says() {
         app::shutdown(client).await
     });
 }
+
+#[test]
+fn a_snapshot_is_of_no_use_to_whom_its_filter_would_hide_something() {
+    scenario(WITHIN, async |lab| {
+        let mut rig = lab.rig().await?;
+        let client = app::client(&rig.url())?;
+        let admin = client.admin();
+        admin.create_topic(TOPIC, TopicConfig::new()).await?;
+        for name in ["green", "also-green"] {
+            admin.create_subscription(name, to_all().with_filter(GREEN)).await?;
+        }
+        admin.create_subscription("all", to_all()).await?;
+        publish(&app::publisher(&client, TOPIC).await?, mixed(9)).await?;
+        let mut subscriber = client.subscriber("green").open().await?;
+        app::confirm(app::next_many(&mut subscriber, 1).await?).await?;
+        admin.create_snapshot("then", "green").await?;
+        admin.create_snapshot("whole", "all").await?;
+        app::confirm(app::next_many(&mut subscriber, 2).await?).await?;
+        rig.crash().await?;
+        let refused = admin.seek_to_snapshot("all", "then").await.err().context("it went")?;
+        ensure!(refused.reason() == Some(Reason::InvalidArgument), "{refused}");
+        ensure!(refused.to_string().contains("filter is not that of all"), "{refused}");
+        admin.seek_to_snapshot("also-green", "then").await?;
+        admin.seek_to_snapshot("green", "whole").await?;
+        let mut other = client.subscriber("also-green").open().await?;
+        let rest = app::next_many(&mut other, 2).await?;
+        ensure!(app::sequences(&rest) == [4, 7], "{rest:?}");
+        app::confirm(rest).await?;
+        let again = app::next_many(&mut subscriber, 3).await?;
+        ensure!(app::sequences(&again) == [1, 4, 7], "{again:?}");
+        app::confirm(again).await?;
+        app::shutdown(client).await
+    });
+}

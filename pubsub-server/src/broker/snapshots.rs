@@ -11,6 +11,7 @@ use super::error::BrokerError;
 use super::session::Command;
 use super::subscription::{AdminCommand, Description, Target};
 use super::{Broker, Owed, Topic};
+use crate::filter::Filter;
 use crate::limits;
 use crate::names::{SnapshotName, SubscriptionName};
 use crate::record::{
@@ -28,6 +29,7 @@ pub struct Snapshot {
     /// When it was made.
     pub created_at: Timestamp,
     epoch: Epoch,
+    filter: Option<Filter>,
     positions: Vec<(Arc<Topic>, Target)>,
 }
 
@@ -111,7 +113,8 @@ impl Broker {
             kind: SubscriptionKind::Exclusive,
             on_failure: FailurePolicy::Block,
             ack_timeout: None,
-            filter: None,
+            // What it left out is done in the position.
+            filter: handle.record.filter.clone(),
             expires_after: None,
             used_at: created_at,
             topics: handle.record.topics.clone(),
@@ -132,7 +135,8 @@ impl Broker {
             topic.keep_for(Owed::Snapshot(name.clone()), target.floor);
         }
         let (name, subscription) = (name.clone(), subscription.clone());
-        Ok(Snapshot { name, subscription, created_at, epoch, positions })
+        let filter = handle.record.filter.clone();
+        Ok(Snapshot { name, subscription, created_at, epoch, filter, positions })
     }
 
     /// Makes a snapshot known that is in the storage.
@@ -152,8 +156,10 @@ impl Broker {
             }
         }
         let (epoch, created_at, subscription) = (record.epoch, record.created_at, of.clone());
-        let snapshot = Snapshot { name: name.clone(), subscription, created_at, epoch, positions };
-        self.state().snapshots.insert(name, Arc::new(snapshot));
+        let filter = record.filter.clone();
+        let key = name.clone();
+        let snapshot = Snapshot { name, subscription, created_at, epoch, filter, positions };
+        self.state().snapshots.insert(key, Arc::new(snapshot));
     }
 
     /// The snapshots after a name, in order.
@@ -187,7 +193,8 @@ impl Broker {
     ///
     /// # Errors
     ///
-    /// If there is no such subscription or snapshot, or they have no topic in common.
+    /// If there is no such subscription or snapshot, they have no topic in common, or what the
+    /// snapshot's filter left out is meant for the subscription.
     pub async fn seek_to_snapshot(
         &self,
         subscription: &SubscriptionName,
@@ -195,6 +202,14 @@ impl Broker {
     ) -> Result<Description, BrokerError> {
         let handle = self.existing(subscription)?;
         let snapshot = self.snapshot(name)?;
+        if snapshot.filter.is_some() && snapshot.filter != handle.record.filter {
+            let text = format!(
+                "snapshot {name} is of subscription {}, whose filter is not that of {subscription}: \
+                 what it left out would never be received",
+                snapshot.subscription
+            );
+            return Err(BrokerError::Invalid(text));
+        }
         let common = snapshot.positions.iter();
         let common = common.filter(|(topic, _)| handle.listens_to(&topic.record.name));
         let targets: Vec<_> =
