@@ -198,7 +198,8 @@ async fn redrive(
         }
         let done = client.admin().redrive(&which.subscription, next).await?;
         redriven += done.redriven;
-        homeless += done.homeless;
+        // The oldest of them are met again each time.
+        homeless = if by_number { homeless + done.homeless } else { homeless.max(done.homeless) };
         left = done.left;
         let over = if by_number { numbers.is_empty() } else { done.redriven == 0 || left == 0 };
         if over {

@@ -19,6 +19,7 @@ pub mod broker;
 pub mod config;
 pub mod env;
 mod envelope;
+mod failpoint;
 pub mod filter;
 pub mod limits;
 pub mod names;

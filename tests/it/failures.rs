@@ -276,6 +276,42 @@ fn a_dead_letter_is_redriven_once_however_often_that_is_asked() {
 }
 
 #[test]
+fn dead_letters_whose_topic_is_gone_do_not_stand_before_the_others() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let client = app::client(&server.url())?;
+        let admin = client.admin();
+        for topic in ["jobs-old", TOPIC, DEAD] {
+            admin.create_topic(topic, TopicConfig::new()).await?;
+        }
+        let settings = CreateSubscription::to(["jobs-old", TOPIC])
+            .with_kind(SubscriptionKind::Shared)
+            .with_on_failure(FailurePolicy::dead_letter(DEAD).after(1));
+        admin.create_subscription(WORK, settings).await?;
+        let mut subscriber = worker(&client).await?;
+        // Those of one topic are dead letters before those of the other.
+        for (topic, dead) in [("jobs-old", 3), (TOPIC, 6)] {
+            let publisher = app::publisher(&client, topic).await?;
+            for _ in 0..3 {
+                publisher.publish("poison").await?;
+                app::next(&mut subscriber).await?.nack(Nack::for_good());
+            }
+            dead_letters(&client, dead).await?;
+        }
+        admin.delete_topic("jobs-old").await?;
+        let redriven = admin.redrive(WORK, DeadLetters::Oldest(1)).await?;
+        ensure!((redriven.redriven, redriven.homeless) == (1, 3), "{redriven:?}");
+        let redriven = admin.redrive(WORK, DeadLetters::Oldest(100)).await?;
+        ensure!((redriven.redriven, redriven.homeless, redriven.left) == (2, 3, 3), "{redriven:?}");
+        let redriven = admin.redrive(WORK, DeadLetters::Oldest(100)).await?;
+        ensure!((redriven.redriven, redriven.homeless, redriven.left) == (0, 3, 3), "{redriven:?}");
+        let named = admin.redrive(WORK, DeadLetters::Sequences(vec![1, 2])).await?;
+        ensure!((named.redriven, named.homeless, named.left) == (0, 2, 3), "{named:?}");
+        app::shutdown(client).await
+    });
+}
+
+#[test]
 fn a_full_dead_letter_topic_makes_what_failed_wait_and_says_so() {
     scenario(WITHIN, async |lab| {
         let server = lab.server().await?;

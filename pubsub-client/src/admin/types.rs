@@ -324,8 +324,8 @@ pub enum DeadLetters {
 pub struct Redriven {
     /// How many were sent back.
     pub redriven: u64,
-    /// How many could not be: the subscription listens to no topic of the name that they come
-    /// from.
+    /// How many of those that were looked at could not be: the subscription listens to no topic of
+    /// the name that they come from. They stay.
     pub homeless: u64,
     /// How many dead letters are left.
     pub left: u64,

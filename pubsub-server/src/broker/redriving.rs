@@ -1,11 +1,14 @@
 //! What becomes of dead letters: they are listed, and redriven or purged.
 
+use std::collections::BTreeSet;
+
 use super::dead_letters::{DeadLetters, LetterPage, Letters, Settled};
 use super::error::BrokerError;
 use super::events::What;
 use super::subscription::Subscription;
 use super::{Broker, Handle, session};
 use crate::envelope::{self, Origin};
+use crate::failpoint;
 use crate::filter::Filter;
 use crate::limits;
 use crate::names::SubscriptionName;
@@ -43,7 +46,9 @@ impl Subscription {
                 None => homeless += 1,
             }
         }
+        failpoint::pass("redriving");
         self.settle_letters(&settled, stores).await?;
+        failpoint::pass("redriven");
         Ok(self.settled(settled.len(), homeless, true))
     }
 
@@ -161,7 +166,9 @@ impl Broker {
     ) -> Result<LetterPage, BrokerError> {
         let handle = self.existing(name)?;
         match filter {
-            Some(filter) => handle.search(filter, (after, u64::MAX), most, |_| true).await,
+            Some(filter) => {
+                handle.search((after, u64::MAX), most, |letter| means(filter, letter)).await
+            }
             None => handle.letters(after, most).await,
         }
     }
@@ -180,11 +187,27 @@ impl Broker {
         filter: Option<&Filter>,
     ) -> Result<Settled, BrokerError> {
         let handle = self.existing(name)?;
+        let mut homes = BTreeSet::new();
         for topic in self.matching(&handle.record.topics) {
             topic.check_room(&*self.inner.storage, 1)?;
+            homes.insert(topic.record.name.to_string());
         }
-        let which = handle.narrowed(which, filter).await?;
-        handle.ask(|reply| letter_command(LetterCommand::Redrive(which, reply))).await?
+        let mut homeless = 0;
+        let has_home = |letter: &StoredMessage| {
+            let origin = Origin::of(&letter.body);
+            let has_home = origin.is_some_and(|origin| homes.contains(&origin.topic));
+            homeless += u64::from(!has_home);
+            has_home
+        };
+        let which = match which {
+            // Those without a home are passed over: they would stand before the others for ever.
+            Letters::Oldest(_) => handle.narrowed(which, filter, has_home).await?,
+            Letters::These(_) if filter.is_none() => which,
+            Letters::These(_) => handle.narrowed(which, filter, |_| true).await?,
+        };
+        let redrive = |reply| letter_command(LetterCommand::Redrive(which, reply));
+        let settled = handle.ask(redrive).await??;
+        Ok(Settled { homeless: settled.homeless + homeless, ..settled })
     }
 
     /// Lets dead letters go, for good: those that are meant, and a filter means too. A call takes
@@ -200,7 +223,10 @@ impl Broker {
         filter: Option<&Filter>,
     ) -> Result<Settled, BrokerError> {
         let handle = self.existing(name)?;
-        let which = handle.narrowed(which, filter).await?;
+        let which = match filter {
+            Some(_) => handle.narrowed(which, filter, |_| true).await?,
+            None => which,
+        };
         handle.ask(|reply| letter_command(LetterCommand::Purge(which, reply))).await?
     }
 }
@@ -210,20 +236,25 @@ impl Handle {
         self.ask(|reply| letter_command(LetterCommand::List(after, most, reply))).await?
     }
 
-    /// Those of the dead letters that a filter means, too.
+    /// Those of the dead letters that a filter means, too, and are wanted.
     async fn narrowed(
         &self,
         which: Letters,
         filter: Option<&Filter>,
+        mut wanted: impl FnMut(&StoredMessage) -> bool,
     ) -> Result<Letters, BrokerError> {
-        let Some(filter) = filter else { return Ok(which) };
+        let mut wanted = |letter: &StoredMessage| {
+            filter.is_none_or(|filter| means(filter, letter)) && wanted(letter)
+        };
         let found = match which {
-            Letters::Oldest(most) => self.search(filter, (0, u64::MAX), most, |_| true).await?,
+            Letters::Oldest(most) => self.search((0, u64::MAX), most, wanted).await?,
             Letters::These(these) => {
                 let first = these.first().map_or(1, |range| *range.start());
                 let last = these.last().map_or(0, |range| *range.end());
                 let (within, most) = ((first - 1, last), limits::MAX_DEAD_LETTERS);
-                self.search(filter, within, most, |sequence| these.contains(&sequence)).await?
+                let meant =
+                    |letter: &StoredMessage| these.contains(&letter.sequence) && wanted(letter);
+                self.search(within, most, meant).await?
             }
         };
         let one = |letter: &StoredMessage| letter.sequence..=letter.sequence;
@@ -234,10 +265,9 @@ impl Handle {
     /// for a page at a time, and goes on in between: there may be many that do not match.
     async fn search(
         &self,
-        filter: &Filter,
         (mut after, last): (u64, u64),
         most: usize,
-        meant: impl Fn(u64) -> bool,
+        mut wanted: impl FnMut(&StoredMessage) -> bool,
     ) -> Result<LetterPage, BrokerError> {
         let mut found = Vec::new();
         let mut bytes = 0;
@@ -245,8 +275,7 @@ impl Handle {
             let page = self.letters(after, limits::MAX_DEAD_LETTERS).await?;
             after = page.letters.last().map_or(u64::MAX, |letter| letter.sequence);
             for letter in page.letters {
-                let matches = || filter.matches(&envelope::attributes(&letter.body));
-                if letter.sequence > last || !meant(letter.sequence) || !matches() {
+                if letter.sequence > last || !wanted(&letter) {
                     continue;
                 }
                 bytes += letter.body.len();
@@ -260,6 +289,10 @@ impl Handle {
             }
         }
     }
+}
+
+fn means(filter: &Filter, letter: &StoredMessage) -> bool {
+    filter.matches(&envelope::attributes(&letter.body))
 }
 
 fn letter_command(command: LetterCommand) -> session::Command {

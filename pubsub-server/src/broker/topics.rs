@@ -9,6 +9,7 @@ use super::events::{TopicFate, What};
 use super::session::Command;
 use super::subscription::AdminCommand;
 use super::{Broker, Handle, Topic};
+use crate::failpoint;
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName};
 use crate::record::{CursorRecord, TopicConfig, TopicRecord};
@@ -84,7 +85,7 @@ impl Broker {
         Ok((self.info(&topic), true))
     }
 
-    /// Changes the settings of a topic.
+    /// Changes the settings of a topic to what is made of those that it has.
     ///
     /// # Errors
     ///
@@ -92,13 +93,14 @@ impl Broker {
     pub async fn update_topic(
         &self,
         name: TopicName,
-        config: TopicConfig,
+        change: impl FnOnce(TopicConfig) -> TopicConfig + Send + 'static,
     ) -> Result<TopicInfo, BrokerError> {
-        check_config(&config)?;
         let broker = self.clone();
         let update = async move {
             let _admin = broker.inner.admin.lock().await;
             let topic = broker.topic(&name)?;
+            let config = change(topic.config());
+            check_config(&config)?;
             let record = TopicRecord { config: config.clone(), ..topic.present() };
             let change = Change::PutTopic(record);
             broker.inner.storage.apply(vec![change], Urgency::Now).await?.into_inner();
@@ -135,10 +137,12 @@ impl Broker {
             let changes = vec![Change::PutTopic(record), trim];
             // Before it happens: whoever comes across the gap is to know why.
             let before = topic.purged.swap(purged, Ordering::AcqRel);
+            failpoint::pass("purging");
             if let Err(error) = broker.inner.storage.apply(changes, Urgency::Now).await {
                 topic.purged.store(before, Ordering::Release);
                 return Err(error.into());
             }
+            failpoint::pass("purged");
             let (epoch, purged) = (topic.record.epoch, below.saturating_sub(first));
             broker.inner.events.tell(|| What::Purged { topic: name, epoch, before: below, purged });
             Ok((broker.info(&topic), purged))

@@ -59,7 +59,7 @@ impl AdminService for Service {
     ) -> Result<Response<CreateTopicResponse>, Status> {
         let request = request.into_inner();
         let name = convert::parse_topic(&request.name)?;
-        let config = describe::parse_config(request.config, TopicConfig::default())?;
+        let config = describe::parse_config(request.config)?(TopicConfig::default());
         let create = self.0.broker.create_topic(name, config, request.if_not_exists);
         let (info, created) = create.await.map_err(refuse)?;
         Ok(Response::new(CreateTopicResponse { topic: Some(describe::topic(info)), created }))
@@ -105,9 +105,8 @@ impl AdminService for Service {
     ) -> Result<Response<UpdateTopicResponse>, Status> {
         let request = request.into_inner();
         let name = convert::parse_topic(&request.name)?;
-        let before = self.0.broker.get_topic(&name).map_err(refuse)?.record.config;
-        let config = describe::parse_config(request.config, before)?;
-        let info = self.0.broker.update_topic(name, config).await.map_err(refuse)?;
+        let change = describe::parse_config(request.config)?;
+        let info = self.0.broker.update_topic(name, change).await.map_err(refuse)?;
         Ok(Response::new(UpdateTopicResponse { topic: Some(describe::topic(info)) }))
     }
 

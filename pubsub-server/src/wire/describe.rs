@@ -13,29 +13,31 @@ use crate::envelope::Origin;
 use crate::limits;
 use crate::record::{Release, StoredMessage, TopicConfig, WhenFull};
 
-/// Settings; what is not said is as before.
+/// What settings make of those before: what is not said stays.
 pub(super) fn parse_config(
     config: Option<v1::TopicConfig>,
-    default: TopicConfig,
-) -> Result<TopicConfig, Status> {
+) -> Result<impl FnOnce(TopicConfig) -> TopicConfig + Send + 'static, Status> {
     let config = config.unwrap_or_default();
-    let or = |value, default| if value == 0 { default } else { value };
+    let retention = parse_duration("retention", config.retention)?;
+    let max_age_unacked = parse_duration("max_age_unacked", config.max_age_unacked)?;
     let window = parse_duration("idempotency_window", config.idempotency_window)?;
-    Ok(TopicConfig {
-        retention: parse_duration("retention", config.retention)?.unwrap_or(default.retention),
-        max_age_unacked: match parse_duration("max_age_unacked", config.max_age_unacked)? {
+    let when_full = match v1::WhenFull::try_from(config.when_full) {
+        Ok(v1::WhenFull::Unspecified) => None,
+        Ok(v1::WhenFull::Reject) => Some(WhenFull::Reject),
+        Ok(v1::WhenFull::DropOldest) => Some(WhenFull::DropOldest),
+        Err(_) => return Err(invalid("when_full is not known to this server")),
+    };
+    let or = |value, before| if value == 0 { before } else { value };
+    Ok(move |before: TopicConfig| TopicConfig {
+        retention: retention.unwrap_or(before.retention),
+        max_age_unacked: match max_age_unacked {
             Some(age) => Some(age).filter(|age| !age.is_zero()),
-            None => default.max_age_unacked,
+            None => before.max_age_unacked,
         },
-        max_bytes: or(config.max_bytes, default.max_bytes),
-        when_full: match v1::WhenFull::try_from(config.when_full) {
-            Ok(v1::WhenFull::Unspecified) => default.when_full,
-            Ok(v1::WhenFull::Reject) => WhenFull::Reject,
-            Ok(v1::WhenFull::DropOldest) => WhenFull::DropOldest,
-            Err(_) => return Err(invalid("when_full is not known to this server")),
-        },
-        max_message_bytes: or(config.max_message_bytes, default.max_message_bytes),
-        idempotency_window: window.unwrap_or(default.idempotency_window),
+        max_bytes: or(config.max_bytes, before.max_bytes),
+        when_full: when_full.unwrap_or(before.when_full),
+        max_message_bytes: or(config.max_message_bytes, before.max_message_bytes),
+        idempotency_window: window.unwrap_or(before.idempotency_window),
     })
 }
 
