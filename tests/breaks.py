@@ -46,6 +46,9 @@ BREAKS = {
     "outbox_forgets_what_it_sent": ("P9", [END_TO_END + ["outbox"]]),
     "events_missed_in_silence": ("P7", [SERVER + ["broker::events"]]),
     "events_resume_in_silence": ("P7", [END_TO_END + ["events::a_lost"]]),
+    "key_goes_on_after_a_failure": ("P4", [END_TO_END + ["order"], SERVER + ["delivery"]]),
+    "letter_in_its_own_commit": ("P2", [END_TO_END + ["step_of_a_move"]]),
+    "seek_topic_by_topic": ("P2", [END_TO_END + ["step_of_a_seek"]]),
     "inbox_is_not_asked": ("P5", [CLIENT + ["inbox"], END_TO_END + ["inbox"]]),
 }
 

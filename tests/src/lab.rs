@@ -1,11 +1,13 @@
 //! The frame of every scenario: a runtime, a seed, a directory, a deadline, and a report.
 
 use std::{
+    os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
 use tempfile::TempDir;
 use tokio::runtime::Builder;
 
@@ -129,10 +131,30 @@ impl Rig {
     ///
     /// If it does not start.
     pub async fn revive(&mut self) -> Result<()> {
-        let data = self.server.data().to_owned();
-        self.server =
-            Server::start(&data, self.server.log().clone()).await.context("starting again")?;
+        self.revive_to_fail("").await
+    }
+
+    /// Starts the server again as [`Rig::revive`] does, to be killed at this failpoint.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start.
+    pub async fn revive_to_fail(&mut self, failpoint: &str) -> Result<()> {
+        let (data, log) = (self.server.data().to_owned(), self.server.log().clone());
+        let started = Server::start_to_fail(&data, failpoint, log).await;
+        self.server = started.context("starting again")?;
         self.proxy.retarget(self.server.address());
+        Ok(())
+    }
+
+    /// Waits until the server was killed at its failpoint.
+    ///
+    /// # Errors
+    ///
+    /// If it goes on for longer than this, or ends by itself.
+    pub async fn fails(&mut self, within: Duration) -> Result<()> {
+        let status = self.server.exited(within).await.context("it never came to its failpoint")?;
+        ensure!(status.signal() == Some(Signal::KILL.as_raw()), "{status}");
         Ok(())
     }
 }

@@ -85,7 +85,20 @@ impl Server {
     ///
     /// If it exits instead, with the end of its log.
     pub async fn start_at(data: &Path, port: u16, log: Log) -> Result<Self> {
-        let mut child = spawn(data, port)?;
+        Self::serving(data, spawn(data, port, "")?, log).await
+    }
+
+    /// Starts a server on `data` that is killed when it comes to this failpoint, one or several
+    /// places divided by commas that it passes one after the other.
+    ///
+    /// # Errors
+    ///
+    /// If it exits before it serves, with the end of its log.
+    pub async fn start_to_fail(data: &Path, failpoint: &str, log: Log) -> Result<Self> {
+        Self::serving(data, spawn(data, 0, failpoint)?, log).await
+    }
+
+    async fn serving(data: &Path, mut child: Child, log: Log) -> Result<Self> {
         let mut readers = JoinSet::new();
         let stderr = child.stderr.take().expect("stderr is piped");
         readers.spawn(keep(stderr, log.clone()));
@@ -107,7 +120,7 @@ impl Server {
     ///
     /// If it cannot be started or killed.
     pub async fn start_and_kill(data: &Path, after: Duration, log: Log) -> Result<()> {
-        let mut child = spawn(data, 0)?;
+        let mut child = spawn(data, 0, "")?;
         let stderr = child.stderr.take().expect("stderr is piped");
         tokio::select! {
             () = tokio::time::sleep(after) => {}
@@ -216,8 +229,9 @@ impl Server {
     }
 }
 
-fn spawn(data: &Path, port: u16) -> Result<Child> {
+fn spawn(data: &Path, port: u16, failpoint: &str) -> Result<Child> {
     Command::new(binary::server()?)
+        .env("PUBSUB_FAILPOINT", failpoint)
         .args(["--listen", &format!("127.0.0.1:{port}")])
         .arg("--data")
         .arg(data)

@@ -17,6 +17,7 @@ use super::delivery::Cursor;
 use super::error::BrokerError;
 use super::subscription::Subscription;
 use crate::envelope::Origin;
+use crate::failpoint;
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName};
 use crate::record::{
@@ -332,7 +333,9 @@ impl Subscription {
         for sequence in moved {
             topic.delivery.cursor_mut().release(*sequence, Release::DeadLetter);
         }
+        failpoint::pass("moving");
         let committed = self.commit_with(stores).await;
+        failpoint::pass("moved");
         if committed.is_err()
             && let Some(topic) = self.topics.get_mut(&epoch)
         {

@@ -159,6 +159,11 @@ impl Subscription {
             self.on_saved(result);
             failed.map_or(Ok(()), Err)?;
         }
+        #[cfg(pubsub_break = "letter_in_its_own_commit")]
+        let more = {
+            self.storage.apply(more, Urgency::Now).await?.into_inner();
+            Vec::new()
+        };
         let (mut changes, floors) = self.collect_changes();
         let sought = changes.clone();
         changes.extend(more);

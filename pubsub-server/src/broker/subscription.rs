@@ -27,6 +27,7 @@ use super::session::{Command, Event, GapReason, Session, SessionId, SessionTopic
 use super::stalls::Noted;
 use super::waiting::HeadOfLine;
 use crate::env::SharedEnv;
+use crate::failpoint;
 use crate::limits;
 use crate::names::{ConsumerId, TopicName, TopicPattern};
 use crate::record::{CursorRecord, Epoch, Sequences, SubscriptionKind, SubscriptionRecord};
@@ -364,6 +365,12 @@ impl Subscription {
             }
             AdminCommand::TopicDeleted(epoch) => self.on_topic_deleted(epoch),
             AdminCommand::Seek(targets, reply) => {
+                failpoint::pass("seeking");
+                #[cfg(pubsub_break = "seek_topic_by_topic")]
+                for target in &targets {
+                    self.seek(vec![target.clone()]);
+                    let _ = self.settle_saves().await;
+                }
                 self.seek(targets);
                 self.waiters.push(reply);
             }

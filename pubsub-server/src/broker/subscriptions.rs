@@ -15,6 +15,7 @@ use super::events::{SubscriptionFate, What};
 use super::session::{Attach, Command, Event, Lease, Outlet, Pull, Pulled, SessionId};
 use super::subscription::{AdminCommand, Description, Keeper, Target, TopicStart, Topics};
 use super::{Broker, Handle, Owed, Topic};
+use crate::failpoint;
 use crate::filter::Filter;
 use crate::limits;
 use crate::names::{SubscriptionName, TopicName, TopicPattern};
@@ -439,6 +440,7 @@ impl Broker {
             targets.push((topic.record.epoch, Target { floor, done: Sequences::new() }));
         }
         handle.ask(|reply| Command::Admin(AdminCommand::Seek(targets, reply))).await??;
+        failpoint::pass("sought");
         self.ask_description(&handle).await
     }
 

@@ -121,7 +121,10 @@ impl Competing {
     /// What a consumer holds that must not be processed before a message that it has handed back.
     fn held_after(&self, holder: Holder, sequence: u64, key: Option<&Key>) -> Vec<u64> {
         let keyless = key.is_none() && sequence < self.next;
-        if self.order == Order::None || keyless {
+        if self.order == Order::None
+            || keyless
+            || cfg!(pubsub_break = "key_goes_on_after_a_failure")
+        {
             return Vec::new();
         }
         let lane = key.and_then(|key| self.lanes.get(key));

@@ -12,6 +12,7 @@ use super::sealing::release;
 use super::state::{State, Topic};
 use super::tables::{GARBAGE_SUBSCRIPTION, Row, Tables, Trouble, decoded, get, put};
 use super::writer::Writer;
+use crate::failpoint;
 use crate::limits;
 use crate::record::{Epoch, Uuid};
 use crate::storage::admission::{KeyRow, Publisher};
@@ -84,6 +85,7 @@ impl Writer {
             let piece = surplus
                 .then(|| self.transact(|tables, state| trim_piece(tables, state, epoch, copying)));
             if let Some(doomed) = piece.flatten() {
+                failpoint::pass("collected");
                 self.show_topic(epoch);
                 doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
                 self.sealing.doomed.extend(doomed);
@@ -180,6 +182,7 @@ fn trim_piece(
         return Ok(None);
     }
     put(&mut tables.heads, epoch.0, encode(&head))?;
+    failpoint::pass("collecting");
     if let Some(topic) = state.topics.get_mut(&epoch) {
         topic.head = Some(head);
         topic.segments = kept;

@@ -17,6 +17,7 @@ use super::shared::Shared;
 use super::state::State;
 use super::tables::{Tables, Trouble};
 use crate::env::SharedEnv;
+use crate::failpoint;
 use crate::limits;
 use crate::record::Epoch;
 use crate::storage::clock::{Clock, Now};
@@ -166,7 +167,9 @@ impl Writer {
         answers.drain(..).for_each(Answer::keep);
         #[cfg(pubsub_break = "notify_before_commit")]
         self.show(&effects);
+        failpoint::pass("committing");
         txn.commit()?;
+        failpoint::pass("committed");
         #[cfg(pubsub_break = "dedup_in_second_transaction")]
         {
             let txn = begin(&database)?;
