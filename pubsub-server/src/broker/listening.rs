@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use super::delivery::starting_at;
+use super::describing::Description;
 use super::error::BrokerError;
 use super::session::Command;
-use super::subscription::{AdminCommand, Description, Listening, Subscription};
+use super::subscription::{AdminCommand, Listening, Subscription};
 use super::{Broker, Handle, Owed, Start, Topic};
 use crate::limits;
 use crate::names::{SubscriptionName, TopicPattern};

@@ -20,6 +20,7 @@ mod consumers;
 mod dead_letters;
 mod delivering;
 pub mod delivery;
+pub mod describing;
 pub mod error;
 pub mod events;
 mod lease;

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::delivery::Cursor;
+use super::describing::Description;
 use super::error::BrokerError;
 use super::session::Command;
-use super::subscription::{AdminCommand, Description, Target};
+use super::subscription::{AdminCommand, Target};
 use super::{Broker, Owed, Topic};
 use crate::filter::Filter;
 use crate::limits;

@@ -4,7 +4,6 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
 
 use futures_util::future::{BoxFuture, select_all};
 use futures_util::stream::{BoxStream, FuturesUnordered, SelectAll};
@@ -18,6 +17,7 @@ use super::consumers::Seat;
 use super::dead_letters::DeadLetters;
 use super::delivering::Next;
 use super::delivery::{Cursor, Delivery, Holder, Moment, Receipt};
+use super::describing::Description;
 use super::error::BrokerError;
 use super::events::Events;
 use super::lease::Leases;
@@ -25,11 +25,10 @@ use super::redriving::LetterCommand;
 use super::saving::{Save, Waiter, saved};
 use super::session::{Command, Event, GapReason, Session, SessionId, SessionTopic, Told};
 use super::stalls::Noted;
-use super::waiting::HeadOfLine;
 use crate::env::SharedEnv;
 use crate::failpoint;
 use crate::limits;
-use crate::names::{ConsumerId, TopicName, TopicPattern};
+use crate::names::{TopicName, TopicPattern};
 use crate::record::{CursorRecord, Epoch, Sequences, SubscriptionKind, SubscriptionRecord};
 use crate::storage::{Change, CommitError, Storage, Urgency};
 
@@ -102,59 +101,6 @@ pub struct TopicStart {
     pub(super) purged: Arc<AtomicU64>,
     /// Whether the topic was deleted.
     pub(super) gone: bool,
-}
-
-/// How things stand with a subscription.
-#[derive(Clone, Debug)]
-pub struct Description {
-    /// Its record.
-    pub record: SubscriptionRecord,
-    /// Who is active, or awaited.
-    pub consumers: Vec<ActiveConsumer>,
-    /// Who stands by.
-    pub standby: Vec<ConsumerId>,
-    /// Its positions.
-    pub positions: Vec<Position>,
-    /// Its dead letters that wait to be redriven or purged.
-    pub dead_letters: u64,
-}
-
-/// A consumer that has a place.
-#[derive(Clone, Debug)]
-pub struct ActiveConsumer {
-    /// Its name.
-    pub id: ConsumerId,
-    /// Whether it is connected.
-    pub connected: bool,
-    /// Messages with it.
-    pub outstanding: u64,
-}
-
-/// How things stand in one topic.
-#[derive(Clone, Debug)]
-pub struct Position {
-    /// The topic.
-    pub topic: TopicName,
-    /// Its epoch.
-    pub epoch: Epoch,
-    /// The floor.
-    pub floor: u64,
-    /// The head.
-    pub head: u64,
-    /// Messages not done.
-    pub backlog: u64,
-    /// Messages with consumers.
-    pub outstanding: u64,
-    /// The first one not done.
-    pub oldest_unacked: Option<u64>,
-    /// What keeps the topic from being delivered.
-    pub waits_for: Option<String>,
-    /// How long ago the first one not done was published, as far as it was looked up.
-    pub oldest_age: Option<Duration>,
-    /// Messages not done that have failed at least once.
-    pub redelivered: u64,
-    /// The first one not done, and what it waits for.
-    pub head_of_line: Option<HeadOfLine>,
 }
 
 #[derive(Debug)]
@@ -507,34 +453,6 @@ impl Subscription {
     pub(super) fn now(&self) -> Moment {
         Moment { at: Instant::now(), wall: self.env.now() }
     }
-
-    fn describe(&self) -> Description {
-        let now = Instant::now();
-        Description {
-            record: self.record.clone(),
-            consumers: self
-                .seats
-                .iter()
-                .map(|(holder, seat)| self.active_one(*holder, seat))
-                .collect(),
-            standby: (self.standby.iter())
-                .filter(|session| !session.is_gone())
-                .map(|session| session.consumer.id.clone())
-                .collect(),
-            positions: (self.topics.iter())
-                .map(|(epoch, topic)| topic.position(*epoch, now))
-                .map(|position| self.why_it_waits(position))
-                .map(|position| self.with_head_of_line(position, now))
-                .collect(),
-            dead_letters: self.letters.as_ref().map_or(0, DeadLetters::waiting),
-        }
-    }
-
-    fn active_one(&self, holder: Holder, seat: &Seat) -> ActiveConsumer {
-        let out = self.topics.values().map(|topic| topic.delivery.out(holder).messages);
-        let (id, connected) = (seat.consumer.id.clone(), seat.session.is_some());
-        ActiveConsumer { id, connected, outstanding: out.sum() }
-    }
 }
 
 impl Topic {
@@ -556,28 +474,6 @@ impl Topic {
             head: cursor.head(),
             cursor_generation: cursor.record().generation,
             dropped: Sequences::new(),
-        }
-    }
-
-    fn position(&self, epoch: Epoch, now: Instant) -> Position {
-        let waits_for = match (self.damaged, self.delivery.waits_for(now)) {
-            _ if self.gone => Some("the topic was deleted, which no consumer knows yet".to_owned()),
-            (Some(damage), _) => Some(format!("message {} cannot be read", damage.sequence)),
-            (None, waits_for) => waits_for,
-        };
-        let cursor = self.delivery.cursor();
-        Position {
-            topic: self.name.clone(),
-            epoch,
-            floor: cursor.floor(),
-            head: cursor.head(),
-            backlog: cursor.backlog(),
-            outstanding: self.delivery.held() as u64,
-            oldest_unacked: cursor.oldest_unsettled(),
-            waits_for,
-            oldest_age: None,
-            redelivered: cursor.record().failures.len() as u64,
-            head_of_line: None,
         }
     }
 }

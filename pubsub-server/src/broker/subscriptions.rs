@@ -10,10 +10,11 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::dead_letters::DeadLetters;
 use super::delivery::{Claim, Nack, starting_at};
+use super::describing::Description;
 use super::error::BrokerError;
 use super::events::{SubscriptionFate, What};
 use super::session::{Attach, Command, Event, Lease, Outlet, Pull, Pulled, SessionId};
-use super::subscription::{AdminCommand, Description, Keeper, Target, TopicStart, Topics};
+use super::subscription::{AdminCommand, Keeper, Target, TopicStart, Topics};
 use super::{Broker, Handle, Owed, Topic};
 use crate::failpoint;
 use crate::filter::Filter;

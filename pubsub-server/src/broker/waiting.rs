@@ -7,7 +7,8 @@ use tokio::time::Instant;
 use super::Broker;
 use super::consumers::Seat;
 use super::delivery::{Holder, Wait};
-use super::subscription::{Description, Position, Subscription, Topic};
+use super::describing::{Description, Position};
+use super::subscription::{Subscription, Topic};
 use crate::storage::ReadLimit;
 
 /// What the first message waits for that is not done.

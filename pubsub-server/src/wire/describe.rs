@@ -7,7 +7,7 @@ use super::convert::{duration, kind, parse_duration, parse_ranges, policy, recei
 use super::events::head_of_line;
 use super::status::invalid;
 use crate::broker::delivery::Receipt;
-use crate::broker::subscription::{ActiveConsumer, Description, Position};
+use crate::broker::describing::{ActiveConsumer, Description, Position};
 use crate::broker::{LetterPage, Letters, ReceiptAnswer, Snapshot, TopicInfo};
 use crate::envelope::Origin;
 use crate::limits;
