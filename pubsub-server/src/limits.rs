@@ -115,6 +115,12 @@ pub const MAX_DONE_RANGES: usize = 24_000;
 /// Messages of one topic that were delivered to competing consumers, or wait, and are not acked:
 /// each may be a hole in what is done.
 pub const MAX_UNSETTLED: usize = 19_000;
+/// How far beyond the floor an exclusive consumer with a filter is shown messages at least, however
+/// little credit it has. Without a filter that is as far as its credit goes.
+pub const FILTERED_WINDOW: u64 = 10_000;
+/// Runs of up to 1,000 messages of one topic that a subscription with a filter has looked at before
+/// their turn: how many of them are left out is known for so many, and the rest counts as backlog.
+pub const MAX_AHEAD_RUNS: usize = 4_096;
 /// Messages of one topic that one subscription has passed over since they are not due: each is
 /// a hole in what is done. At this number the topic waits for one of them.
 pub const MAX_DELAYED: usize = 10_000;

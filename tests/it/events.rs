@@ -172,10 +172,12 @@ fn what_happens_is_told_in_order_to_whoever_asked_for_it() {
         admin.delete_subscription(WORK).await?;
         expect(&mut all, &["deleted s work"]).await?;
         drop(again);
-        let events = rest(&mut of_work);
-        ensure!(events.len() == 12, "{events:#?}");
-        ensure!(events.iter().all(|event| event.contains(WORK)), "{events:#?}");
-        let events = rest(&mut of_dead);
+        // The other streams have the same to tell, and may be behind.
+        for count in 1..=12 {
+            let event = next(&mut of_work).await.with_context(|| format!("event {count}"))?;
+            ensure!(event.contains(WORK), "{event}");
+        }
+        ensure!(rest(&mut of_work).is_empty());
         let wanted = [
             "created jobs-dead",
             "work: 1 from 1 of jobs to jobs-dead",
@@ -183,7 +185,8 @@ fn what_happens_is_told_in_order_to_whoever_asked_for_it() {
             "work: 1 from 2 of jobs to jobs-dead",
             "work purges 1 of jobs-dead, 0 left",
         ];
-        ensure!(events == wanted, "{events:#?}");
+        expect(&mut of_dead, &wanted).await?;
+        ensure!(rest(&mut of_dead).is_empty());
         Ok(())
     });
 }

@@ -365,8 +365,9 @@ pub struct SubscriptionPosition {
     pub floor: u64,
     /// The last message of the topic.
     pub head: u64,
-    /// How many messages after the floor are not acked. Those for other recipients, and those that
-    /// the filter leaves out, count until delivery has come across them.
+    /// How many messages after the floor are not acked. Those that the filter leaves out do not
+    /// count, a second or so after they were published; those for other recipients count until
+    /// delivery has come across them, unless there is a filter.
     pub backlog: u64,
     /// How many of these are with the consumer.
     pub outstanding: u64,

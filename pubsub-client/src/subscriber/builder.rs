@@ -200,10 +200,9 @@ impl SubscriberBuilder {
     /// (... OR ...) AND NOT ...                   AND beside OR needs parentheses
     /// ```
     ///
-    /// What does not match is never delivered, holds nothing up, and is no backlog once delivery has
-    /// come across it; [`Admin::receipts`](crate::Admin::receipts) calls it not addressed. A message
-    /// that names its recipients, such as a redriven dead letter, comes to them whatever their
-    /// filters say.
+    /// What does not match is never delivered, holds nothing up, and is no backlog;
+    /// [`Admin::receipts`](crate::Admin::receipts) calls it not addressed. A message that names its
+    /// recipients, such as a redriven dead letter, comes to them whatever their filters say.
     ///
     /// A subscription keeps the filter that it was created with: with another one, opening is
     /// refused. Without one, that of an existing subscription holds. A text that is no filter is

@@ -402,7 +402,8 @@ impl Subscription {
     pub(super) fn next_deadline(&mut self) -> Instant {
         let now = Instant::now();
         let graces = self.seats.values().filter_map(|seat| seat.grace).min();
-        let others = [graces, self.unattended, self.retry_save, self.leases.next_deadline()];
+        let ahead = self.looks_ahead_at();
+        let others = [graces, self.unattended, self.retry_save, self.leases.next_deadline(), ahead];
         let backoffs = self.topics.values().filter_map(|topic| topic.delivery.ready_at(now));
         let handlers = self.topics.values().filter_map(|topic| topic.delivery.started_at());
         let timeout = self.record.ack_timeout;

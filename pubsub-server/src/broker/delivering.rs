@@ -54,7 +54,9 @@ impl Subscription {
                 return Next::Room;
             }
             let credit = session.credit;
-            let next = self.next_read(credit, credit.messages);
+            // What a filter leaves out lies between, and is nothing that the consumer holds.
+            let least = if self.record.filter.is_some() { limits::FILTERED_WINDOW } else { 0 };
+            let next = self.next_read(credit, credit.messages.max(least));
             let Some((epoch, from, limit)) = next else {
                 return Next::Idle;
             };
@@ -92,7 +94,9 @@ impl Subscription {
                 break;
             }
             let due = now.when(Label::of(&message.body).not_before()).filter(|_| delays);
-            if let Some(attempt) = delivery.offer(&message, self.record.wants(&message), due) {
+            let wanted = self.record.wants(&message);
+            topic.ahead.meet(message.sequence, !wanted);
+            if let Some(attempt) = delivery.offer(&message, wanted, due) {
                 bytes += size;
                 out.push((message, attempt));
                 passed_over = false;

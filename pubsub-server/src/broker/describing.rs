@@ -108,7 +108,7 @@ impl Topic {
             epoch,
             floor: cursor.floor(),
             head: cursor.head(),
-            backlog: cursor.backlog(),
+            backlog: self.backlog(),
             outstanding: self.delivery.held() as u64,
             oldest_unacked: cursor.oldest_unsettled(),
             waits_for,

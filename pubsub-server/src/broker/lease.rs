@@ -237,7 +237,9 @@ impl Subscription {
                 break;
             }
             let due = now.when(Label::of(&message.body).not_before());
-            let Some(attempt) = delivery.offer(&message, self.record.wants(&message), due) else {
+            let wanted = self.record.wants(&message);
+            topic.ahead.meet(message.sequence, !wanted);
+            let Some(attempt) = delivery.offer(&message, wanted, due) else {
                 continue;
             };
             let sequence = message.sequence;

@@ -66,6 +66,7 @@ impl Subscription {
             return;
         };
         topic.lost = Some(reason);
+        topic.ahead.clear();
         let Some((first, last)) = topic.delivery.lose_below(first) else {
             return;
         };

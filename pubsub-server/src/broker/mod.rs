@@ -16,6 +16,7 @@ use crate::record::{
 };
 use crate::storage::{Catalog, CatalogSubscription, Health, Storage, StorageError, TopicStats};
 
+mod ahead;
 mod consumers;
 mod dead_letters;
 mod delivering;

@@ -170,6 +170,7 @@ impl Subscription {
             let terms = Terms { key, due: now.when(label.not_before()) };
             let pick = |owner, bytes| takers.pick(owner, bytes);
             let wanted = self.record.wants(&message);
+            topic.ahead.meet(message.sequence, !wanted);
             if let Some((holder, attempt)) = delivery.route(&message, terms, wanted, pick) {
                 takers.took(holder, message.body.len() as u64);
                 routed.entry(holder).or_default().push((message, attempt));

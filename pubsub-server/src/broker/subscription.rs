@@ -13,6 +13,7 @@ use tokio::task::unconstrained;
 use tokio::time::Instant;
 use tokio_stream::wrappers::WatchStream;
 
+use super::ahead::Ahead;
 use super::consumers::Seat;
 use super::dead_letters::DeadLetters;
 use super::delivering::Next;
@@ -121,6 +122,8 @@ pub(super) struct Topic {
     /// Messages to read at least, however little credit there is: more and more while all that
     /// comes is for others, or the last of a credit would look for its message one by one.
     pub(super) reach: u64,
+    /// What a filter leaves out of what delivery has not come to.
+    pub(super) ahead: Ahead,
 }
 
 /// A message that cannot be read.
@@ -169,6 +172,8 @@ pub(super) struct Subscription {
     pub(super) leases: Leases,
     /// How many of the topics are gone.
     pub(super) departed: Arc<AtomicUsize>,
+    /// Not before then is looked at what delivery has not come to.
+    pub(super) look_ahead_from: Instant,
     pub(super) record_changed: bool,
     pub(super) save: Option<Save>,
     /// Not before then is a commit tried again that has failed.
@@ -217,6 +222,7 @@ impl Subscription {
             unattended,
             leases: Leases::new(first_pull),
             departed: Arc::new(AtomicUsize::new(gone)),
+            look_ahead_from: Instant::now(),
             record_changed: false,
             save: None,
             retry_save: None,
@@ -260,7 +266,7 @@ impl Subscription {
             let more = self.bury().await;
             self.start_save();
             next = self.deliver().await;
-            if more {
+            if more || next != Next::Again && self.look_ahead().await {
                 next = Next::Again;
             }
         }
@@ -396,7 +402,9 @@ impl Subscription {
         self.next_number += 1;
         self.numbers.insert(number, epoch);
         let (damaged, lost) = (None, None);
-        let topic = Topic { name, number, delivery, floor, purged, damaged, lost, gone, reach: 1 };
+        let (reach, ahead) = (1, Ahead::default());
+        let topic =
+            Topic { name, number, delivery, floor, purged, damaged, lost, gone, reach, ahead };
         self.topics.insert(epoch, topic);
         self.turns.push_back(epoch);
         self.heads.push(WatchStream::new(head).map(move |head| (epoch, head)).boxed());
@@ -425,6 +433,7 @@ impl Subscription {
             };
             topic.delivery.restore(to.floor, &to.done);
             topic.damaged = None;
+            topic.ahead.clear();
             let moved = topic.describe(epoch);
             self.active().for_each(|session| session.tell(Event::Repositioned(moved.clone())));
         }

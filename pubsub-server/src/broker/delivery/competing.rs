@@ -380,6 +380,23 @@ impl Competing {
     }
 
     /// Passes what needs no look.
+    /// All messages up to here were looked at.
+    pub fn looked_at(&self) -> u64 {
+        self.next.max(self.cursor.floor() + 1) - 1
+    }
+
+    /// A message that is not wanted is passed over, if it is the next one to be looked at.
+    pub fn pass_over(&mut self, sequence: u64) -> bool {
+        self.skip_settled();
+        let is_next = sequence == self.next;
+        if is_next {
+            self.next += 1;
+            self.cursor.settle(sequence, sequence);
+            self.let_go(sequence, sequence);
+        }
+        is_next
+    }
+
     fn skip_settled(&mut self) {
         loop {
             let next = self.cursor.after_done(self.next);

@@ -91,7 +91,7 @@ impl Cursor {
     }
 
     /// Whether a message is done.
-    pub(super) fn is_done(&self, sequence: u64) -> bool {
+    pub fn is_done(&self, sequence: u64) -> bool {
         sequence <= self.record.floor || self.record.done.contains(&sequence)
     }
 

@@ -324,6 +324,18 @@ impl Exclusive {
         Some(self.cursor.failures(sequence).saturating_add(1))
     }
 
+    /// A message that is not wanted is passed over, if it is the next one.
+    pub fn pass_over(&mut self, sequence: u64) -> bool {
+        self.skip_settled();
+        let is_next = sequence == self.next;
+        if is_next {
+            self.next += 1;
+            self.not_before.remove(&sequence);
+            self.cursor.settle(sequence, sequence);
+        }
+        is_next
+    }
+
     fn put_held(&mut self, sequence: u64, bytes: u32) {
         if self.held.insert(sequence, bytes).is_none() {
             self.held_bytes += u64::from(bytes);

@@ -281,6 +281,23 @@ impl Delivery {
         }
     }
 
+    /// All messages up to here were looked at: beyond it nothing is known.
+    pub fn looked_at(&self) -> u64 {
+        match self {
+            Self::Exclusive(delivery) => delivery.passed(),
+            Self::Competing(delivery) => delivery.looked_at(),
+        }
+    }
+
+    /// A message is not for the subscription, which is found out before its turn. Says whether it
+    /// is the next one, and passed over: in any other place its turn has to come.
+    pub fn pass_over(&mut self, sequence: u64) -> bool {
+        match self {
+            Self::Exclusive(delivery) => delivery.pass_over(sequence),
+            Self::Competing(delivery) => delivery.pass_over(sequence),
+        }
+    }
+
     /// Keeps everything for consumers that may hold it since before a restart.
     pub fn withhold(&mut self) {
         match self {
