@@ -331,18 +331,18 @@ impl Competing {
         if sequence == self.next {
             self.look_at(message, terms, wanted);
         }
+        // One that was named by a consumer, and not looked at, has not told its size yet. It is
+        // remembered: to `wants` it would fit again, for ever, or not as long as it seems too large.
+        let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
+        let waiting = self.waiting.get_mut(&sequence)?;
+        waiting.bytes = bytes;
+        let key = waiting.key.clone();
         if sequence <= self.withheld
             || !self.ready.contains(&sequence)
             || self.waits_for_another_suspect(sequence)
         {
             return None;
         }
-        // One that was named by a consumer, and not looked at, has not told its size yet. It is
-        // remembered: to `wants` it would fit again, for ever.
-        let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
-        let waiting = self.waiting.get_mut(&sequence)?;
-        waiting.bytes = bytes;
-        let key = waiting.key.clone();
         let holder = choose(self.owner(key.as_ref()), u64::from(bytes))?;
         let Waiting { key, .. } = self.unwait(sequence)?;
         self.give(sequence, holder, bytes, key);

@@ -30,6 +30,8 @@ pub struct Exclusive {
     not_before: BTreeMap<u64, Instant>,
     /// When a suspect was given out last.
     suspect_at: Option<Instant>,
+    /// When it was asked last what is to be shown.
+    asked_at: Option<Instant>,
 }
 
 impl Exclusive {
@@ -47,6 +49,7 @@ impl Exclusive {
             generation: 0,
             not_before: BTreeMap::new(),
             suspect_at: None,
+            asked_at: None,
         }
     }
 
@@ -79,6 +82,7 @@ impl Exclusive {
     /// more.
     pub fn attach(&mut self, claim: &Claim, now: Moment) -> Sequences {
         let before = std::mem::take(&mut self.started);
+        let suspects = self.suspects_out().collect::<Vec<_>>();
         self.detach();
         self.generation = 0;
         if claim.cursor_generation != self.cursor.record().generation {
@@ -90,8 +94,8 @@ impl Exclusive {
             self.fail(nack, now);
         }
         let dropped = self.hold(claim);
-        if self.cursor.suspects().iter().any(|suspect| self.held.contains_key(suspect)) {
-            self.suspect_at.get_or_insert(now.at);
+        if self.suspects_out().any(|suspect| !suspects.contains(&suspect)) {
+            self.suspect_at = Some(now.at);
         }
         for sequence in claim.started.iter().flat_map(Clone::clone) {
             if self.held.contains_key(&sequence) {
@@ -180,6 +184,7 @@ impl Exclusive {
     /// of them lie within `window` of the floor.
     pub fn wants(&mut self, window: u64, now: Instant) -> Option<(u64, u64)> {
         self.skip_settled();
+        self.asked_at = Some(now);
         if let Some(due) = self.due_now(now) {
             return Some((due, 1));
         }
@@ -201,9 +206,6 @@ impl Exclusive {
         let ready = self.next <= last && self.ready_at(now).is_none();
         if !ready {
             return None;
-        }
-        if self.cursor.suspects().contains(&self.next) {
-            self.suspect_at = Some(now);
         }
         Some((self.next, last - self.next + 1))
     }
@@ -255,7 +257,12 @@ impl Exclusive {
     /// Whether a suspect is out, and may still kill its consumer.
     fn is_suspect_tried(&self, now: Instant) -> bool {
         self.suspect_at.is_some_and(|at| now < at + limits::SUSPICION)
-            && self.cursor.suspects().iter().any(|suspect| self.held.contains_key(suspect))
+            && self.suspects_out().next().is_some()
+    }
+
+    /// The suspects that are with the consumer.
+    fn suspects_out(&self) -> impl Iterator<Item = u64> {
+        self.cursor.suspects().iter().copied().filter(|suspect| self.held.contains_key(suspect))
     }
 
     /// All messages up to here were sent in this session, or are not for it.
@@ -321,6 +328,9 @@ impl Exclusive {
         }
         let bytes = u32::try_from(message.body.len()).unwrap_or(u32::MAX);
         self.put_held(sequence, bytes);
+        if self.cursor.suspects().contains(&sequence) {
+            self.suspect_at = self.asked_at;
+        }
         Some(self.cursor.failures(sequence).saturating_add(1))
     }
 

@@ -85,6 +85,8 @@ pub(super) enum Step {
     Publish(Vec<Draft>),
     /// Delivers at most so many frames.
     Pump(usize),
+    /// Looks at so many messages before their turn, and passes over those that are for others.
+    LookAhead(usize),
     /// A consumer takes a message into a handler, and reports it.
     Start(Nth, Nth),
     Ack(Nth, Nth),
@@ -159,6 +161,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         16 => prop::collection::vec(draft(), 1..4).prop_map(Step::Publish),
         64 => (1..6_usize).prop_map(Step::Pump),
+        12 => (1..6_usize).prop_map(Step::LookAhead),
         56 => (nth(), nth()).prop_map(|(who, which)| Step::Start(who, which)),
         20 => (nth(), nth()).prop_map(|(who, which)| Step::Ack(who, which)),
         4 => (nth(), nth()).prop_map(|(who, which)| Step::AckLate(who, which)),

@@ -448,11 +448,11 @@ impl Truth {
         (lost.first().copied().zip(lost.last().copied()), news)
     }
 
-    /// Who has others of the key of a message, as far as the server knows.
+    /// Who has the last of the others of the key of a message, as far as the server knows.
     fn owner(&self, n: u64) -> Option<Holder> {
         let of_key = |other: u64, fact: &&Fact| fact.sized && self.same_lane(n, other);
-        let mut mates = self.all().filter(|(other, fact)| of_key(*other, fact));
-        mates.find_map(|(_, fact)| fact.holder).filter(|_| !self.is_exclusive())
+        let mates = self.all().filter(|(other, fact)| of_key(*other, fact));
+        mates.filter_map(|(_, fact)| fact.holder).last().filter(|_| !self.is_exclusive())
     }
 
     /// What comes before a message, and waits.

@@ -65,6 +65,7 @@ impl World {
         match step {
             Step::Publish(drafts) => drafts.iter().for_each(|draft| self.publish(*draft)),
             Step::Pump(frames) => drop(self.pump(*frames)),
+            Step::LookAhead(count) => (0..*count).for_each(|_| self.look_ahead()),
             Step::Start(who, which) => self.start(*who, *which),
             Step::Ack(who, which) => self.ack(*who, *which),
             Step::AckLate(who, which) => self.ack_late(*who, *which),
@@ -208,6 +209,15 @@ impl World {
                 self.route(from..=last, takers);
                 true
             }
+        }
+    }
+
+    fn look_ahead(&mut self) {
+        let n = self.delivery.cursor().after_done(self.delivery.looked_at() + 1);
+        if (self.truth.first..=self.truth.head()).contains(&n) && !self.truth.at(n).ours {
+            assert!(self.delivery.pass_over(n), "{n} is next");
+            self.truth.read(n);
+            self.took("what is for others is passed before its turn", true);
         }
     }
 
