@@ -13,6 +13,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where messages are kept.
     pub storage: StorageConfig,
+    /// The address to serve metrics on, if they are wanted.
+    pub metrics: Option<SocketAddr>,
     /// Clock and randomness.
     pub env: SharedEnv,
 }
@@ -39,12 +41,18 @@ impl Config {
 
     fn with(storage: StorageConfig) -> Self {
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        Self { listen, storage, env: Arc::new(System) }
+        Self { listen, storage, metrics: None, env: Arc::new(System) }
     }
 
     /// Listens on this address instead.
     #[must_use]
     pub fn listen(self, listen: SocketAddr) -> Self {
         Self { listen, ..self }
+    }
+
+    /// Serves metrics on this address, as text for Prometheus at `/metrics`.
+    #[must_use]
+    pub fn metrics(self, metrics: SocketAddr) -> Self {
+        Self { metrics: Some(metrics), ..self }
     }
 }

@@ -22,6 +22,7 @@ mod envelope;
 mod failpoint;
 pub mod filter;
 pub mod limits;
+mod metrics;
 pub mod names;
 pub mod record;
 pub mod schema;

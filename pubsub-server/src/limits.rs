@@ -115,6 +115,8 @@ pub const MAX_DONE_RANGES: usize = 24_000;
 /// Messages of one topic that were delivered to competing consumers, or wait, and are not acked:
 /// each may be a hole in what is done.
 pub const MAX_UNSETTLED: usize = 19_000;
+/// Scrapes of metrics at a time: more are sent away.
+pub const MAX_SCRAPES: usize = 8;
 /// How far beyond the floor an exclusive consumer with a filter is shown messages at least, however
 /// little credit it has. Without a filter that is as far as its credit goes.
 pub const FILTERED_WINDOW: u64 = 10_000;

@@ -28,6 +28,10 @@ struct Flags {
     #[arg(long, env = "PUBSUB_DATA", value_name = "DIRECTORY", default_value = "./pubsub-data")]
     data: PathBuf,
 
+    /// An address to serve metrics on, as text for Prometheus at /metrics; none if it is not set
+    #[arg(long, env = "PUBSUB_METRICS", value_name = "ADDRESS")]
+    metrics: Option<SocketAddr>,
+
     /// What to log: a level, or levels by module, for example "info,pubsub_server=debug"
     #[arg(long, env = "PUBSUB_LOG", value_name = "FILTER", default_value = "info")]
     log: String,
@@ -37,6 +41,7 @@ const EXAMPLES: &str = "\
 Examples:
   pubsub-server                                   serve on 127.0.0.1:7670 from ./pubsub-data
   pubsub-server --listen 127.0.0.1:0 --data /srv/pubsub
+  pubsub-server --metrics 127.0.0.1:9670          and metrics at http://127.0.0.1:9670/metrics
   PUBSUB_LOG=debug pubsub-server
 
 Then, in another terminal:
@@ -69,7 +74,8 @@ fn run(flags: Flags) -> anyhow::Result<()> {
 async fn serve(flags: Flags) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let server = Server::start(Config::at(&flags.data).listen(flags.listen)).await?;
+    let config = Config::at(&flags.data).listen(flags.listen);
+    let server = Server::start(Config { metrics: flags.metrics, ..config }).await?;
     let mut out = std::io::stdout();
     writeln!(out, "listening on {}", server.address())?;
     out.flush()?;

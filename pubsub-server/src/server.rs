@@ -19,6 +19,7 @@ use tonic::service::Routes;
 use crate::broker::Broker;
 use crate::config::{Config, StorageConfig};
 use crate::limits;
+use crate::metrics;
 use crate::storage::memory::Memory;
 use crate::storage::redb::{Options, Redb};
 use crate::storage::{Health, Storage, StorageError};
@@ -69,13 +70,11 @@ impl Server {
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let started = config.env.now();
         let storage = open(&config).await?;
-        let listen = async || {
-            let listener = TcpListener::bind(config.listen).await?;
-            let address = listener.local_addr()?;
-            Ok((listener, address))
+        let (listener, address) = listen(config.listen).await?;
+        let metrics = match config.metrics {
+            Some(address) => Some(listen(address).await?),
+            None => None,
         };
-        let (listener, address) =
-            listen().await.map_err(|error| StartError::Listen { address: config.listen, error })?;
         let broker = Broker::start(Arc::clone(&storage), Arc::clone(&config.env)).await?;
         let (draining, drain_signal) = watch::channel(false);
         let (stopping, stop_signal) = watch::channel(false);
@@ -91,6 +90,10 @@ impl Server {
         };
         let (routes, reporter) = wire::routes(context).await?;
         let mut accepting = JoinSet::new();
+        if let Some((listener, address)) = metrics {
+            tracing::info!(%address, "metrics are at http://{address}/metrics");
+            accepting.spawn(metrics::serve(listener, broker.clone(), stop_signal.clone()));
+        }
         accepting.spawn(accept(listener, routes, connections, stop_signal));
         Ok(Self { address, broker, storage, draining, stopping, streams, reporter, accepting })
     }
@@ -133,7 +136,8 @@ impl Server {
         let _ = timeout(limits::DRAIN_DEADLINE, self.streams.wait()).await;
         self.stopping.send_replace(true);
         let _ = timeout(LAST_WORDS, self.streams.wait()).await;
-        let _ = timeout(LAST_WORDS, self.accepting.join_next()).await;
+        let all = async { while self.accepting.join_next().await.is_some() {} };
+        let _ = timeout(LAST_WORDS, all).await;
         self.accepting.shutdown().await;
         let _ = timeout(LAST_WORDS, self.broker.close()).await;
         self.storage.close().await
@@ -142,6 +146,15 @@ impl Server {
 
 /// How long streams and connections may take to say their last words.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+
+async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let bound = async {
+        let listener = TcpListener::bind(address).await?;
+        let address = listener.local_addr()?;
+        Ok((listener, address))
+    };
+    bound.await.map_err(|error| StartError::Listen { address, error })
+}
 
 async fn open(config: &Config) -> Result<Arc<dyn Storage>, StorageError> {
     let env = Arc::clone(&config.env);

@@ -27,6 +27,7 @@ mod lifetimes;
 mod link;
 mod load;
 mod measure;
+mod metrics;
 mod order;
 mod outbox;
 mod outcomes;

@@ -46,6 +46,13 @@ impl Log {
         lines.push_back(line);
     }
 
+    /// What follows a text, up to the next quote, in the last line that has it.
+    pub fn after(&self, text: &str) -> Option<String> {
+        let lines = self.lines();
+        let (_, rest) = lines.iter().rev().find_map(|line| line.split_once(text))?;
+        rest.split('"').next().map(str::to_owned)
+    }
+
     /// Whether a line that is still kept has this text.
     pub fn contains(&self, text: &str) -> bool {
         self.lines().iter().any(|line| line.contains(text))
@@ -85,7 +92,7 @@ impl Server {
     ///
     /// If it exits instead, with the end of its log.
     pub async fn start_at(data: &Path, port: u16, log: Log) -> Result<Self> {
-        Self::serving(data, spawn(data, port, "")?, log).await
+        Self::serving(data, spawn(data, port, &[])?, log).await
     }
 
     /// Starts a server on `data` that is killed when it comes to this failpoint, one or several
@@ -95,7 +102,16 @@ impl Server {
     ///
     /// If it exits before it serves, with the end of its log.
     pub async fn start_to_fail(data: &Path, failpoint: &str, log: Log) -> Result<Self> {
-        Self::serving(data, spawn(data, 0, failpoint)?, log).await
+        Self::start_with(data, &[("PUBSUB_FAILPOINT", failpoint)], log).await
+    }
+
+    /// Starts a server on `data` with these environment variables.
+    ///
+    /// # Errors
+    ///
+    /// If it exits before it serves, with the end of its log.
+    pub async fn start_with(data: &Path, variables: &[(&str, &str)], log: Log) -> Result<Self> {
+        Self::serving(data, spawn(data, 0, variables)?, log).await
     }
 
     async fn serving(data: &Path, mut child: Child, log: Log) -> Result<Self> {
@@ -120,7 +136,7 @@ impl Server {
     ///
     /// If it cannot be started or killed.
     pub async fn start_and_kill(data: &Path, after: Duration, log: Log) -> Result<()> {
-        let mut child = spawn(data, 0, "")?;
+        let mut child = spawn(data, 0, &[])?;
         let stderr = child.stderr.take().expect("stderr is piped");
         tokio::select! {
             () = tokio::time::sleep(after) => {}
@@ -229,9 +245,9 @@ impl Server {
     }
 }
 
-fn spawn(data: &Path, port: u16, failpoint: &str) -> Result<Child> {
+fn spawn(data: &Path, port: u16, variables: &[(&str, &str)]) -> Result<Child> {
     Command::new(binary::server()?)
-        .env("PUBSUB_FAILPOINT", failpoint)
+        .envs(variables.iter().copied())
         .args(["--listen", &format!("127.0.0.1:{port}")])
         .arg("--data")
         .arg(data)

@@ -213,7 +213,7 @@ impl Subscription {
 
     fn tell_presence(&self, consumer: &ConsumerId, presence: Presence) {
         let name = &self.record.name;
-        self.tell_all(|| What::Consumer(name.clone(), consumer.clone(), presence));
+        self.tell_all(What::Consumer(name.clone(), consumer.clone(), presence));
     }
 
     /// What is in the application's hands is of use where it can fail.

@@ -1,11 +1,12 @@
 //! What happens, told to whoever watches while it does. Nothing is kept, and nobody who tells waits
 //! for anybody who listens: who is slow misses events, and learns how many.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch};
 
+use super::counting::Counts;
 use super::error::BrokerError;
 use super::session::{Command, GapReason};
 use super::stalls;
@@ -219,25 +220,37 @@ impl EventFilter {
 pub struct Events {
     sender: broadcast::Sender<Arc<ServerEvent>>,
     places: Arc<Semaphore>,
+    counts: Arc<Mutex<Counts>>,
     env: SharedEnv,
 }
 
 impl Events {
     pub(super) fn new(env: SharedEnv) -> Self {
         let (sender, _) = broadcast::channel(limits::EVENT_BUFFER);
-        Self { sender, places: Arc::new(Semaphore::new(limits::MAX_WATCHERS)), env }
+        let places = Arc::new(Semaphore::new(limits::MAX_WATCHERS));
+        Self { sender, places, counts: Arc::default(), env }
     }
 
     pub(super) fn is_watched(&self) -> bool {
         self.sender.receiver_count() > 0
     }
 
-    /// Tells what has happened. If nobody watches it is not even made.
-    pub(super) fn tell(&self, what: impl FnOnce() -> What) {
+    /// Tells what has happened, and counts it.
+    pub(super) fn tell(&self, what: What) {
+        self.counted().count(&what);
         if self.is_watched() {
             // An error means that the last one has just left.
-            let _ = self.sender.send(Arc::new(ServerEvent { at: self.env.now(), what: what() }));
+            let _ = self.sender.send(Arc::new(ServerEvent { at: self.env.now(), what }));
         }
+    }
+
+    /// What was counted so far.
+    pub(super) fn counts(&self) -> Counts {
+        self.counted().clone()
+    }
+
+    fn counted(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().expect("no holder of this lock panics")
     }
 
     fn watch(&self, filter: EventFilter) -> Result<Watcher, BrokerError> {
@@ -333,7 +346,7 @@ async fn oversee(broker: std::sync::Weak<Inner>, mut health: watch::Receiver<Hea
         };
         if is_full != was_full {
             let what = if is_full { What::DiskFull } else { What::DiskHasRoom };
-            broker.inner.events.tell(|| what);
+            broker.inner.events.tell(what);
             was_full = is_full;
         }
         broker.look_for_stalls();
@@ -364,11 +377,10 @@ mod tests {
     #[tokio::test]
     async fn who_is_slow_learns_how_many_were_missed_and_goes_on() {
         let events = Events::new(Arc::new(System));
-        events.tell(|| unreachable!("nobody watches"));
         let mut watcher = events.watch(EventFilter::default()).unwrap();
         let buffer = limits::EVENT_BUFFER as u64;
         for number in 0..buffer + 10 {
-            events.tell(|| created(&format!("t{number}")));
+            events.tell(created(&format!("t{number}")));
         }
         assert_eq!(watcher.next().await, Some(Noticed::Missed(10)));
         for number in 10..buffer + 10 {

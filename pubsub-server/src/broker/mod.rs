@@ -18,6 +18,7 @@ use crate::storage::{Catalog, CatalogSubscription, Health, Storage, StorageError
 
 mod ahead;
 mod consumers;
+pub mod counting;
 mod dead_letters;
 mod delivering;
 pub mod delivery;

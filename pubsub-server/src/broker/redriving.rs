@@ -77,7 +77,7 @@ impl Subscription {
         if let Some(letters) = self.letters.as_ref().filter(|_| count > 0) {
             let (subscription, topic) =
                 (self.record.name.clone(), letters.topic.record.name.clone());
-            self.tell_all(|| What::Settled { subscription, topic, redriven, count, left });
+            self.tell_all(What::Settled { subscription, topic, redriven, count, left });
         }
         Settled { settled: count, homeless, left }
     }

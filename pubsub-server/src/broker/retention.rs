@@ -58,9 +58,7 @@ impl Broker {
                 tracing::info!(subscription = %name, "deleted, since nobody used it for so long");
                 self.forget_subscription(name);
                 let (name, epoch) = (name.clone(), handle.record.epoch);
-                self.inner
-                    .events
-                    .tell(|| What::Subscription(name, epoch, SubscriptionFate::Expired));
+                self.inner.events.tell(What::Subscription(name, epoch, SubscriptionFate::Expired));
             }
         }
     }

@@ -267,7 +267,7 @@ pub struct Told {
 }
 
 /// Why messages will never come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum GapReason {
     /// Retention removed them.
     Retention,
@@ -275,6 +275,20 @@ pub enum GapReason {
     TopicDeleted,
     /// An operator purged them.
     Purged,
+}
+
+impl GapReason {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Retention, Self::TopicDeleted, Self::Purged];
+
+    /// As in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Retention => "retention",
+            Self::TopicDeleted => "topic_deleted",
+            Self::Purged => "purged",
+        }
+    }
 }
 
 /// One attached stream, as the subscription's task sees it.

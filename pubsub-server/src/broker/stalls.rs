@@ -37,7 +37,7 @@ struct Seen {
 
 impl Subscription {
     /// Tells what has happened to a subscription; readers are nobody's business.
-    pub(super) fn tell_all(&self, what: impl FnOnce() -> What) {
+    pub(super) fn tell_all(&self, what: What) {
         if self.keeper == Keeper::Server {
             self.events.tell(what);
         }
@@ -68,7 +68,7 @@ impl Subscription {
                 && head.cause != WaitCause::Delayed
             {
                 seen.told = true;
-                self.tell_all(|| What::Stalled {
+                self.tell_all(What::Stalled {
                     subscription: self.record.name.clone(),
                     topic: topic.name.clone(),
                     epoch: *epoch,
@@ -80,7 +80,7 @@ impl Subscription {
         }
         // What is left is the first one no more.
         for (epoch, seen) in before.into_iter().filter(|(_, seen)| seen.told) {
-            self.tell_all(|| What::StallEnded {
+            self.tell_all(What::StallEnded {
                 subscription: self.record.name.clone(),
                 topic: seen.topic,
                 epoch,
@@ -98,7 +98,7 @@ impl Subscription {
         let (Some(topic), Some(first)) = (self.topics.get(&epoch), sequences.iter().min()) else {
             return;
         };
-        self.tell_all(|| What::LetGo {
+        self.tell_all(What::LetGo {
             subscription: self.record.name.clone(),
             topic: topic.name.clone(),
             epoch,
@@ -111,13 +111,14 @@ impl Subscription {
     /// Tells of a gap. A consumer may have to be told again; whoever watches does not.
     pub(super) fn tell_gap(&mut self, epoch: Epoch, (first, last): (u64, u64), reason: GapReason) {
         let Some(topic) = self.topics.get(&epoch).map(|topic| topic.name.clone()) else { return };
-        let known = self.noted.gaps.get(&epoch).is_some_and(|told| *told >= last);
-        if known || !self.events.is_watched() {
+        let told = self.noted.gaps.get(&epoch).copied().unwrap_or(0);
+        let first = first.max(told + 1);
+        if first > last {
             return;
         }
         self.noted.gaps.insert(epoch, last);
         let subscription = self.record.name.clone();
-        self.tell_all(|| What::Gap { subscription, topic, epoch, first, last, reason });
+        self.tell_all(What::Gap { subscription, topic, epoch, first, last, reason });
     }
 }
 

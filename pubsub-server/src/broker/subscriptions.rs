@@ -179,7 +179,7 @@ impl Broker {
         let starts = starts.into_iter().map(|(topic, cursor)| topic.start(name, cursor)).collect();
         let letters = letters.map(|(topic, cursor)| DeadLetters::new(topic, name, cursor));
         let (name, epoch) = (name.clone(), record.epoch);
-        self.inner.events.tell(|| What::Subscription(name, epoch, SubscriptionFate::Created));
+        self.inner.events.tell(What::Subscription(name, epoch, SubscriptionFate::Created));
         Ok((self.run_subscription(record, Topics { starts, letters }), true))
     }
 
@@ -469,9 +469,7 @@ impl Broker {
         }
         self.forget_subscription(name);
         let epoch = handle.record.epoch;
-        self.inner
-            .events
-            .tell(|| What::Subscription(name.clone(), epoch, SubscriptionFate::Deleted));
+        self.inner.events.tell(What::Subscription(name.clone(), epoch, SubscriptionFate::Deleted));
         Ok(())
     }
 

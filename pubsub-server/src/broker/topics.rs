@@ -144,7 +144,7 @@ impl Broker {
             }
             failpoint::pass("purged");
             let (epoch, purged) = (topic.record.epoch, below.saturating_sub(first));
-            broker.inner.events.tell(|| What::Purged { topic: name, epoch, before: below, purged });
+            broker.inner.events.tell(What::Purged { topic: name, epoch, before: below, purged });
             Ok((broker.info(&topic), purged))
         };
         self.to_the_end(purge).await
@@ -185,7 +185,7 @@ impl Broker {
 
     fn tell_of(&self, topic: &Topic, fate: TopicFate) {
         let TopicRecord { name, epoch, .. } = &topic.record;
-        self.inner.events.tell(|| What::Topic(name.clone(), *epoch, fate));
+        self.inner.events.tell(What::Topic(name.clone(), *epoch, fate));
     }
 
     /// A subscription whose dead letters a topic holds.

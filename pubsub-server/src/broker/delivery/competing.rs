@@ -239,9 +239,14 @@ impl Competing {
         dropped
     }
 
-    /// Whether a waiting message must not go to a consumer that claims to have it: one of the same
-    /// key that comes first waits, too, or is another's. It was taken back from the consumer before.
+    /// Whether a message must not go to a consumer that claims to have it: one of the same key that
+    /// comes first waits, or is another's. It was taken back from the consumer before.
     fn would_overtake(&self, sequence: u64, holder: Holder) -> bool {
+        // Of what was not looked at the key is unknown. Only from before a restart somebody can have
+        // it; or from a place that it has lost, of which it has not heard.
+        if self.order == Order::Key && sequence >= self.next && sequence > self.withheld {
+            return true;
+        }
         let key = self.waiting.get(&sequence).and_then(|waiting| waiting.key.as_ref());
         let Some(lane) = key.and_then(|key| self.lanes.get(key)) else { return false };
         let is_first = lane.waiting.first() == Some(&sequence);

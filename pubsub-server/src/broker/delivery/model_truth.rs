@@ -405,9 +405,14 @@ impl Truth {
     }
 
     /// Whether one of the same key comes before a message that a consumer claims to have, and
-    /// waits or is another's.
+    /// waits or is another's. Of what the server has not got to it can have nothing, but from before
+    /// a restart.
     fn would_overtake(&self, holder: Holder, n: u64) -> bool {
-        let by_key = self.kind == SubscriptionKind::KeyOrdered && self.at(n).sized;
+        let by_key = self.kind == SubscriptionKind::KeyOrdered;
+        if by_key && !self.at(n).read && n > self.withheld {
+            return true;
+        }
+        let by_key = by_key && self.at(n).sized;
         let mut mates = self.all().filter(|(other, fact)| fact.sized && self.same_lane(n, *other));
         let first = |(other, fact): (u64, &Fact)| match fact.holder {
             Some(owner) => owner != holder,
