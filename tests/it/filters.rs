@@ -520,6 +520,18 @@ fn what_is_filtered_out_is_no_backlog_also_while_nobody_consumes() {
         for number in 0..3 {
             stands(&format!("s{number}"), 5 + 3 * 50, 960).await?;
         }
+        // What is gone cannot be looked at, and counts until a consumer knows that it is.
+        admin.purge_topic(TOPIC, None).await?;
+        rig.crash().await?;
+        let mut gone = Vec::new();
+        for number in 0..3 {
+            let subscription = admin.subscription(format!("s{number}")).await?;
+            gone.push(subscription.positions[0].backlog);
+        }
+        publish(&publisher, mixed(300)).await?;
+        for (number, gone) in gone.into_iter().enumerate() {
+            stands(&format!("s{number}"), 5 + 3 * 50, gone + 100).await?;
+        }
         app::shutdown(client).await
     });
 }

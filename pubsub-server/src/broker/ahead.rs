@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::subscription::{Keeper, Subscription, Topic};
 use crate::limits;
 use crate::record::Epoch;
-use crate::storage::ReadLimit;
+use crate::storage::{ReadError, ReadLimit};
 
 /// The pause after a look, so that nobody else waits for the disk.
 const PACE: Duration = Duration::from_millis(10);
@@ -85,9 +85,19 @@ impl Subscription {
         }
         let Some((epoch, from)) = self.unseen() else { return false };
         let limit = ReadLimit { messages: limits::MAX_FRAME_MESSAGES, bytes: limits::FRAME_BYTES };
-        let messages = self.read(epoch, from, limit).await;
-        let pause = if messages.is_empty() { PAUSE } else { PACE };
+        let read = self.storage.read(epoch, from, limit).await;
         let Some(topic) = self.topics.get_mut(&epoch) else { return false };
+        let messages = match read {
+            Ok(messages) => messages,
+            // Delivery tells of it, and looks at what is damaged, when it gets there.
+            Err(ReadError::Trimmed { first }) => {
+                topic.ahead.begin(from);
+                topic.ahead.note(first - 1, false);
+                return true;
+            }
+            Err(_) => Vec::new(),
+        };
+        let pause = if messages.is_empty() { PAUSE } else { PACE };
         let mut first = true;
         for message in &messages {
             let left_out = !self.record.wants(message);
