@@ -535,3 +535,54 @@ fn what_is_filtered_out_is_no_backlog_also_while_nobody_consumes() {
         app::shutdown(client).await
     });
 }
+
+#[test]
+fn a_consumer_learns_that_the_rest_was_left_out_and_no_topic_waits_for_another() {
+    scenario(WITHIN, async |lab| {
+        let server = lab.server().await?;
+        let client = app::client(&server.url())?;
+        let admin = client.admin();
+        for topic in [TOPIC, "busy"] {
+            admin.create_topic(topic, TopicConfig::new()).await?;
+        }
+        // One goes on and on, of which nobody wants anything.
+        let busy = app::publisher(&client, "busy").await?;
+        let mut publishing = tokio::task::JoinSet::new();
+        publishing.spawn(async move { while publish(&busy, repeat_n("red", 5)).await.is_ok() {} });
+        for kind in KINDS {
+            let name = format!("{kind:?}");
+            let settings = CreateSubscription::to([TOPIC, "busy"]).with_kind(kind);
+            admin.create_subscription(&name, settings.with_filter(GREEN)).await?;
+        }
+        let publisher = app::publisher(&client, TOPIC).await?;
+        publish(&publisher, ["green"].into_iter().chain(repeat_n("red", 1500))).await?;
+        for kind in KINDS {
+            let name = format!("{kind:?}");
+            wait::until_ok("the backlog", SOON, async || {
+                let positions = admin.subscription(&name).await?.positions;
+                let of = positions.iter().find(|position| position.topic == TOPIC);
+                let of = of.context("no position")?;
+                ensure!((of.floor, of.backlog) == (0, 1), "{of:?}");
+                Ok(())
+            })
+            .await?;
+        }
+        publishing.shutdown().await;
+        for kind in KINDS {
+            let opening = client.subscriber(format!("{kind:?}")).max_outstanding_messages(1);
+            let mut subscriber = wait::soon("a subscriber", SOON, opening.open()).await??;
+            let delivery = app::next(&mut subscriber).await?;
+            // Its credit is used up, and the rest is passed over meanwhile.
+            wait::until_ok("the end of it", SOON, async || {
+                let positions = admin.subscription(format!("{kind:?}")).await?.positions;
+                let left: u64 = positions.iter().map(|position| position.backlog).sum();
+                ensure!(left == 1, "{positions:?}");
+                Ok(())
+            })
+            .await?;
+            delivery.ack_confirmed().await?;
+            wait::soon("caught up", Duration::from_secs(5), subscriber.caught_up()).await?;
+        }
+        app::shutdown(client).await
+    });
+}

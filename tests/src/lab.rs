@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use tokio::runtime::Builder;
 
 use crate::{
+    binary,
     process::{Log, Server},
     proxy::Proxy,
     seed::{self, Rng, SEED_VARIABLE},
@@ -22,7 +23,8 @@ use crate::{
 ///
 /// # Panics
 ///
-/// If the scenario fails or takes longer than `within`: with its seed and the servers' logs.
+/// If the scenario fails or takes longer than `within`: with its seed and the servers' logs. If the
+/// server does not build.
 pub fn scenario(within: Duration, body: impl AsyncFnOnce(&mut Lab) -> Result<()>) {
     let seed = seed::from_environment();
     let runtime = Builder::new_multi_thread()
@@ -30,6 +32,8 @@ pub fn scenario(within: Duration, body: impl AsyncFnOnce(&mut Lab) -> Result<()>
         .enable_all()
         .build()
         .expect("the runtime starts");
+    // The first scenario builds it, which is none of its time.
+    binary::server().expect("the server builds");
     let mut lab = Lab::new(seed).expect("there is a temporary directory");
     let logs = Log::default();
     lab.log = logs.clone();

@@ -3,13 +3,15 @@
 //! space of its topic, whether anybody consumes or not.
 
 use std::collections::VecDeque;
+use std::ops::Bound;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::session::Session;
 use super::subscription::{Keeper, Subscription, Topic};
 use crate::limits;
-use crate::record::Epoch;
+use crate::record::{Epoch, StoredMessage, SubscriptionRecord};
 use crate::storage::{ReadError, ReadLimit};
 
 /// The pause after a look, so that nobody else waits for the disk.
@@ -19,9 +21,13 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// What is known of the messages that delivery has not come to: runs of them, one after the other.
 #[derive(Debug, Default)]
-pub(super) struct Ahead(VecDeque<Run>);
+pub(super) struct Ahead {
+    runs: VecDeque<Run>,
+    /// Not before then is it tried again to read what could not be read.
+    retry: Option<Instant>,
+}
 
-/// Messages that were looked at together.
+/// Up to about a frame of messages.
 #[derive(Debug)]
 struct Run {
     first: u64,
@@ -33,12 +39,12 @@ struct Run {
 impl Ahead {
     /// Nothing is known any more.
     pub(super) fn clear(&mut self) {
-        self.0.clear();
+        *self = Self::default();
     }
 
     /// Delivery has met a message: from now on the position knows of it.
     pub(super) fn meet(&mut self, sequence: u64, left_out: bool) {
-        let Some(run) = self.0.front_mut() else { return };
+        let Some(run) = self.runs.front_mut() else { return };
         if run.first <= sequence && sequence <= run.last {
             run.left_out = run.left_out.saturating_sub(u64::from(left_out));
             self.forget_to(sequence);
@@ -47,25 +53,27 @@ impl Ahead {
 
     /// Delivery has come to here, and what it has not met was done.
     fn forget_to(&mut self, looked_at: u64) {
-        while self.0.front().is_some_and(|run| run.last <= looked_at) {
-            self.0.pop_front();
+        while self.runs.front().is_some_and(|run| run.last <= looked_at) {
+            self.runs.pop_front();
         }
-        if let Some(run) = self.0.front_mut() {
+        if let Some(run) = self.runs.front_mut() {
             run.first = run.first.max(looked_at + 1);
         }
     }
 
     /// The last message that was looked at, or that delivery has come to.
     fn end(&self, looked_at: u64) -> u64 {
-        self.0.back().map_or(looked_at, |run| run.last.max(looked_at))
+        self.runs.back().map_or(looked_at, |run| run.last.max(looked_at))
     }
 
-    fn begin(&mut self, first: u64) {
-        self.0.push_back(Run { first, last: first - 1, left_out: 0 });
-    }
-
+    /// A message was looked at; those since the last one are done, or gone.
     fn note(&mut self, sequence: u64, left_out: bool) {
-        if let Some(run) = self.0.back_mut() {
+        let frame = limits::MAX_FRAME_MESSAGES as u64;
+        let full = |run: &Run| run.last - run.first + 1 >= frame;
+        if self.runs.back().is_none_or(full) {
+            self.runs.push_back(Run { first: sequence, last: sequence, left_out: 0 });
+        }
+        if let Some(run) = self.runs.back_mut() {
             run.last = sequence;
             run.left_out += u64::from(left_out);
         }
@@ -73,7 +81,7 @@ impl Ahead {
 
     /// How many messages are left out of those that delivery has not come to.
     fn left_out(&self) -> u64 {
-        self.0.iter().map(|run| run.left_out).sum()
+        self.runs.iter().map(|run| run.left_out).sum()
     }
 }
 
@@ -86,58 +94,73 @@ impl Subscription {
         let Some((epoch, from)) = self.unseen() else { return false };
         let limit = ReadLimit { messages: limits::MAX_FRAME_MESSAGES, bytes: limits::FRAME_BYTES };
         let read = self.storage.read(epoch, from, limit).await;
+        let now = Instant::now();
+        self.looked_ahead = epoch;
         let Some(topic) = self.topics.get_mut(&epoch) else { return false };
-        let messages = match read {
-            Ok(messages) => messages,
-            // Delivery tells of it, and looks at what is damaged, when it gets there.
-            Err(ReadError::Trimmed { first }) => {
-                topic.ahead.begin(from);
-                topic.ahead.note(first - 1, false);
-                return true;
-            }
-            Err(_) => Vec::new(),
-        };
-        let pause = if messages.is_empty() { PAUSE } else { PACE };
-        let mut first = true;
-        for message in &messages {
-            let left_out = !self.record.wants(message);
-            // Before the first that is wanted nothing has to be remembered.
-            if topic.ahead.0.is_empty() && left_out && topic.delivery.pass_over(message.sequence) {
-                continue;
-            }
-            if std::mem::take(&mut first) {
-                topic.ahead.begin(message.sequence);
-            }
-            let done = topic.delivery.cursor().is_done(message.sequence);
-            topic.ahead.note(message.sequence, left_out && !done);
+        topic.ahead.retry = None;
+        match read {
+            Ok(messages) => topic.look_ahead(&self.record, &messages),
+            // Delivery tells of it when it gets there.
+            Err(ReadError::Trimmed { first }) => topic.ahead.note(first - 1, false),
+            // And looks at what is damaged.
+            Err(_) => topic.ahead.retry = Some(now + PAUSE),
         }
-        let pause = if self.unseen().is_some() { pause } else { PAUSE };
-        self.look_ahead_from = Instant::now() + pause;
-        !messages.is_empty()
+        let cursor = topic.delivery.cursor();
+        if topic.delivery.passed() == cursor.head() {
+            // Those who consume have caught up, which they cannot see from what they receive.
+            self.active().for_each(Session::hurry);
+        }
+        self.look_ahead_from = now + if self.unseen().is_some() { PACE } else { PAUSE };
+        true
     }
 
     /// When to look ahead again, if there is something to be seen.
     pub(super) fn looks_ahead_at(&mut self) -> Option<Instant> {
-        let looks = self.record.filter.is_some() && self.keeper == Keeper::Server;
-        (looks && self.unseen().is_some()).then_some(self.look_ahead_from)
+        if self.record.filter.is_none() || self.keeper == Keeper::Client {
+            return None;
+        }
+        if self.unseen().is_some() {
+            return Some(self.look_ahead_from);
+        }
+        let now = Instant::now();
+        self.topics.values().filter_map(|topic| topic.ahead.retry).filter(|at| *at > now).min()
     }
 
-    /// The first message of a topic that was not looked at.
+    /// The first message of a topic that was not looked at, of one topic after the other.
     fn unseen(&mut self) -> Option<(Epoch, u64)> {
         let now = Instant::now();
         for topic in self.topics.values_mut() {
             topic.ahead.forget_to(topic.delivery.looked_at());
         }
-        self.topics.iter_mut().find_map(|(epoch, topic)| Some((*epoch, topic.unseen(now)?)))
+        let mut unseen = |(epoch, topic): (&Epoch, &mut Topic)| Some((*epoch, topic.unseen(now)?));
+        let after = (Bound::Excluded(self.looked_ahead), Bound::Unbounded);
+        let next = self.topics.range_mut(after).find_map(&mut unseen);
+        next.or_else(|| self.topics.range_mut(..=self.looked_ahead).find_map(unseen))
     }
 }
 
 impl Topic {
+    fn look_ahead(&mut self, record: &SubscriptionRecord, messages: &[StoredMessage]) {
+        let head = self.delivery.cursor().head();
+        // There may be more by now than this task has heard of.
+        for message in messages.iter().take_while(|message| message.sequence <= head) {
+            let (sequence, left_out) = (message.sequence, !record.wants(message));
+            // Before the first that is wanted nothing has to be remembered.
+            if !self.ahead.runs.is_empty() || !left_out || !self.delivery.pass_over(sequence) {
+                let done = self.delivery.cursor().is_done(sequence);
+                self.ahead.note(sequence, left_out && !done);
+            }
+        }
+    }
+
     fn unseen(&mut self, now: Instant) -> Option<u64> {
+        if self.ahead.retry.is_some_and(|at| at > now) {
+            return None;
+        }
         let looked_at = self.delivery.looked_at();
         let from = self.delivery.cursor().after_done(self.ahead.end(looked_at) + 1);
         let seen = from > self.delivery.cursor().head();
-        let full = self.ahead.0.len() >= limits::MAX_AHEAD_RUNS;
+        let full = self.ahead.runs.len() >= limits::MAX_AHEAD_RUNS;
         (!seen && !full && self.is_readable(now)).then_some(from)
     }
 
@@ -149,37 +172,42 @@ impl Topic {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::RangeInclusive;
+
     use super::*;
 
-    /// What was looked at, one run after the other; odd messages are left out.
-    fn looked(runs: &[(u64, u64)]) -> Ahead {
+    /// What was looked at; odd messages are left out.
+    fn looked(messages: RangeInclusive<u64>) -> Ahead {
         let mut ahead = Ahead::default();
-        for (first, last) in runs {
-            ahead.begin(*first);
-            (*first..=*last).for_each(|sequence| ahead.note(sequence, sequence % 2 == 1));
-        }
+        messages.for_each(|sequence| ahead.note(sequence, sequence % 2 == 1));
         ahead
     }
 
     #[test]
     fn what_is_left_out_counts_until_delivery_gets_there() {
-        let mut ahead = looked(&[(11, 20), (21, 30)]);
+        let mut ahead = looked(11..=30);
         assert_eq!((ahead.left_out(), ahead.end(10)), (10, 30));
-        // It meets some of them, and goes past others that are done.
         ahead.meet(7, true);
         assert_eq!(ahead.left_out(), 10, "that was before");
-        ahead.meet(11, true);
-        ahead.meet(12, false);
-        ahead.meet(15, true);
-        ahead.meet(13, true);
-        assert_eq!(ahead.left_out(), 8, "it has passed 13 before");
+        (11..=16).for_each(|sequence| ahead.meet(sequence, sequence % 2 == 1));
+        assert_eq!(ahead.left_out(), 7);
+        // Its consumer goes, it goes back, and meets again what it has met.
+        (5..=16).for_each(|sequence| ahead.meet(sequence, sequence % 2 == 1));
+        assert_eq!((ahead.left_out(), ahead.end(4)), (7, 30));
+        // 17 was looked at, and is done; 18 is with a consumer.
         ahead.forget_to(18);
         ahead.meet(19, true);
-        ahead.meet(20, false);
-        assert_eq!((ahead.left_out(), ahead.end(20)), (5, 30));
-        // Its consumer goes, and it goes back.
-        assert_eq!((ahead.left_out(), ahead.end(10)), (5, 30));
+        assert_eq!((ahead.left_out(), ahead.end(19)), (6, 30));
         ahead.forget_to(30);
         assert_eq!((ahead.left_out(), ahead.end(30)), (0, 30));
+    }
+
+    #[test]
+    fn a_run_is_about_a_frame_however_few_come_at_a_time() {
+        let frame = limits::MAX_FRAME_MESSAGES as u64;
+        let mut ahead = looked(1..=10 * frame);
+        assert_eq!((ahead.runs.len(), ahead.left_out()), (10, 5 * frame));
+        ahead.forget_to(frame + 1);
+        assert_eq!((ahead.runs.len(), ahead.left_out()), (9, 9 * frame / 2));
     }
 }

@@ -12,7 +12,8 @@ use crate::storage::TopicStats;
 /// Events, counted since the start of the server.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Messages that subscriptions will never receive, by what has removed them.
+    /// Messages that subscriptions will never receive, by what has removed them, with those that
+    /// a filter would have left out.
     pub missed: BTreeMap<GapReason, u64>,
     /// Messages that failed and were moved to dead-letter topics.
     pub dead_letters: u64,
@@ -27,14 +28,13 @@ pub struct Counts {
 impl Counts {
     pub(super) fn count(&mut self, what: &What) {
         match what {
-            What::Gap { first, last, reason, .. } => {
-                *self.missed.entry(*reason).or_default() += last - first + 1;
-            }
             What::LetGo { count, into: Some(_), .. } => self.dead_letters += count,
             What::LetGo { count, into: None, .. } => self.skipped += count,
             What::Settled { count, redriven: true, .. } => self.redriven += count,
             What::Consumer(_, _, Presence::Lost) => self.lost_consumers += 1,
-            What::Settled { redriven: false, .. }
+            // Counted where it is known how many are missed.
+            What::Gap { .. }
+            | What::Settled { redriven: false, .. }
             | What::Consumer(..)
             | What::Topic(..)
             | What::Purged { .. }

@@ -244,6 +244,11 @@ impl Events {
         }
     }
 
+    /// Counts messages that a subscription will never receive.
+    pub(super) fn count_missed(&self, reason: GapReason, messages: u64) {
+        *self.counted().missed.entry(reason).or_default() += messages;
+    }
+
     /// What was counted so far.
     pub(super) fn counts(&self) -> Counts {
         self.counted().clone()

@@ -35,6 +35,13 @@ struct Seen {
     told: bool,
 }
 
+impl Noted {
+    /// There is no such topic any more.
+    pub(super) fn forget(&mut self, topic: Epoch) {
+        self.gaps.remove(&topic);
+    }
+}
+
 impl Subscription {
     /// Tells what has happened to a subscription; readers are nobody's business.
     pub(super) fn tell_all(&self, what: What) {
@@ -89,8 +96,6 @@ impl Subscription {
             });
         }
         self.noted.heads = heads;
-        let topics = &self.topics;
-        self.noted.gaps.retain(|epoch, _| topics.contains_key(epoch));
     }
 
     /// Tells of messages that failed and were let go.
@@ -110,13 +115,20 @@ impl Subscription {
 
     /// Tells of a gap. A consumer may have to be told again; whoever watches does not.
     pub(super) fn tell_gap(&mut self, epoch: Epoch, (first, last): (u64, u64), reason: GapReason) {
-        let Some(topic) = self.topics.get(&epoch).map(|topic| topic.name.clone()) else { return };
+        let Some(topic) = self.topics.get(&epoch) else { return };
         let told = self.noted.gaps.get(&epoch).copied().unwrap_or(0);
         let first = first.max(told + 1);
         if first > last {
             return;
         }
         self.noted.gaps.insert(epoch, last);
+        // What is done between them was received, or is for others.
+        let done = &topic.delivery.cursor().record().done;
+        let missed = done.gaps(&(first..=last)).map(|gap| gap.end() - gap.start() + 1).sum();
+        if self.keeper == Keeper::Server {
+            self.events.count_missed(reason, missed);
+        }
+        let topic = topic.name.clone();
         let subscription = self.record.name.clone();
         self.tell_all(What::Gap { subscription, topic, epoch, first, last, reason });
     }

@@ -174,6 +174,8 @@ pub(super) struct Subscription {
     pub(super) departed: Arc<AtomicUsize>,
     /// Not before then is looked at what delivery has not come to.
     pub(super) look_ahead_from: Instant,
+    /// The topic of which was looked at something last.
+    pub(super) looked_ahead: Epoch,
     pub(super) record_changed: bool,
     pub(super) save: Option<Save>,
     /// Not before then is a commit tried again that has failed.
@@ -223,6 +225,7 @@ impl Subscription {
             leases: Leases::new(first_pull),
             departed: Arc::new(AtomicUsize::new(gone)),
             look_ahead_from: Instant::now(),
+            looked_ahead: Epoch(0),
             record_changed: false,
             save: None,
             retry_save: None,
@@ -355,6 +358,7 @@ impl Subscription {
     pub(super) fn leave(&mut self, epoch: Epoch) {
         let Some(topic) = self.topics.remove(&epoch) else { return };
         self.numbers.remove(&topic.number);
+        self.noted.forget(epoch);
         self.turns.retain(|turn| *turn != epoch);
         for session in self.active() {
             session.tell(Event::Left(topic.number));

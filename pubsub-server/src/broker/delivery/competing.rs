@@ -384,7 +384,6 @@ impl Competing {
         }
     }
 
-    /// Passes what needs no look.
     /// All messages up to here were looked at.
     pub fn looked_at(&self) -> u64 {
         self.next.max(self.cursor.floor() + 1) - 1
@@ -402,6 +401,7 @@ impl Competing {
         is_next
     }
 
+    /// Passes what needs no look.
     fn skip_settled(&mut self) {
         loop {
             let next = self.cursor.after_done(self.next);
