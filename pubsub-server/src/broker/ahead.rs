@@ -173,8 +173,28 @@ impl Topic {
 #[cfg(test)]
 mod tests {
     use std::ops::RangeInclusive;
+    use std::sync::Arc;
 
+    use bytes::Bytes;
+    use prost::Message as _;
+    use pubsub_proto::v1;
+
+    use super::super::publisher::Batch;
+    use super::super::session::{Attach, Credit, Event, Told};
+    use super::super::{Broker, Consume, NewSubscription, Start, Stream};
     use super::*;
+    use crate::env::System;
+    use crate::filter::Filter;
+    use crate::names::{ConsumerId, SubscriptionName, TopicName, TopicPattern};
+    use crate::record::{ConsumerRecord, NewMessage, SubscriptionKind, TopicConfig, Uuid};
+    use crate::storage::Item;
+    use crate::storage::memory::Memory;
+
+    const FRAME: u64 = limits::MAX_FRAME_MESSAGES as u64;
+    const TOPICS: [&str; 2] = ["t", "u"];
+    const HEARTBEAT: Duration = Duration::from_secs(60);
+    const KINDS: [SubscriptionKind; 3] =
+        [SubscriptionKind::Exclusive, SubscriptionKind::Shared, SubscriptionKind::KeyOrdered];
 
     /// What was looked at; odd messages are left out.
     fn looked(messages: RangeInclusive<u64>) -> Ahead {
@@ -204,10 +224,114 @@ mod tests {
 
     #[test]
     fn a_run_is_about_a_frame_however_few_come_at_a_time() {
-        let frame = limits::MAX_FRAME_MESSAGES as u64;
-        let mut ahead = looked(1..=10 * frame);
-        assert_eq!((ahead.runs.len(), ahead.left_out()), (10, 5 * frame));
-        ahead.forget_to(frame + 1);
-        assert_eq!((ahead.runs.len(), ahead.left_out()), (9, 9 * frame / 2));
+        let mut ahead = looked(1..=10 * FRAME);
+        assert_eq!((ahead.runs.len(), ahead.left_out()), (10, 5 * FRAME));
+        ahead.forget_to(FRAME + 1);
+        assert_eq!((ahead.runs.len(), ahead.left_out()), (9, 9 * FRAME / 2));
+    }
+
+    async fn broker() -> Broker {
+        let env = Arc::new(System);
+        let memory = Arc::new(Memory::new(Arc::clone(&env) as _));
+        let broker = Broker::start(memory, env).await.unwrap();
+        for topic in TOPICS {
+            let topic = TopicName::parse(topic).unwrap();
+            broker.create_topic(topic, TopicConfig::default(), false).await.unwrap();
+        }
+        broker
+    }
+
+    async fn publish(broker: &Broker, topic: &str, color: &str, count: u64) {
+        let attributes = [("color".to_owned(), color.to_owned())].into();
+        let body = v1::Message { attributes, ..v1::Message::default() }.encode_to_vec();
+        let message = NewMessage { body: Bytes::from(body), recipients: Vec::new(), key: None };
+        let items = (0..count).map(|_| Item::Store(message.clone())).collect();
+        let batch = Batch { first_sequence: 1, resolved_below: 0, items, atomic: None };
+        broker.publish(&TopicName::parse(topic).unwrap(), batch).await.unwrap();
+    }
+
+    async fn want_green(broker: &Broker, name: &SubscriptionName, kind: SubscriptionKind) {
+        let new = NewSubscription {
+            filter: Some(Filter::parse("attributes.color = \"green\"").unwrap()),
+            name: name.clone(),
+            topics: TOPICS.map(|topic| TopicPattern::parse(topic).unwrap()).into(),
+            kind: Some(kind),
+            on_failure: None,
+            ack_timeout: None,
+            expires_after: None,
+            start: Start::Earliest,
+        };
+        broker.create_subscription(new, false).await.unwrap();
+    }
+
+    /// A consumer that takes one message.
+    async fn consume(broker: &Broker, name: &SubscriptionName) -> Stream {
+        let id = ConsumerId::parse("c").unwrap();
+        let attach = Attach {
+            consumer: ConsumerRecord { id, instance: Uuid([1; 16]), attach: 1 },
+            known_epoch: None,
+            claims: [].into(),
+            credit: Credit { messages: 1, bytes: 1 << 20 },
+            heartbeat: HEARTBEAT,
+        };
+        let consume = Consume {
+            subscription: Some(name.clone()),
+            topics: Vec::new(),
+            kind: None,
+            on_failure: None,
+            ack_timeout: None,
+            filter: None,
+            start: Start::Earliest,
+            must_exist: true,
+            known_boot: None,
+            positions: Vec::new(),
+            attach,
+        };
+        broker.consume(consume).await.unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn topics_are_looked_at_in_turn() {
+        let broker = broker().await;
+        for topic in TOPICS {
+            publish(&broker, topic, "red", 3 * FRAME).await;
+        }
+        for kind in KINDS {
+            let name = SubscriptionName::parse(&format!("{kind:?}")).unwrap();
+            want_green(&broker, &name, kind).await;
+            // Time for two looks, and not for a third one.
+            tokio::time::sleep(PACE + PACE / 2).await;
+            let positions = broker.describe(&name).await.unwrap().positions;
+            let left = positions.iter().map(|position| position.backlog);
+            assert_eq!(left.collect::<Vec<_>>(), [2 * FRAME; 2], "{kind:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_takes_no_more_hears_soon_that_the_rest_is_left_out() {
+        for kind in KINDS {
+            let broker = broker().await;
+            let name = SubscriptionName::parse("s").unwrap();
+            want_green(&broker, &name, kind).await;
+            let mut stream = consume(&broker, &name).await;
+            publish(&broker, "t", "green", 1).await;
+            publish(&broker, "t", "red", 3 * FRAME).await;
+            let start = Instant::now();
+            let mut received = 0;
+            let all = |told: &Told| told.passed == 3 * FRAME + 1;
+            loop {
+                let event = stream.events.recv().await.unwrap();
+                if let Event::Deliver(deliver) = &event {
+                    received += deliver.messages.len();
+                }
+                if let Event::Heartbeat(heartbeat) = &event
+                    && heartbeat.heads.iter().any(all)
+                {
+                    break;
+                }
+            }
+            assert_eq!(received, 1, "{kind:?}");
+            assert!(start.elapsed() < HEARTBEAT / 10, "{kind:?}: after {:?}", start.elapsed());
+        }
     }
 }
