@@ -66,7 +66,7 @@ async fn read(channel: &Channel, topic: &str) -> Result<Vec<Seen>> {
                 // Acks of a reader only make room for more.
                 requests.send(request(Request::Acks(acks(&deliver, generation, batch)))).await?;
                 for message in deliver.messages {
-                    let payload = message.message.context("no message")?.payload;
+                    let payload = message.decoded()?.payload;
                     let number = publishers::number(&payload)?;
                     log.push(Seen { sequence: message.sequence, number });
                 }

@@ -1,4 +1,5 @@
-//! The wire contract of pubsub, generated from `pubsub/v1/*.proto`, and nothing else.
+//! The wire contract of pubsub, generated from `pubsub/v1/*.proto`; the frames that carry messages
+//! are written by hand.
 //!
 //! What the frames mean, in which order they come and how each side answers is in
 //! `docs/protocol.md`; each field is documented in the `.proto` files and here.
@@ -12,7 +13,11 @@ pub mod v1 {
         reason = "generated; documented in the .proto files"
     )]
     tonic::include_proto!("pubsub.v1");
+
+    pub use crate::hot::{PublishBatch, ReceivedMessage};
 }
+
+mod hot;
 
 /// The compiled descriptors of all files, for the reflection service.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pubsub.bin"));

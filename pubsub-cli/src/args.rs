@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 
+use crate::bench::Bench;
 use crate::dlq::Dlq;
 use crate::failures::Failures;
 use crate::snapshot::Snapshot;
@@ -85,6 +86,9 @@ Examples:
     Events(crate::events::Events),
     /// Describe the server; fails unless it serves reads and writes
     Status,
+    /// Measure what the server does for one client
+    #[command(subcommand)]
+    Bench(Bench),
     /// Write a script for the shell that completes commands
     #[command(after_help = "\
 Examples:

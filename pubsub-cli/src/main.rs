@@ -6,6 +6,7 @@
 
 mod args;
 mod batch;
+mod bench;
 mod dlq;
 mod events;
 mod failure;
@@ -81,6 +82,7 @@ async fn execute(args: Args) -> Result<Exit, Failure> {
         Command::Subscribe(command) => subscribe::run(command, &client, &mut output).await,
         Command::Receipts(command) => receipts::run(command, &client, &mut output).await,
         Command::Events(command) => events::run(command, &client, &mut output).await,
+        Command::Bench(command) => bench::run(command, &client, &mut output).await,
         Command::Status => status::run(&client, &mut output).await,
         Command::Completions { .. } | Command::Outbox(_) => Ok(Exit::Ok),
     };

@@ -230,9 +230,17 @@ pub struct ReceivedMessage {
     pub attempt: u32,
 }
 
+/// A message as it came, decoded.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Received {
+    pub(crate) message: pb::Message,
+    pub(crate) publish_time: Option<prost_types::Timestamp>,
+    pub(crate) attempt: u32,
+}
+
 impl ReceivedMessage {
-    pub(crate) fn from_wire(id: MessageId, received: pb::ReceivedMessage) -> Self {
-        let message = received.message.unwrap_or_default();
+    pub(crate) fn from_wire(id: MessageId, received: Received) -> Self {
+        let message = received.message;
         Self {
             id,
             payload: message.payload,

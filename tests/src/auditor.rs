@@ -2,8 +2,8 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use pubsub_proto::v1::{
-    AckBatch, Deliver, ReceivedMessage, SequenceRange, StartPosition, SubscribeHello, Topic,
-    TopicAcks, start_position::Position, subscribe_request, subscribe_response::Frame,
+    AckBatch, Deliver, Message, SequenceRange, StartPosition, SubscribeHello, Topic, TopicAcks,
+    start_position::Position, subscribe_request, subscribe_response::Frame,
 };
 use tonic::transport::Channel;
 
@@ -18,7 +18,7 @@ pub struct Audit {
     /// The topic when the audit began.
     pub topic: Topic,
     /// Its messages, from the first that is still stored to the head, without holes.
-    pub messages: Vec<ReceivedMessage>,
+    pub messages: Vec<Stored>,
 }
 
 /// The server says that it cannot read a message, and all after it.
@@ -75,15 +75,20 @@ pub async fn read(channel: &Channel, topic: &str) -> Result<Audit> {
     Ok(Audit { topic, messages })
 }
 
-fn next_sequence(topic: &Topic, messages: &[ReceivedMessage]) -> u64 {
+/// A message of the log.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    /// Its place in the log.
+    pub sequence: u64,
+    /// The message.
+    pub message: Option<Message>,
+}
+
+fn next_sequence(topic: &Topic, messages: &[Stored]) -> u64 {
     messages.last().map_or(topic.first, |message| message.sequence + 1)
 }
 
-fn append(
-    topic: &Topic,
-    messages: &mut Vec<ReceivedMessage>,
-    deliver: Deliver,
-) -> Result<SequenceRange> {
+fn append(topic: &Topic, messages: &mut Vec<Stored>, deliver: Deliver) -> Result<SequenceRange> {
     let first = next_sequence(topic, messages);
     for message in deliver.messages {
         let expected = next_sequence(topic, messages);
@@ -93,7 +98,8 @@ fn append(
             topic.name,
             message.sequence
         );
-        messages.push(message);
+        let (sequence, message) = (message.sequence, message.decoded()?);
+        messages.push(Stored { sequence, message: Some(message) });
     }
     let last = next_sequence(topic, messages) - 1;
     Ok(SequenceRange { first, last })

@@ -213,7 +213,7 @@ impl PublishStream {
     pub async fn publish(&self, first_sequence: u64, messages: Vec<Message>) -> Result<()> {
         self.send(publish_stream_request::Frame::Batch(PublishBatch {
             first_sequence,
-            messages,
+            messages: messages.iter().map(|message| message.encoded()).collect(),
             resolved_below: 0,
             atomic: None,
         }))

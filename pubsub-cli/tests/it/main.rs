@@ -1,6 +1,7 @@
 //! The command as a user runs it: the built binary against a server.
 
 mod admin;
+mod bench;
 mod events;
 mod harness;
 mod outbox;

@@ -9,7 +9,9 @@ use super::types::{
     SnapshotInfo, SubscriptionInfo, SubscriptionPosition, TopicConfig, TopicInfo, WhenFull,
 };
 use crate::error::AdminError;
-use crate::message::{MessageId, ReceivedMessage, duration, non_empty, time, wire_duration};
+use crate::message::{
+    MessageId, Received, ReceivedMessage, duration, non_empty, time, wire_duration,
+};
 use crate::subscriber::{
     kind_from_wire, kind_to_wire, policy_from_wire, policy_to_wire, start_to_wire,
 };
@@ -86,9 +88,8 @@ pub(super) fn dead_letter(letter: pb::DeadLetter) -> Result<DeadLetter, AdminErr
         Ok::<_, AdminError>(MessageId { topic: topic.into(), epoch, sequence })
     };
     let (copy, origin) = (id(letter.id)?, id(letter.origin)?);
-    let received = pb::ReceivedMessage {
-        sequence: copy.sequence,
-        message: letter.message,
+    let received = Received {
+        message: letter.message.unwrap_or_default(),
         publish_time: letter.publish_time,
         attempt: 0,
     };

@@ -315,15 +315,15 @@ mod tests {
 
     use futures_util::FutureExt as _;
     use futures_util::future::join_all;
-    use pubsub_proto::v1 as pb;
 
     use super::*;
+    use crate::message::Received;
 
     pub(super) fn message(sequence: u64, second: u64) -> ReceivedMessage {
         let id = MessageId { topic: "t".into(), epoch: 7, sequence };
         let publish_time = SystemTime::UNIX_EPOCH + Duration::from_secs(second);
         let publish_time = Some(publish_time.into());
-        ReceivedMessage::from_wire(id, pb::ReceivedMessage { publish_time, ..Default::default() })
+        ReceivedMessage::from_wire(id, Received { publish_time, ..Received::default() })
     }
 
     /// Forgets everything, and fails when it is told to.

@@ -366,7 +366,7 @@ impl<'a> Session<'a> {
         let mut queue = self.core.lock();
         let take = |entry: &Entry| {
             atomic = atomic.take().or_else(|| entry.atomic.clone());
-            messages.push(entry.message.clone());
+            messages.push(entry.message.encoded());
         };
         let first = queue.window.next_batch(&self.cut, now, take);
         let resolved_below = queue.window.first();

@@ -17,7 +17,7 @@ use super::resume::TopicBatch;
 use super::topic::{Joined, Missing, Position};
 use super::{Gap, GapReason};
 use crate::limits;
-use crate::message::wire_duration;
+use crate::message::{Received, wire_duration};
 
 pub(super) fn request(frame: Frame) -> pb::SubscribeRequest {
     pb::SubscribeRequest { frame: Some(frame) }
@@ -182,11 +182,17 @@ pub(super) fn sequence(sequence: u64) -> u64 {
 }
 
 /// A delivered message, and its sequence.
-pub(super) fn item(order: Order, message: pb::ReceivedMessage) -> (u64, Item<pb::ReceivedMessage>) {
-    let inner = message.message.as_ref();
-    let bytes = inner.map_or(0, |inner| inner.encoded_len() as u64);
-    let lane = order.lane(inner.map_or("", |inner| &inner.ordering_key));
-    (message.sequence, Item { attempt: message.attempt, bytes, lane, message })
+pub(super) fn item(
+    order: Order,
+    received: pb::ReceivedMessage,
+) -> Result<(u64, Item<Received>), prost::DecodeError> {
+    let pb::ReceivedMessage { sequence, message, publish_time, attempt } = received;
+    let message = message.unwrap_or_default();
+    let bytes = message.len() as u64;
+    let message = pb::Message::decode(message)?;
+    let lane = order.lane(&message.ordering_key);
+    let message = Received { message, publish_time, attempt };
+    Ok((sequence, Item { attempt, bytes, lane, message }))
 }
 
 pub(super) fn gap(topic: Arc<str>, epoch: u64, missing: Missing) -> Gap {

@@ -7,7 +7,6 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
-use pubsub_proto::v1 as pb;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
@@ -23,7 +22,7 @@ use super::{DataLoss, Event, Position, TopicPosition};
 use crate::client::Shared;
 use crate::error::{AckError, Cause, SubscribeError};
 use crate::limits;
-use crate::message::{MessageId, ReceivedMessage};
+use crate::message::{MessageId, Received, ReceivedMessage};
 use crate::state::{ConnectionState, StateCell};
 
 /// One subscriber: held by its handles, its deliveries and its session task.
@@ -45,7 +44,7 @@ pub(crate) struct Core {
 
 #[derive(Debug)]
 pub(super) struct Inner {
-    pub(super) resume: Resume<pb::ReceivedMessage>,
+    pub(super) resume: Resume<Received>,
     /// Whether messages may be handed out.
     pub(super) gate: Gate,
     /// The boot id and the subscription's epoch of the last welcome.
@@ -156,7 +155,7 @@ impl Core {
         Poll::Ready(Some(Ok(self.event(shown))))
     }
 
-    fn event(self: &Arc<Self>, shown: Shown<pb::ReceivedMessage>) -> Event {
+    fn event(self: &Arc<Self>, shown: Shown<Received>) -> Event {
         match shown {
             Shown::Message { handle, topic, epoch, message } => {
                 let id = MessageId { topic, epoch, sequence: handle.sequence };

@@ -449,6 +449,9 @@ impl Session<'_> {
         let mut inner = self.core.lock();
         let order = inner.resume.order();
         let messages = messages.into_iter().map(|message| convert::item(order, message));
+        let messages = messages.collect::<Result<Vec<_>, _>>();
+        let messages = messages.map_err(|error| Broken(format!("a message: {error}")))?;
+        let messages = messages.into_iter();
         let shown = inner.resume.deliver(topic, first_delivery, generation, messages)?;
         // A topic with nothing out gets a message beyond the credit.
         let (held, topics) = inner.resume.held();

@@ -224,7 +224,7 @@ fn deliver_keys(keys: &[&str]) -> SubscribeAnswer {
     let message = |(sequence, key): (u64, &&str)| {
         let ordering_key = (*key).to_owned();
         let message = pb::Message { ordering_key, ..pb::Message::default() };
-        let message = Some(message);
+        let message = Some(message.encoded());
         pb::ReceivedMessage { sequence, message, ..pb::ReceivedMessage::default() }
     };
     let messages = (1..).zip(keys).map(message).collect();

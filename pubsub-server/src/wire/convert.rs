@@ -190,8 +190,25 @@ pub(super) fn ranges(sequences: &Sequences) -> Vec<v1::SequenceRange> {
 // ---- publishing
 
 /// A message to be stored, or why it is refused.
-pub(super) fn parse_message(mut message: v1::Message) -> Item {
-    message.schema_revision = 0;
+/// A message as a publisher has encoded it. What it has encoded is what is stored, unless there is
+/// more in it than this server knows of.
+pub(super) fn parse_encoded(encoded: Bytes) -> Item {
+    match v1::Message::decode(encoded.clone()) {
+        Ok(message) => parse(message, Some(encoded)),
+        Err(error) => {
+            let detail = format!("it cannot be decoded: {error}");
+            Item::Refuse(Refusal::new(RefusalReason::Invalid, detail))
+        }
+    }
+}
+
+/// A message.
+pub(super) fn parse_message(message: v1::Message) -> Item {
+    parse(message, None)
+}
+
+fn parse(mut message: v1::Message, encoded: Option<Bytes>) -> Item {
+    let stamped = std::mem::take(&mut message.schema_revision) > 0;
     let item = check_message(&message).and_then(|()| {
         let recipients: Result<_, _> =
             message.recipients.iter().map(|name| SubscriptionName::parse(name)).collect();
@@ -203,7 +220,9 @@ pub(super) fn parse_message(mut message: v1::Message) -> Item {
             return Item::Refuse(Refusal::new(RefusalReason::Invalid, detail));
         }
     };
-    let body = Bytes::from(message.encode_to_vec());
+    // Of the same length it holds the same fields, each once, in whatever order.
+    let is_all = |encoded: &Bytes| !stamped && encoded.len() == message.encoded_len();
+    let body = encoded.filter(is_all).unwrap_or_else(|| message.encode_to_vec().into());
     let key = (!message.idempotency_key.is_empty()).then(|| {
         let key = truncated(blake3::hash(message.idempotency_key.as_bytes()));
         message.idempotency_key.clear();
@@ -409,35 +428,24 @@ pub(super) fn gap_reason(reason: GapReason) -> v1::GapReason {
 }
 
 /// A stored message for a consumer.
-///
-/// # Errors
-///
-/// If the body is not a message: the checksum was right, so it was stored that way.
-pub(super) fn received(
-    message: StoredMessage,
-    attempt: u32,
-) -> Result<v1::ReceivedMessage, Status> {
-    let decoded = v1::Message::decode(message.body).map_err(|error| {
-        tracing::error!(sequence = message.sequence, %error, "a stored message does not decode");
-        Status::data_loss(format!("message {} does not decode", message.sequence))
-    })?;
-    Ok(v1::ReceivedMessage {
+pub(super) fn received(message: StoredMessage, attempt: u32) -> v1::ReceivedMessage {
+    v1::ReceivedMessage {
         sequence: message.sequence,
-        message: Some(decoded),
+        message: Some(message.body),
         publish_time: timestamp(message.published_at),
         attempt,
-    })
+    }
 }
 
-pub(super) fn pulled(leased: Leased) -> Result<v1::PulledMessage, Status> {
+pub(super) fn pulled(leased: Leased) -> v1::PulledMessage {
     let Leased { topic, lease, message } = leased;
     let Lease { topic: epoch, sequence, attempt, pull } = lease;
     let id = v1::MessageId { topic: topic.to_string(), epoch: epoch.0, sequence };
-    Ok(v1::PulledMessage {
+    v1::PulledMessage {
         id: Some(id),
-        message: Some(received(message, attempt)?),
+        message: Some(received(message, attempt)),
         lease_token: format!("{:016x}-{sequence:x}-{attempt:x}-{pull:x}", epoch.0),
-    })
+    }
 }
 
 pub(super) fn pulled_gap(missing: Missing) -> v1::PulledGap {

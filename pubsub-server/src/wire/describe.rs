@@ -1,9 +1,10 @@
 //! Administration: from the wire's types to the domain's, and back.
 
+use prost::Message as _;
 use pubsub_proto::v1;
 use tonic::Status;
 
-use super::convert::{duration, kind, parse_duration, parse_ranges, policy, received, timestamp};
+use super::convert::{duration, kind, parse_duration, parse_ranges, policy, timestamp};
 use super::events::head_of_line;
 use super::status::invalid;
 use crate::broker::delivery::Receipt;
@@ -137,8 +138,9 @@ pub(super) fn snapshot(snapshot: &Snapshot) -> v1::Snapshot {
 
 pub(super) fn dead_letters(page: &LetterPage) -> Result<Vec<v1::DeadLetter>, Status> {
     let letter = |copy: &StoredMessage| {
-        let received = received(copy.clone(), 0)?;
-        let origin = received.message.as_ref().and_then(Origin::of_message);
+        let message = v1::Message::decode(copy.body.clone());
+        let message = message.map_err(|_| Status::internal("a dead letter is no message"))?;
+        let origin = Origin::of_message(&message);
         let origin = origin.ok_or_else(|| Status::internal("a dead letter has no origin"))?;
         let (topic, epoch) = (page.topic.to_string(), page.epoch.0);
         Ok(v1::DeadLetter {
@@ -152,8 +154,8 @@ pub(super) fn dead_letters(page: &LetterPage) -> Result<Vec<v1::DeadLetter>, Sta
             reason: origin.reason,
             first_failure_time: timestamp(origin.first_failure),
             last_failure_time: timestamp(origin.last_failure),
-            message: received.message,
-            publish_time: received.publish_time,
+            message: Some(message),
+            publish_time: timestamp(copy.published_at),
         })
     };
     page.letters.iter().map(letter).collect()

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
+use prost::Message as _;
 use pubsub_proto::PROTOCOL_VERSION;
 use pubsub_proto::v1::publish_stream_request::Frame as Request;
 use pubsub_proto::v1::publish_stream_response::Frame as Response;
@@ -45,7 +46,13 @@ impl PublisherService for Service {
     ) -> Result<tonic::Response<PublishResponse>, Status> {
         let request = request.into_inner();
         let topic = convert::parse_topic(&request.topic)?;
-        let (items, atomic) = parse_items(request.messages, request.atomic)?;
+        let (items, atomic) = match request.atomic {
+            None => {
+                check_count(request.messages.len(), limits::MAX_BATCH_MESSAGES)?;
+                (request.messages.into_iter().map(convert::parse_message).collect(), None)
+            }
+            Some(atomic) => parse_atomic(request.messages, &atomic)?,
+        };
         let batch = Batch { first_sequence: 1, resolved_below: 0, items, atomic };
         let published = self.0.broker.publish(&topic, batch).await;
         let (epoch, runs) = published.map_err(|error| status(&error))?;
@@ -392,26 +399,27 @@ fn parse_batch(batch: PublishBatch) -> Result<Batch, Status> {
         let limit = limits::MAX_IN_FLIGHT_MESSAGES;
         return Err(protocol(format!("more than {limit} messages are unanswered")));
     }
-    let (items, atomic) = parse_items(messages, atomic)?;
+    let (items, atomic) = match atomic {
+        None => {
+            check_count(messages.len(), limits::MAX_BATCH_MESSAGES)?;
+            (messages.into_iter().map(convert::parse_encoded).collect(), None)
+        }
+        Some(atomic) => {
+            let messages = messages.into_iter().map(Message::decode).collect::<Result<_, _>>();
+            let messages = messages.map_err(|error| invalid(format!("messages: {error}")))?;
+            parse_atomic(messages, &atomic)?
+        }
+    };
     Ok(Batch { first_sequence, resolved_below, items, atomic })
 }
 
-/// The messages of one batch or request.
-fn parse_items(
+fn parse_atomic(
     messages: Vec<Message>,
-    atomic: Option<AtomicBatch>,
+    atomic: &AtomicBatch,
 ) -> Result<(Vec<Item>, Option<Atomic>), Status> {
-    match atomic {
-        None => {
-            check_count(messages.len(), limits::MAX_BATCH_MESSAGES)?;
-            Ok((messages.into_iter().map(convert::parse_message).collect(), None))
-        }
-        Some(atomic) => {
-            check_count(messages.len(), limits::MAX_ATOMIC_MESSAGES)?;
-            let (items, atomic) = convert::parse_atomic(messages, &atomic)?;
-            Ok((items, Some(atomic)))
-        }
-    }
+    check_count(messages.len(), limits::MAX_ATOMIC_MESSAGES)?;
+    let (items, atomic) = convert::parse_atomic(messages, atomic)?;
+    Ok((items, Some(atomic)))
 }
 
 fn check_count(messages: usize, limit: usize) -> Result<(), Status> {

@@ -56,7 +56,7 @@ impl SubscriberService for Service {
         let name = convert::parse_subscription(&request.subscription)?;
         let pull = parse_pull(&request)?;
         let pulled = self.0.broker.pull(&name, pull).await.map_err(|error| status(&error))?;
-        let messages = pulled.leased.into_iter().map(convert::pulled).collect::<Result<_, _>>()?;
+        let messages = pulled.leased.into_iter().map(convert::pulled).collect();
         let gaps = pulled.missing.into_iter().map(convert::pulled_gap).collect();
         Ok(tonic::Response::new(PullResponse { messages, gaps }))
     }
@@ -264,7 +264,7 @@ async fn on_event(
         Event::Standby(consumer) => {
             Response::Standby(v1::Standby { active_consumer: consumer.to_string() })
         }
-        Event::Deliver(deliver) => Response::Deliver(self::deliver(deliver)?),
+        Event::Deliver(deliver) => Response::Deliver(self::deliver(deliver)),
         Event::Confirm(number) => Response::Confirm(AckConfirm { number }),
         Event::Heartbeat(beat) => {
             let head = |told: Told| {
@@ -313,14 +313,14 @@ fn welcome(context: &Context, welcome: Welcome, heartbeat: Duration) -> v1::Subs
     }
 }
 
-fn deliver(deliver: Deliver) -> Result<v1::Deliver, Status> {
+fn deliver(deliver: Deliver) -> v1::Deliver {
     let received = |(message, attempt)| convert::received(message, attempt);
-    Ok(v1::Deliver {
+    v1::Deliver {
         topic: deliver.topic,
         first_delivery: deliver.first_delivery,
         generation: deliver.generation,
-        messages: deliver.messages.into_iter().map(received).collect::<Result<_, _>>()?,
-    })
+        messages: deliver.messages.into_iter().map(received).collect(),
+    }
 }
 
 async fn send(frames: &Frames<SubscribeResponse>, frame: Response) -> Result<(), End> {

@@ -115,7 +115,8 @@ fn bad_publisher_frames_end_the_stream_with_a_reason() {
             let found = publisher_end(&channel, Frame::Hello(hello), None).await;
             findings.expect(what, expected, found);
         }
-        let batch = |first_sequence, messages| {
+        let batch = |first_sequence, messages: Vec<Message>| {
+            let messages = messages.iter().map(|message| message.encoded()).collect();
             Frame::Batch(PublishBatch { first_sequence, messages, resolved_below: 0, atomic: None })
         };
         let hello = || Frame::Hello(raw::publisher_hello(TOPIC, [7; 16]));

@@ -1,0 +1,124 @@
+//! Receiving: what is there, or what comes.
+
+use std::sync::Arc;
+
+use clap::Args as ClapArgs;
+use pubsub_client::{Client, Delivery, Event, Start, Subscriber};
+use tokio::time::Instant;
+
+use super::ground::Ground;
+use super::load::Messages;
+use super::meter::{Meter, Report};
+use super::publish::{Until, publish};
+use super::{On, Size};
+use crate::failure::Failure;
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Replay {
+    /// How many messages to publish first, into a new topic
+    #[arg(long, value_name = "N", default_value_t = 1_000_000, conflicts_with = "topic",
+        value_parser = clap::value_parser!(u64).range(1..))]
+    count: u64,
+    #[command(flatten)]
+    size: Size,
+    /// As a reader, which keeps its position itself
+    #[arg(long)]
+    no_ack: bool,
+    #[command(flatten)]
+    pub(super) on: On,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Subscribe {
+    /// The topic
+    pub(super) topic: String,
+    /// Stop after this many messages [default: at Ctrl-C]
+    #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    count: Option<u64>,
+}
+
+pub(super) async fn replay(
+    args: Replay,
+    client: &Client,
+    ground: &mut Ground<'_>,
+    meter: &Arc<Meter>,
+) -> Result<Report, Failure> {
+    if args.on.topic.is_none() {
+        let size = usize::try_from(args.size.size.0).unwrap_or(usize::MAX);
+        let publisher = client.publisher(&ground.topic).open().await?;
+        meter.begin(args.count);
+        let messages = Messages::new(size, false);
+        publish(publisher, messages, Until::Count(args.count), Arc::clone(meter)).await?;
+    }
+    let count = ground.messages().await?;
+    let mut subscriber = if args.no_ack {
+        client.reader([&ground.topic]).start(Start::Earliest).open().await?
+    } else {
+        ground.subscribe(Start::Earliest).await?
+    };
+    meter.begin(count);
+    let started = Instant::now();
+    let bytes = receive(&mut subscriber, count, meter).await?;
+    let took = started.elapsed();
+    let bytes = bytes.checked_div(count).unwrap_or_default();
+    Ok(Report { work: "replay", messages: count, bytes, took, latencies: Vec::new() })
+}
+
+pub(super) async fn subscribe(
+    args: Subscribe,
+    client: &Client,
+    ground: &Ground<'_>,
+    meter: &Arc<Meter>,
+) -> Result<Report, Failure> {
+    let mut subscriber = client.reader([&ground.topic]).open().await?;
+    meter.begin(args.count.unwrap_or_default());
+    let count = args.count.unwrap_or(u64::MAX);
+    let started = Instant::now();
+    let bytes = receive(&mut subscriber, count, meter).await?;
+    let took = started.elapsed();
+    let bytes = bytes.checked_div(count).unwrap_or_default();
+    Ok(Report { work: "subscribe", messages: count, bytes, took, latencies: Vec::new() })
+}
+
+/// Receives and acks so many messages, until the last of the acks is on the server's disk. It
+/// returns the bytes of their payloads.
+pub(super) async fn receive(
+    subscriber: &mut Subscriber,
+    count: u64,
+    meter: &Meter,
+) -> Result<u64, Failure> {
+    let mut bytes = 0;
+    for number in 1..=count {
+        let delivery = next(subscriber).await?;
+        bytes += delivery.payload.len() as u64;
+        meter.add(1);
+        if number < count {
+            delivery.ack();
+        } else {
+            // Acks are confirmed in their order.
+            let confirmed = delivery.ack_confirmed().await;
+            confirmed.map_err(|error| Failure::failed(error.to_string()))?;
+        }
+    }
+    Ok(bytes)
+}
+
+/// The next message.
+pub(super) async fn next(subscriber: &mut Subscriber) -> Result<Delivery, Failure> {
+    loop {
+        match subscriber.next().await {
+            Some(Ok(Event::Message(delivery))) => return Ok(delivery),
+            Some(Ok(Event::Gap(gap))) => {
+                let (first, last) = (gap.range.start(), gap.range.end());
+                let text = format!("messages {first} to {last} of {} are gone", gap.topic);
+                return Err(Failure::failed(text));
+            }
+            Some(Ok(Event::DataLoss(loss))) => {
+                return Err(Failure::failed(format!("{} cannot be read", loss.id)));
+            }
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return Err(error.into()),
+            None => return Err(Failure::failed("the subscriber was stopped")),
+        }
+    }
+}
