@@ -98,10 +98,10 @@ impl<'t, 's> Group<'t, 's> {
         };
         let id = append.publisher.map(|publisher| publisher.id);
         let known = match id {
-            Some(id) => self.state.publisher(&self.tables, topic, id)?,
+            Some(id) => self.state.publisher(&mut self.tables, topic, id)?,
             None => None,
         };
-        let keys = &self.tables.keys;
+        let keys = self.tables.keys.open()?;
         let admission =
             admit(append, known, &context, |key| get(keys, (topic.0, wide(*key)), KeyRow::decode))?;
         if self.full && !admission.messages.is_empty() {
@@ -114,7 +114,7 @@ impl<'t, 's> Group<'t, 's> {
     }
 
     fn context(&mut self, topic: Epoch) -> Result<Option<Context>, Trouble> {
-        let key_room = limits::MAX_IDEMPOTENCY_KEYS.saturating_sub(self.tables.keys.len()?);
+        let key_room = limits::MAX_IDEMPOTENCY_KEYS.saturating_sub(self.state.key_rows);
         let (now, boot) = (self.now, self.state.boot);
         let Some(Topic { window, .. }) = self.state.topics.get(&topic) else {
             return Ok(None);
@@ -138,7 +138,8 @@ impl<'t, 's> Group<'t, 's> {
             #[cfg(pubsub_break = "dedup_in_second_transaction")]
             self.late_keys.push((topic, key, row));
             #[cfg(not(pubsub_break = "dedup_in_second_transaction"))]
-            put(&mut self.tables.keys, (topic.0, wide(key)), row.encode())?;
+            put(self.tables.keys.open()?, (topic.0, wide(key)), row.encode())?;
+            self.state.key_rows += 1;
             self.expiries.entry((row.expires, topic)).or_default().push((key, row.sequence));
         }
         self.store_messages(topic, context, messages)?;
@@ -175,7 +176,7 @@ impl<'t, 's> Group<'t, 's> {
         if self.state.head(topic)?.is_none() {
             return Ok(Err(AppendRefusal::NoTopic));
         }
-        let known = self.state.publisher(&self.tables, topic, id)?;
+        let known = self.state.publisher(&mut self.tables, topic, id)?;
         let is_new = known.is_none();
         if is_new && self.state.publisher_rows >= limits::MAX_PUBLISHERS {
             return Ok(Err(AppendRefusal::TooManyPublishers));
@@ -233,32 +234,32 @@ impl<'t, 's> Group<'t, 's> {
         self.effects.dirty = true;
         match change {
             Change::CreateTopic(record) => {
-                put(&mut self.tables.topics, record.epoch.0, encode(&record))?;
+                put(self.tables.topics.open()?, record.epoch.0, encode(&record))?;
                 self.state.topics.insert(record.epoch, Topic::new(&record));
                 self.touch(record.epoch);
             }
             Change::PutTopic(record) => {
                 if let Some(topic) = self.state.topics.get_mut(&record.epoch) {
                     topic.set(&record);
-                    put(&mut self.tables.topics, record.epoch.0, encode(&record))?;
+                    put(self.tables.topics.open()?, record.epoch.0, encode(&record))?;
                 }
             }
             Change::DeleteTopic(topic) => self.delete_topic(topic)?,
             Change::PutSchema(topic, schema) => {
                 if self.state.topics.contains_key(&topic) {
                     let key = (topic.0, u64::from(schema.revision));
-                    put(&mut self.tables.schemas, key, encode(&*schema))?;
+                    put(self.tables.schemas.open()?, key, encode(&*schema))?;
                 }
             }
             Change::PutSubscription(record) => {
-                put(&mut self.tables.subscriptions, record.epoch.0, encode(&record))?;
+                put(self.tables.subscriptions.open()?, record.epoch.0, encode(&record))?;
                 self.state.subscriptions.insert(record.epoch);
             }
             Change::DeleteSubscription(subscription) => {
                 if self.state.subscriptions.remove(&subscription) {
-                    self.tables.subscriptions.remove(subscription.0)?;
+                    self.tables.subscriptions.open()?.remove(subscription.0)?;
                     put(
-                        &mut self.tables.garbage,
+                        self.tables.garbage.open()?,
                         (GARBAGE_SUBSCRIPTION, subscription.0),
                         Vec::new(),
                     )?;
@@ -268,13 +269,13 @@ impl<'t, 's> Group<'t, 's> {
             Change::PutCursor { subscription, topic, cursor } => {
                 if !self.state.subscriptions.contains(&subscription) {
                 } else if self.state.topics.contains_key(&topic) {
-                    put(&mut self.tables.cursors, (topic.0, subscription.0), encode(&cursor))?;
+                    put(self.tables.cursors.open()?, (topic.0, subscription.0), encode(&cursor))?;
                 } else {
                     self.move_departed((subscription.0, topic.0), cursor)?;
                 }
             }
             Change::DeleteCursor { subscription, topic } => {
-                self.tables.cursors.remove((topic.0, subscription.0))?;
+                self.tables.cursors.open()?.remove((topic.0, subscription.0))?;
             }
             Change::Store { topic, message } => {
                 if let Some(context) = self.context(topic)? {
@@ -302,9 +303,9 @@ impl<'t, 's> Group<'t, 's> {
             let doomed = release(&mut self.tables, self.state, topic, segment)?;
             self.effects.doomed.extend(doomed);
         }
-        self.tables.topics.remove(topic.0)?;
-        self.tables.heads.remove(topic.0)?;
-        put(&mut self.tables.garbage, (GARBAGE_TOPIC, topic.0), Vec::new())?;
+        self.tables.topics.open()?.remove(topic.0)?;
+        self.tables.heads.open()?.remove(topic.0)?;
+        put(self.tables.garbage.open()?, (GARBAGE_TOPIC, topic.0), Vec::new())?;
         self.messages.remove(&topic);
         self.publishers.retain(|(of, _), _| *of != topic);
         self.effects.touched.remove(&topic);
@@ -315,12 +316,12 @@ impl<'t, 's> Group<'t, 's> {
 
     /// Keeps what subscriptions have to be told of a topic that is being deleted.
     fn depart(&mut self, topic: Epoch) -> Result<(), Trouble> {
-        let record = get(&self.tables.topics, topic.0, decode::<TopicRecord>)?;
+        let record = get(self.tables.topics.open()?, topic.0, decode::<TopicRecord>)?;
         let (Some(record), Some(state)) = (record, self.state.topics.get(&topic)) else {
             return Ok(());
         };
         let mut departed = Vec::new();
-        for entry in self.tables.cursors.range((topic.0, 0)..=(topic.0, u64::MAX))? {
+        for entry in self.tables.cursors.open()?.range((topic.0, 0)..=(topic.0, u64::MAX))? {
             let (key, row) = entry?;
             let subscription = Epoch(key.value().1);
             if self.state.subscriptions.contains(&subscription) {
@@ -335,7 +336,7 @@ impl<'t, 's> Group<'t, 's> {
             if cursor.floor < head {
                 let name = record.name.clone();
                 let row = encode(&Departed { name, epoch: topic, head, cursor });
-                put(&mut self.tables.departed, (subscription.0, topic.0), row)?;
+                put(self.tables.departed.open()?, (subscription.0, topic.0), row)?;
             }
         }
         Ok(())
@@ -343,15 +344,15 @@ impl<'t, 's> Group<'t, 's> {
 
     /// Moves the position in a topic that was deleted.
     fn move_departed(&mut self, key: (u64, u64), cursor: CursorRecord) -> Result<(), Trouble> {
-        let departed = get(&self.tables.departed, key, decode::<Departed>)?;
+        let departed = get(self.tables.departed.open()?, key, decode::<Departed>)?;
         match departed {
             None => {}
             Some(departed) if cursor.floor >= departed.head => {
-                self.tables.departed.remove(key)?;
+                self.tables.departed.open()?.remove(key)?;
             }
             Some(departed) => {
                 let row = encode(&Departed { cursor, ..departed });
-                put(&mut self.tables.departed, key, row)?;
+                put(self.tables.departed.open()?, key, row)?;
             }
         }
         Ok(())
@@ -370,7 +371,7 @@ impl<'t, 's> Group<'t, 's> {
         self.write_messages()?;
         for topic in &self.effects.touched {
             if let Some(head) = self.state.head(*topic)? {
-                put(&mut self.tables.heads, topic.0, encode(head))?;
+                put(self.tables.heads.open()?, topic.0, encode(head))?;
             }
         }
         #[cfg(pubsub_break = "dedup_in_second_transaction")]
@@ -379,18 +380,21 @@ impl<'t, 's> Group<'t, 's> {
             self.publishers = BTreeMap::new();
         }
         for ((topic, id), publisher) in &self.publishers {
-            put(&mut self.tables.publishers, (topic.0, wide(id.0)), encode(publisher))?;
+            put(self.tables.publishers.open()?, (topic.0, wide(id.0)), encode(publisher))?;
         }
         for ((expires, topic), keys) in &self.expiries {
             for keys in keys.chunks(KEYS_PER_EXPIRY) {
                 // The number of a message with a key is unique, and all that is asked of it.
                 let number = keys.first().map_or(0, |(_, sequence)| *sequence);
                 let hashes = keys.iter().flat_map(|(key, _)| *key).collect();
-                put(&mut self.tables.expiries, (expires.0, topic.0, number), hashes)?;
+                put(self.tables.expiries.open()?, (expires.0, topic.0, number), hashes)?;
             }
         }
-        self.state.publisher_rows = self.tables.publishers.len()?;
-        put(&mut self.tables.meta, META_CLOCK, encode(&self.now))?;
+        if !self.expiries.is_empty() {
+            // Some took the place of one whose time was over.
+            self.state.key_rows = self.tables.keys.open()?.len()?;
+        }
+        put(self.tables.meta.open()?, META_CLOCK, encode(&self.now))?;
         Ok(self.effects)
     }
 
@@ -405,7 +409,7 @@ impl<'t, 's> Group<'t, 's> {
             while !rest.is_empty() {
                 let (row, after) = rest.split_at(row_length(rest));
                 encode_batch(&mut self.row, *topic, base, at, row);
-                self.tables.messages.insert((topic.0, base), self.row.as_slice())?;
+                self.tables.messages.open()?.insert((topic.0, base), self.row.as_slice())?;
                 base += row.len() as u64;
                 rest = after;
             }
@@ -432,10 +436,10 @@ fn refuse_damaged<T>(
 impl Late {
     pub(super) fn write(&self, tables: &mut Tables<'_>) -> Result<(), Trouble> {
         for ((topic, id), publisher) in &self.publishers {
-            put(&mut tables.publishers, (topic.0, wide(id.0)), encode(publisher))?;
+            put(tables.publishers.open()?, (topic.0, wide(id.0)), encode(publisher))?;
         }
         for (topic, key, row) in &self.keys {
-            put(&mut tables.keys, (topic.0, wide(*key)), row.encode())?;
+            put(tables.keys.open()?, (topic.0, wide(*key)), row.encode())?;
         }
         Ok(())
     }

@@ -119,7 +119,10 @@ fn create(disk: &dyn Disk, opening: Opening) -> Result<(), Trouble> {
     builder.set_cache_size(opening.cache_bytes);
     let database = disk.create(&temporary, &builder)?;
     let txn = database.begin_write()?;
-    put(&mut Tables::open(&txn)?.meta, META_FORMAT, FORMAT.to_le_bytes().to_vec())?;
+    let mut tables = Tables::of(&txn);
+    tables.make()?;
+    put(tables.meta.open()?, META_FORMAT, FORMAT.to_le_bytes().to_vec())?;
+    drop(tables);
     txn.commit()?;
     database.close()?;
     let named = disk.sync(&temporary).and_then(|()| disk.rename(&temporary, HOT));
@@ -155,12 +158,12 @@ fn start(
     boot: Uuid,
 ) -> Result<(State, HashSet<Uuid>), Trouble> {
     let txn = database.begin_write()?;
-    let mut tables = Tables::open(&txn)?;
+    let mut tables = Tables::of(&txn);
     let (ordinal, boots) = enter(&mut tables, boot)?;
-    let stored = stored_now(&tables)?;
+    let stored = stored_now(&mut tables)?;
     let mut clock = Clock::resume(stored, env.now(), Instant::now());
     store_clock(&mut tables, clock.now(env.now(), Instant::now()))?;
-    let state = State::load(&tables, ordinal, clock)?;
+    let state = State::load(&mut tables, ordinal, clock)?;
     drop(tables);
     txn.commit()?;
     Ok((state, boots))
@@ -169,21 +172,21 @@ fn start(
 fn enter(tables: &mut Tables<'_>, boot: Uuid) -> Result<(u64, HashSet<Uuid>), Trouble> {
     let mut boots = HashSet::from([boot]);
     let mut ordinals = Vec::new();
-    for entry in tables.boots.iter()? {
+    for entry in tables.boots.open()?.iter()? {
         let (ordinal, row) = entry?;
         ordinals.push(ordinal.value());
         boots.insert(decoded::<u64, _>("boots", &ordinal.value(), row.value(), decode_uuid)?);
     }
     let ordinal = ordinals.last().map_or(1, |last| last + 1);
-    put(&mut tables.boots, ordinal, encode_uuid(boot))?;
+    put(tables.boots.open()?, ordinal, encode_uuid(boot))?;
     let surplus = (ordinals.len() + 1).saturating_sub(limits::MAX_BOOTS);
     for old in &ordinals[..surplus] {
-        tables.boots.remove(old)?;
+        tables.boots.open()?.remove(old)?;
     }
     Ok((ordinal, boots))
 }
 
 /// Stores the moment, from which the next start goes on.
 pub(super) fn store_clock(tables: &mut Tables<'_>, now: Now) -> Result<(), Trouble> {
-    Ok(put(&mut tables.meta, META_CLOCK, encode(&now))?)
+    Ok(put(tables.meta.open()?, META_CLOCK, encode(&now))?)
 }

@@ -26,6 +26,7 @@ pub(super) struct State {
     pub(super) topics: HashMap<Epoch, Topic>,
     pub(super) subscriptions: HashSet<Epoch>,
     pub(super) publisher_rows: u64,
+    pub(super) key_rows: u64,
     publishers: HashMap<(Epoch, Uuid), Publisher>,
     /// The registered sealed files, and how many segments each holds.
     files: BTreeMap<u64, (Digest, usize)>,
@@ -44,33 +45,36 @@ pub(super) struct Topic {
 
 impl State {
     /// Reads what was committed.
-    pub(super) fn load(tables: &Tables<'_>, boot: u64, clock: Clock) -> Result<Self, Trouble> {
+    pub(super) fn load(tables: &mut Tables<'_>, boot: u64, clock: Clock) -> Result<Self, Trouble> {
         let mut state = Self {
             boot,
             clock,
             topics: HashMap::new(),
             subscriptions: HashSet::new(),
-            publisher_rows: tables.publishers.len()?,
+            publisher_rows: tables.publishers.open()?.len()?,
+            key_rows: tables.keys.open()?.len()?,
             publishers: HashMap::new(),
             files: BTreeMap::new(),
         };
-        for entry in tables.files.iter()? {
+        for entry in tables.files.open()?.iter()? {
             let (file, row) = entry?;
             let digest = decoded::<u64, _>("files", &file.value(), row.value(), rows::decode)?;
             state.files.insert(file.value(), (digest, 0));
         }
-        for entry in tables.topics.iter()? {
+        let mut records: Vec<TopicRecord> = Vec::new();
+        for entry in tables.topics.open()?.iter()? {
             let (epoch, row) = entry?;
             let epoch = epoch.value();
-            let record: TopicRecord =
-                decoded::<u64, _>("topics", &epoch, row.value(), rows::decode)?;
+            records.push(decoded::<u64, _>("topics", &epoch, row.value(), rows::decode)?);
+        }
+        for record in records {
             let topic = Topic::load(tables, &record)?;
             for segment in topic.segments.iter() {
                 state.use_file(segment.file);
             }
             state.topics.insert(record.epoch, topic);
         }
-        for entry in tables.subscriptions.iter()? {
+        for entry in tables.subscriptions.open()?.iter()? {
             state.subscriptions.insert(Epoch(entry?.0.value()));
         }
         Ok(state)
@@ -79,14 +83,14 @@ impl State {
     /// A publisher, from memory or from its row.
     pub(super) fn publisher(
         &self,
-        tables: &Tables<'_>,
+        tables: &mut Tables<'_>,
         topic: Epoch,
         id: Uuid,
     ) -> Result<Option<Publisher>, Trouble> {
         if let Some(publisher) = self.publishers.get(&(topic, id)) {
             return Ok(Some(publisher.clone()));
         }
-        get(&tables.publishers, (topic.0, rows::wide(id.0)), rows::decode::<Publisher>)
+        get(tables.publishers.open()?, (topic.0, rows::wide(id.0)), rows::decode::<Publisher>)
     }
 
     /// Remembers a publisher that the caller stores in the same commit.
@@ -169,8 +173,8 @@ impl Topic {
         self.window = clock::millis(record.config.idempotency_window);
     }
 
-    fn load(tables: &Tables<'_>, record: &TopicRecord) -> Result<Self, Trouble> {
-        let head = match get(&tables.heads, record.epoch.0, rows::decode::<Head>) {
+    fn load(tables: &mut Tables<'_>, record: &TopicRecord) -> Result<Self, Trouble> {
+        let head = match get(tables.heads.open()?, record.epoch.0, rows::decode::<Head>) {
             Ok(head) => head.filter(Head::is_sound),
             Err(Trouble::Damaged(_)) => None,
             Err(error @ Trouble::Redb(_)) => return Err(error),
@@ -181,7 +185,7 @@ impl Topic {
         }
         let mut segments = Vec::new();
         let epoch = record.epoch.0;
-        for entry in tables.segments.range((epoch, 0)..=(epoch, u64::MAX))? {
+        for entry in tables.segments.open()?.range((epoch, 0)..=(epoch, u64::MAX))? {
             let (key, row) = entry?;
             let (key, row) = (key.value(), row.value());
             let row: SegmentRow = decoded::<(u64, u64), _>("segments", &key, row, rows::decode)?;
@@ -204,6 +208,6 @@ impl Topic {
 }
 
 /// The stored moment.
-pub(super) fn stored_now(tables: &Tables<'_>) -> Result<Now, Trouble> {
-    Ok(get(&tables.meta, META_CLOCK, rows::decode::<Now>)?.unwrap_or_default())
+pub(super) fn stored_now(tables: &mut Tables<'_>) -> Result<Now, Trouble> {
+    Ok(get(tables.meta.open()?, META_CLOCK, rows::decode::<Now>)?.unwrap_or_default())
 }

@@ -148,7 +148,7 @@ impl Writer {
         let shared = Arc::clone(&self.shared);
         let database = shared.database();
         let txn = begin(&database)?;
-        let mut group = Group::new(Tables::open(&txn)?, &mut self.state, now, self.full.is_some());
+        let mut group = Group::new(Tables::of(&txn), &mut self.state, now, self.full.is_some());
         for request in requests {
             answers.push(match request {
                 Request::Append(append, promise) => Answer::Append(promise, group.append(append)?),
@@ -173,7 +173,7 @@ impl Writer {
         #[cfg(pubsub_break = "dedup_in_second_transaction")]
         {
             let txn = begin(&database)?;
-            effects.late.write(&mut Tables::open(&txn)?)?;
+            effects.late.write(&mut Tables::of(&txn))?;
             txn.commit()?;
         }
         Ok(effects)
@@ -189,7 +189,7 @@ impl Writer {
         let attempt = || {
             let database = shared.database();
             let txn = begin(&database)?;
-            let done = work(&mut Tables::open(&txn)?, &mut self.state)?;
+            let done = work(&mut Tables::of(&txn), &mut self.state)?;
             match done {
                 Some(_) => txn.commit()?,
                 None => txn.abort()?,
@@ -349,7 +349,7 @@ pub(super) fn explain(path: &str, trouble: Trouble) -> StorageError {
 
 fn load(database: &Database, boot: u64, clock: Clock) -> Result<State, Trouble> {
     let txn = database.begin_write()?;
-    let state = State::load(&Tables::open(&txn)?, boot, clock)?;
+    let state = State::load(&mut Tables::of(&txn), boot, clock)?;
     txn.abort()?;
     Ok(state)
 }
