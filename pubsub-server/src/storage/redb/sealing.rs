@@ -153,6 +153,8 @@ impl Writer {
             self.sealing.not_before = age.after(RETRY_AFTER);
             return false;
         }
+        // It is copied from the tables.
+        self.checkpoint();
         let Some(plan) = self.plan() else {
             return false;
         };

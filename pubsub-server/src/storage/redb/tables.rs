@@ -12,7 +12,7 @@ use ::redb::{
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// The version of the format. A server reads exactly one.
-pub(super) const FORMAT: u32 = 2;
+pub(super) const FORMAT: u32 = 3;
 
 /// Rows are bytes; their encodings are in [`super::rows`].
 pub(super) type Row = &'static [u8];
@@ -55,6 +55,8 @@ pub(super) const FILES: TableDefinition<'_, u64, Row> = TableDefinition::new("fi
 pub(super) const META_FORMAT: &str = "format";
 /// Names in [`META`].
 pub(super) const META_CLOCK: &str = "clock";
+/// Names in [`META`].
+pub(super) const META_LOG: &str = "log";
 
 /// Kinds in [`GARBAGE`].
 pub(super) const GARBAGE_TOPIC: u8 = 1;
