@@ -31,8 +31,16 @@ impl Tail {
     }
 
     pub(super) fn clear(&self) {
+        self.replace(&Batch::default());
+    }
+
+    /// Holds exactly this from now on.
+    pub(super) fn replace(&self, batch: &Batch) {
+        let new = Self::default();
+        new.extend(batch);
+        let new = new.0.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut content = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        let old = std::mem::take(&mut *content);
+        let old = std::mem::replace(&mut *content, new);
         drop(content);
         // Not while readers wait.
         drop(old);

@@ -345,8 +345,7 @@ impl Writer {
         let (clock, boot) = (self.state.clock, self.state.boot);
         let loaded = load(self.disk.as_ref(), &opened, boot, clock);
         (self.state, self.log) = loaded.map_err(|trouble| self.explain(trouble))?;
-        self.shared.tail.clear();
-        self.shared.tail.extend(&self.state.pending);
+        self.shared.tail.replace(&self.state.pending);
         self.chores = Chores::after_open(&self.state);
         *database = Some(opened);
         drop(database);
@@ -408,6 +407,7 @@ impl Writer {
             let now = self.now();
             self.transact(|tables, _| super::open::store_clock(tables, now).map(Some));
         }
+        self.state.close_stored();
         let database = self.shared.database.write().unwrap_or_else(PoisonError::into_inner).take();
         self.shared.cabinet.clear();
         let closed = database.map_or(Ok(()), Database::close);
