@@ -113,7 +113,7 @@ impl Writer {
         if self.chores.next_expiry > age {
             return false;
         }
-        let did = self.transact(|tables, _| expiry_piece(tables, age)).is_some();
+        let did = self.transact(|tables, state| expiry_piece(tables, state, age)).is_some();
         if !did {
             // Nothing is due; a key that comes later lives longer than this.
             self.chores.next_expiry = age.after(1_000);
@@ -181,7 +181,7 @@ fn trim_piece(
     if removed == 0 && trimmed.is_empty() {
         return Ok(None);
     }
-    put(&mut tables.heads, epoch.0, encode(&head))?;
+    put(tables.heads.open()?, epoch.0, encode(&head))?;
     failpoint::pass("collecting");
     if let Some(topic) = state.topics.get_mut(&epoch) {
         topic.head = Some(head);
@@ -199,7 +199,7 @@ fn trim_rows(
 ) -> Result<usize, Trouble> {
     let mut removed = Vec::new();
     let mut read = 0;
-    for entry in tables.messages.range((topic.0, 0)..(topic.0, below))? {
+    for entry in tables.messages.open()?.range((topic.0, 0)..(topic.0, below))? {
         let (key, row) = entry?;
         let (_, base) = key.value();
         match decode_header(topic, base, row.value()) {
@@ -221,7 +221,7 @@ fn trim_rows(
         }
     }
     for base in &removed {
-        tables.messages.remove((topic.0, *base))?;
+        tables.messages.open()?.remove((topic.0, *base))?;
     }
     Ok(removed.len())
 }
@@ -233,7 +233,7 @@ fn garbage_piece(
     state: &mut State,
     scan: Option<Scan>,
 ) -> Result<Option<Option<Scan>>, Trouble> {
-    let Some((kind, epoch)) = tables.garbage.first()?.map(|(key, _)| key.value()) else {
+    let Some((kind, epoch)) = tables.garbage.open()?.first()?.map(|(key, _)| key.value()) else {
         return Ok(None);
     };
     if kind == GARBAGE_SUBSCRIPTION {
@@ -242,10 +242,10 @@ fn garbage_piece(
         let from = own.map_or((0, 0), |scan| scan.from);
         let (next, cursors) = cursors_of(tables, from, epoch)?;
         for key in cursors {
-            tables.cursors.remove(key)?;
+            tables.cursors.open()?.remove(key)?;
         }
         let departed = (epoch, 0)..=(epoch, u64::MAX);
-        let removed = remove_some(&mut tables.departed, departed, PIECE_ROWS)?;
+        let removed = remove_some(tables.departed.open()?, departed, PIECE_ROWS)?;
         let next = next.map(|from| Scan { subscription: epoch, from });
         if next.is_some() || removed > 0 {
             return Ok(Some(next));
@@ -253,29 +253,30 @@ fn garbage_piece(
     } else {
         let rows = |low, high| (epoch, low)..=(epoch, high);
         let keys = (epoch, 0)..=(epoch, u128::MAX);
-        let removed = remove_some(&mut tables.publishers, keys.clone(), PIECE_ROWS)?
-            + remove_some(&mut tables.messages, rows(0, u64::MAX), PIECE_BYTES / ROW_BYTES)?
-            + remove_some(&mut tables.cursors, rows(0, u64::MAX), PIECE_ROWS)?
-            + remove_some(&mut tables.schemas, rows(0, u64::MAX), PIECE_ROWS)?
-            + remove_some(&mut tables.keys, keys, PIECE_ROWS)?;
-        state.publisher_rows = tables.publishers.len()?;
+        let removed = remove_some(tables.publishers.open()?, keys.clone(), PIECE_ROWS)?
+            + remove_some(tables.messages.open()?, rows(0, u64::MAX), PIECE_BYTES / ROW_BYTES)?
+            + remove_some(tables.cursors.open()?, rows(0, u64::MAX), PIECE_ROWS)?
+            + remove_some(tables.schemas.open()?, rows(0, u64::MAX), PIECE_ROWS)?
+            + remove_some(tables.keys.open()?, keys, PIECE_ROWS)?;
+        state.publisher_rows = tables.publishers.open()?.len()?;
+        state.key_rows = tables.keys.open()?.len()?;
         if removed > 0 {
             return Ok(Some(None));
         }
     }
-    tables.garbage.remove((kind, epoch))?;
+    tables.garbage.open()?.remove((kind, epoch))?;
     Ok(Some(None))
 }
 
 /// The cursors of a subscription among the next ones, and where the next ones begin.
 #[expect(clippy::type_complexity, reason = "a place and places")]
 fn cursors_of(
-    tables: &Tables<'_>,
+    tables: &mut Tables<'_>,
     from: (u64, u64),
     subscription: u64,
 ) -> Result<(Option<(u64, u64)>, Vec<(u64, u64)>), Trouble> {
     let mut found = Vec::new();
-    for (seen, entry) in tables.cursors.range(from..)?.enumerate() {
+    for (seen, entry) in tables.cursors.open()?.range(from..)?.enumerate() {
         let key = entry?.0.value();
         if seen >= PIECE_ROWS {
             return Ok((Some(key), found));
@@ -305,8 +306,13 @@ where
     Ok(keys.len())
 }
 
-fn expiry_piece(tables: &mut Tables<'_>, age: Age) -> Result<Option<()>, Trouble> {
-    let Some((key, row)) = tables.expiries.first()?.map(|(key, row)| (key.value(), row)) else {
+fn expiry_piece(
+    tables: &mut Tables<'_>,
+    state: &mut State,
+    age: Age,
+) -> Result<Option<()>, Trouble> {
+    let Some((key, row)) = tables.expiries.open()?.first()?.map(|(key, row)| (key.value(), row))
+    else {
         return Ok(None);
     };
     let (expires, topic, _) = key;
@@ -322,13 +328,14 @@ fn expiry_piece(tables: &mut Tables<'_>, age: Age) -> Result<Option<()>, Trouble
     for hash in hashes.unwrap_or_default() {
         let place = (topic, rows::wide(hash));
         // It may have been used again since, or be damaged.
-        if let Ok(Some(row)) = get(&tables.keys, place, KeyRow::decode)
+        if let Ok(Some(row)) = get(tables.keys.open()?, place, KeyRow::decode)
             && row.expires <= age
         {
-            tables.keys.remove(place)?;
+            tables.keys.open()?.remove(place)?;
         }
     }
-    tables.expiries.remove(key)?;
+    state.key_rows = tables.keys.open()?.len()?;
+    tables.expiries.open()?.remove(key)?;
     Ok(Some(()))
 }
 
@@ -341,7 +348,7 @@ fn sweep_piece(
     let horizon = clock::millis(limits::SESSION_HORIZON);
     let mut old = Vec::new();
     let mut next = None;
-    for (seen, entry) in tables.publishers.range(from..)?.enumerate() {
+    for (seen, entry) in tables.publishers.open()?.range(from..)?.enumerate() {
         let (key, row) = entry?;
         let key = key.value();
         if seen >= PIECE_ROWS {
@@ -354,9 +361,9 @@ fn sweep_piece(
         }
     }
     for (topic, id) in &old {
-        tables.publishers.remove((*topic, *id))?;
+        tables.publishers.open()?.remove((*topic, *id))?;
         state.forget(Epoch(*topic), Uuid(id.to_be_bytes()));
     }
-    state.publisher_rows = tables.publishers.len()?;
+    state.publisher_rows = tables.publishers.open()?.len()?;
     Ok((old.len(), next))
 }

@@ -14,7 +14,7 @@ use ::redb::{BackendError, Builder, Database, DatabaseError, ReadOnlyDatabase, S
 use rustix::fs::{Advice, fadvise, statvfs};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::disk::{Digest, Disk, Space, failed_sync};
+use super::disk::{Digest, Disk, LogFile, Space, failed_sync};
 use crate::record::Timestamp;
 use crate::storage::StorageError;
 
@@ -140,6 +140,28 @@ impl StorageBackend for HotFile {
     }
 }
 
+/// The log.
+#[derive(Debug)]
+struct PlainFile(File);
+
+impl LogFile for PlainFile {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.0.read_exact_at(out, offset)
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(data, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_data().map_err(failed_sync)
+    }
+}
+
 /// Files are nobody else's business.
 fn private() -> OpenOptions {
     let mut options = OpenOptions::new();
@@ -186,6 +208,15 @@ impl Disk for Directory {
     fn create(&self, name: &str, builder: &Builder) -> Result<Database, DatabaseError> {
         let file = private().create(true).truncate(true).open(self.file(name))?;
         builder.create_with_backend(FileBackend::new(file)?)
+    }
+
+    fn open_log(&self, name: &str) -> io::Result<Box<dyn LogFile>> {
+        Ok(Box::new(PlainFile(private().open(self.file(name))?)))
+    }
+
+    fn create_log(&self, name: &str) -> io::Result<Box<dyn LogFile>> {
+        let file = private().create(true).truncate(true).open(self.file(name))?;
+        Ok(Box::new(PlainFile(file)))
     }
 
     fn open_sealed(

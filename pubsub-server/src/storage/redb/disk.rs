@@ -9,6 +9,8 @@ use ::redb::{Builder, Database, DatabaseError, ReadOnlyDatabase};
 
 /// The hot file.
 pub(super) const HOT: &str = "hot.redb";
+/// The log.
+pub(super) const LOG: &str = "commits.log";
 /// The ending of files that are being written. Whatever has it is removed at the next open.
 pub(super) const TEMPORARY: &str = ".tmp";
 
@@ -26,6 +28,12 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
 
     /// Makes a new empty database, replacing a file of that name.
     fn create(&self, name: &str, builder: &Builder) -> Result<Database, DatabaseError>;
+
+    /// Opens the log for reading and writing.
+    fn open_log(&self, name: &str) -> io::Result<Box<dyn LogFile>>;
+
+    /// Makes a new empty log, replacing a file of that name.
+    fn create_log(&self, name: &str) -> io::Result<Box<dyn LogFile>>;
 
     /// Opens a database that is never written again.
     fn open_sealed(&self, name: &str, builder: &Builder)
@@ -62,6 +70,21 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
 
     /// Lets another server have it.
     fn unlock(&self);
+}
+
+/// A file of plain bytes.
+pub(super) trait LogFile: fmt::Debug + Send {
+    /// Its length.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Fills `out` from a place on.
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()>;
+
+    /// Writes to a place.
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Makes what was written durable.
+    fn sync(&self) -> io::Result<()>;
 }
 
 /// A failed sync as it has to reach redb. Whatever the reason, also a disk without room: pages that

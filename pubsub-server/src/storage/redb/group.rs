@@ -2,43 +2,35 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ::redb::{ReadableTable, ReadableTableMetadata};
+use ::redb::{Database, ReadableTable};
+use bytes::Bytes;
 
-use super::rows::{Head, decode, encode, encode_batch, row_length, wide};
+use super::batch::Batch;
+use super::rows::{Head, decode, encode, encode_batch, row_length};
 use super::sealing::release;
 use super::state::{State, Topic};
-use super::tables::{
-    GARBAGE_SUBSCRIPTION, GARBAGE_TOPIC, META_CLOCK, Tables, Trouble, decoded, get, put,
-};
+use super::tables::{GARBAGE_SUBSCRIPTION, GARBAGE_TOPIC, Tables, Trouble, decoded, get, put};
 use crate::limits;
 use crate::record::{CursorRecord, Departed, Epoch, NewMessage, TopicRecord, Uuid};
-use crate::storage::admission::{Admission, Context, KeyRow, Publisher, admit};
-use crate::storage::clock::{Age, Now};
+use crate::storage::admission::{Admission, Context, Publisher, admit};
+use crate::storage::clock::Now;
 use crate::storage::{
     Append, AppendOutcome, AppendRefusal, Change, CommitError, OpenOutcome, OpenPublisher,
 };
 
-/// Hashes in one row of the table of expiries.
-const KEYS_PER_EXPIRY: usize = 1_000;
-
-/// The hash of a key and the message under it.
-type UsedKey = ([u8; 16], u64);
-
-/// Applies requests in order. Rows that every request would write again are written once, by
-/// [`Group::finish`].
+/// Applies requests in order, and collects what they store. Changes that are rare are made in the
+/// tables at once.
 pub(super) struct Group<'t, 's> {
-    tables: Tables<'t>,
+    database: &'s Database,
+    /// Only if there are such changes.
+    tables: Option<&'s mut Tables<'t>>,
     state: &'s mut State,
     now: Now,
     /// Messages are refused, if they are not stored already.
     full: bool,
     messages: BTreeMap<Epoch, Vec<NewMessage>>,
-    publishers: BTreeMap<(Epoch, Uuid), Publisher>,
-    expiries: BTreeMap<(Age, Epoch), Vec<UsedKey>>,
+    batch: Batch,
     effects: Effects,
-    row: Vec<u8>,
-    #[cfg(pubsub_break = "dedup_in_second_transaction")]
-    late_keys: Vec<(Epoch, [u8; 16], KeyRow)>,
 }
 
 /// What to show once the commit is durable.
@@ -58,33 +50,18 @@ pub(super) struct Effects {
     pub(super) doomed: Vec<u64>,
     /// Whether there is anything to commit.
     pub(super) dirty: bool,
-    #[cfg(pubsub_break = "dedup_in_second_transaction")]
-    pub(super) late: Late,
-}
-
-/// The bug that a test has to find: identities are stored after their messages.
-#[cfg(pubsub_break = "dedup_in_second_transaction")]
-#[derive(Debug, Default)]
-pub(super) struct Late {
-    publishers: BTreeMap<(Epoch, Uuid), Publisher>,
-    keys: Vec<(Epoch, [u8; 16], KeyRow)>,
 }
 
 impl<'t, 's> Group<'t, 's> {
-    pub(super) fn new(tables: Tables<'t>, state: &'s mut State, now: Now, full: bool) -> Self {
-        Self {
-            tables,
-            state,
-            now,
-            full,
-            messages: BTreeMap::new(),
-            publishers: BTreeMap::new(),
-            expiries: BTreeMap::new(),
-            effects: Effects::default(),
-            row: Vec::new(),
-            #[cfg(pubsub_break = "dedup_in_second_transaction")]
-            late_keys: Vec::new(),
-        }
+    pub(super) fn new(
+        database: &'s Database,
+        tables: Option<&'s mut Tables<'t>>,
+        state: &'s mut State,
+        now: Now,
+        full: bool,
+    ) -> Self {
+        let (batch, effects) = (Batch::default(), Effects::default());
+        Self { database, tables, state, now, full, messages: BTreeMap::new(), batch, effects }
     }
 
     pub(super) fn append(&mut self, append: Append) -> Result<AppendOutcome, ::redb::Error> {
@@ -98,23 +75,30 @@ impl<'t, 's> Group<'t, 's> {
         };
         let id = append.publisher.map(|publisher| publisher.id);
         let known = match id {
-            Some(id) => self.state.publisher(&self.tables, topic, id)?,
+            Some(id) => self.state.publisher(self.database, topic, id)?,
             None => None,
         };
-        let keys = &self.tables.keys;
+        let Self { batch, state, database, .. } = self;
         let admission =
-            admit(append, known, &context, |key| get(keys, (topic.0, wide(*key)), KeyRow::decode))?;
+            admit(append, known, &context, |key| match batch.keys.get(&(topic, *key)) {
+                Some(row) => Ok(Some(*row)),
+                None => state.key(database, topic, key),
+            })?;
         if self.full && !admission.messages.is_empty() {
             return Ok(Err(AppendRefusal::DiskFull));
         }
-        if let (Some(id), Some(publisher)) = (id, &admission.publisher) {
-            self.remember(topic, id, publisher.clone());
+        let Admission { outcome, messages, keys, publisher } = admission;
+        if let (Some(id), Some(publisher)) = (id, publisher) {
+            self.remember(topic, id, publisher);
         }
-        self.store(topic, &context, admission)
+        self.state.key_rows += keys.len() as u64;
+        self.batch.keys.extend(keys.into_iter().map(|(key, row)| ((topic, key), row)));
+        self.store(topic, &context, messages)?;
+        Ok(outcome)
     }
 
     fn context(&mut self, topic: Epoch) -> Result<Option<Context>, Trouble> {
-        let key_room = limits::MAX_IDEMPOTENCY_KEYS.saturating_sub(self.tables.keys.len()?);
+        let key_room = limits::MAX_IDEMPOTENCY_KEYS.saturating_sub(self.state.key_rows);
         let (now, boot) = (self.now, self.state.boot);
         let Some(Topic { window, .. }) = self.state.topics.get(&topic) else {
             return Ok(None);
@@ -128,24 +112,6 @@ impl<'t, 's> Group<'t, 's> {
     }
 
     fn store(
-        &mut self,
-        topic: Epoch,
-        context: &Context,
-        admission: Admission,
-    ) -> Result<AppendOutcome, Trouble> {
-        let Admission { outcome, messages, keys, .. } = admission;
-        for (key, row) in keys {
-            #[cfg(pubsub_break = "dedup_in_second_transaction")]
-            self.late_keys.push((topic, key, row));
-            #[cfg(not(pubsub_break = "dedup_in_second_transaction"))]
-            put(&mut self.tables.keys, (topic.0, wide(key)), row.encode())?;
-            self.expiries.entry((row.expires, topic)).or_default().push((key, row.sequence));
-        }
-        self.store_messages(topic, context, messages)?;
-        Ok(outcome)
-    }
-
-    fn store_messages(
         &mut self,
         topic: Epoch,
         context: &Context,
@@ -175,7 +141,7 @@ impl<'t, 's> Group<'t, 's> {
         if self.state.head(topic)?.is_none() {
             return Ok(Err(AppendRefusal::NoTopic));
         }
-        let known = self.state.publisher(&self.tables, topic, id)?;
+        let known = self.state.publisher(self.database, topic, id)?;
         let is_new = known.is_none();
         if is_new && self.state.publisher_rows >= limits::MAX_PUBLISHERS {
             return Ok(Err(AppendRefusal::TooManyPublishers));
@@ -192,7 +158,7 @@ impl<'t, 's> Group<'t, 's> {
 
     fn remember(&mut self, topic: Epoch, id: Uuid, publisher: Publisher) {
         self.effects.dirty = true;
-        self.publishers.insert((topic, id), publisher.clone());
+        self.batch.publishers.insert((topic, id));
         self.state.remember(topic, id, publisher);
     }
 
@@ -232,53 +198,21 @@ impl<'t, 's> Group<'t, 's> {
     fn apply_one(&mut self, change: Change) -> Result<(), Trouble> {
         self.effects.dirty = true;
         match change {
-            Change::CreateTopic(record) => {
-                put(&mut self.tables.topics, record.epoch.0, encode(&record))?;
-                self.state.topics.insert(record.epoch, Topic::new(&record));
-                self.touch(record.epoch);
-            }
-            Change::PutTopic(record) => {
-                if let Some(topic) = self.state.topics.get_mut(&record.epoch) {
-                    topic.set(&record);
-                    put(&mut self.tables.topics, record.epoch.0, encode(&record))?;
-                }
-            }
-            Change::DeleteTopic(topic) => self.delete_topic(topic)?,
-            Change::PutSchema(topic, schema) => {
-                if self.state.topics.contains_key(&topic) {
-                    let key = (topic.0, u64::from(schema.revision));
-                    put(&mut self.tables.schemas, key, encode(&*schema))?;
-                }
-            }
-            Change::PutSubscription(record) => {
-                put(&mut self.tables.subscriptions, record.epoch.0, encode(&record))?;
-                self.state.subscriptions.insert(record.epoch);
-            }
-            Change::DeleteSubscription(subscription) => {
-                if self.state.subscriptions.remove(&subscription) {
-                    self.tables.subscriptions.remove(subscription.0)?;
-                    put(
-                        &mut self.tables.garbage,
-                        (GARBAGE_SUBSCRIPTION, subscription.0),
-                        Vec::new(),
-                    )?;
-                    self.effects.garbage = true;
-                }
-            }
             Change::PutCursor { subscription, topic, cursor } => {
-                if !self.state.subscriptions.contains(&subscription) {
-                } else if self.state.topics.contains_key(&topic) {
-                    put(&mut self.tables.cursors, (topic.0, subscription.0), encode(&cursor))?;
-                } else {
-                    self.move_departed((subscription.0, topic.0), cursor)?;
+                let known = self.state.subscriptions.contains(&subscription);
+                match &mut self.tables {
+                    _ if !known => {}
+                    None => drop(self.batch.cursors.insert((topic, subscription), cursor)),
+                    Some(tables) if self.state.topics.contains_key(&topic) => {
+                        let key = (topic.0, subscription.0);
+                        put(tables.cursors.open()?, key, encode(&cursor))?;
+                    }
+                    Some(_) => self.move_departed((subscription.0, topic.0), cursor)?,
                 }
-            }
-            Change::DeleteCursor { subscription, topic } => {
-                self.tables.cursors.remove((topic.0, subscription.0))?;
             }
             Change::Store { topic, message } => {
                 if let Some(context) = self.context(topic)? {
-                    self.store_messages(topic, &context, vec![message])?;
+                    self.store(topic, &context, vec![message])?;
                 }
             }
             Change::Trim { topic, below } => {
@@ -288,6 +222,56 @@ impl<'t, 's> Group<'t, 's> {
                     self.touch(topic);
                 }
             }
+            Change::DeleteTopic(topic) => self.delete_topic(topic)?,
+            Change::CreateTopic(_)
+            | Change::PutTopic(_)
+            | Change::PutSchema(..)
+            | Change::PutSubscription(_)
+            | Change::DeleteSubscription(_)
+            | Change::DeleteCursor { .. } => self.change_tables(change)?,
+        }
+        Ok(())
+    }
+
+    fn change_tables(&mut self, change: Change) -> Result<(), Trouble> {
+        let tables = opened(&mut self.tables);
+        match change {
+            Change::CreateTopic(record) => {
+                put(tables.topics.open()?, record.epoch.0, encode(&record))?;
+                self.state.topics.insert(record.epoch, Topic::new(&record));
+                self.touch(record.epoch);
+            }
+            Change::PutTopic(record) => {
+                if let Some(topic) = self.state.topics.get_mut(&record.epoch) {
+                    topic.set(&record);
+                    put(tables.topics.open()?, record.epoch.0, encode(&record))?;
+                }
+            }
+            Change::PutSchema(topic, schema) => {
+                if self.state.topics.contains_key(&topic) {
+                    let key = (topic.0, u64::from(schema.revision));
+                    put(tables.schemas.open()?, key, encode(&*schema))?;
+                }
+            }
+            Change::PutSubscription(record) => {
+                put(tables.subscriptions.open()?, record.epoch.0, encode(&record))?;
+                self.state.subscriptions.insert(record.epoch);
+            }
+            Change::DeleteSubscription(subscription) => {
+                if self.state.subscriptions.remove(&subscription) {
+                    tables.subscriptions.open()?.remove(subscription.0)?;
+                    let key = (GARBAGE_SUBSCRIPTION, subscription.0);
+                    put(tables.garbage.open()?, key, Vec::new())?;
+                    self.effects.garbage = true;
+                }
+            }
+            Change::DeleteCursor { subscription, topic } => {
+                tables.cursors.open()?.remove((topic.0, subscription.0))?;
+            }
+            Change::DeleteTopic(_)
+            | Change::PutCursor { .. }
+            | Change::Store { .. }
+            | Change::Trim { .. } => unreachable!("they are made where this is called"),
         }
         Ok(())
     }
@@ -298,15 +282,16 @@ impl<'t, 's> Group<'t, 's> {
         let Some(Topic { segments, head, .. }) = self.state.drop_topic(topic) else {
             return Ok(());
         };
+        let tables = opened(&mut self.tables);
         for segment in segments.iter() {
-            let doomed = release(&mut self.tables, self.state, topic, segment)?;
+            let doomed = release(tables, self.state, topic, segment)?;
             self.effects.doomed.extend(doomed);
         }
-        self.tables.topics.remove(topic.0)?;
-        self.tables.heads.remove(topic.0)?;
-        put(&mut self.tables.garbage, (GARBAGE_TOPIC, topic.0), Vec::new())?;
+        tables.topics.open()?.remove(topic.0)?;
+        tables.heads.open()?.remove(topic.0)?;
+        put(tables.garbage.open()?, (GARBAGE_TOPIC, topic.0), Vec::new())?;
         self.messages.remove(&topic);
-        self.publishers.retain(|(of, _), _| *of != topic);
+        self.batch.drop_topic(topic);
         self.effects.touched.remove(&topic);
         self.effects.deleted.insert(topic, head.map_or(0, |head| head.head));
         self.effects.garbage = true;
@@ -315,12 +300,13 @@ impl<'t, 's> Group<'t, 's> {
 
     /// Keeps what subscriptions have to be told of a topic that is being deleted.
     fn depart(&mut self, topic: Epoch) -> Result<(), Trouble> {
-        let record = get(&self.tables.topics, topic.0, decode::<TopicRecord>)?;
+        let tables = opened(&mut self.tables);
+        let record = get(tables.topics.open()?, topic.0, decode::<TopicRecord>)?;
         let (Some(record), Some(state)) = (record, self.state.topics.get(&topic)) else {
             return Ok(());
         };
         let mut departed = Vec::new();
-        for entry in self.tables.cursors.range((topic.0, 0)..=(topic.0, u64::MAX))? {
+        for entry in tables.cursors.open()?.range((topic.0, 0)..=(topic.0, u64::MAX))? {
             let (key, row) = entry?;
             let subscription = Epoch(key.value().1);
             if self.state.subscriptions.contains(&subscription) {
@@ -335,7 +321,7 @@ impl<'t, 's> Group<'t, 's> {
             if cursor.floor < head {
                 let name = record.name.clone();
                 let row = encode(&Departed { name, epoch: topic, head, cursor });
-                put(&mut self.tables.departed, (subscription.0, topic.0), row)?;
+                put(tables.departed.open()?, (subscription.0, topic.0), row)?;
             }
         }
         Ok(())
@@ -343,15 +329,16 @@ impl<'t, 's> Group<'t, 's> {
 
     /// Moves the position in a topic that was deleted.
     fn move_departed(&mut self, key: (u64, u64), cursor: CursorRecord) -> Result<(), Trouble> {
-        let departed = get(&self.tables.departed, key, decode::<Departed>)?;
+        let tables = opened(&mut self.tables);
+        let departed = get(tables.departed.open()?, key, decode::<Departed>)?;
         match departed {
             None => {}
             Some(departed) if cursor.floor >= departed.head => {
-                self.tables.departed.remove(key)?;
+                tables.departed.open()?.remove(key)?;
             }
             Some(departed) => {
                 let row = encode(&Departed { cursor, ..departed });
-                put(&mut self.tables.departed, key, row)?;
+                put(tables.departed.open()?, key, row)?;
             }
         }
         Ok(())
@@ -360,41 +347,20 @@ impl<'t, 's> Group<'t, 's> {
     fn touch(&mut self, topic: Epoch) {
         self.effects.dirty = true;
         self.effects.touched.insert(topic);
+        self.batch.heads.insert(topic);
     }
 
-    /// Writes what was collected.
-    pub(super) fn finish(mut self) -> Result<Effects, Trouble> {
-        if !self.effects.dirty {
-            return Ok(self.effects);
+    /// What there is to be written.
+    pub(super) fn finish(mut self) -> Result<(Effects, Batch), Trouble> {
+        if self.effects.dirty {
+            self.encode_messages()?;
+            self.batch.now = Some(self.now);
+            self.batch.commits = 1;
         }
-        self.write_messages()?;
-        for topic in &self.effects.touched {
-            if let Some(head) = self.state.head(*topic)? {
-                put(&mut self.tables.heads, topic.0, encode(head))?;
-            }
-        }
-        #[cfg(pubsub_break = "dedup_in_second_transaction")]
-        {
-            self.effects.late = Late { publishers: self.publishers, keys: self.late_keys };
-            self.publishers = BTreeMap::new();
-        }
-        for ((topic, id), publisher) in &self.publishers {
-            put(&mut self.tables.publishers, (topic.0, wide(id.0)), encode(publisher))?;
-        }
-        for ((expires, topic), keys) in &self.expiries {
-            for keys in keys.chunks(KEYS_PER_EXPIRY) {
-                // The number of a message with a key is unique, and all that is asked of it.
-                let number = keys.first().map_or(0, |(_, sequence)| *sequence);
-                let hashes = keys.iter().flat_map(|(key, _)| *key).collect();
-                put(&mut self.tables.expiries, (expires.0, topic.0, number), hashes)?;
-            }
-        }
-        self.state.publisher_rows = self.tables.publishers.len()?;
-        put(&mut self.tables.meta, META_CLOCK, encode(&self.now))?;
-        Ok(self.effects)
+        Ok((self.effects, self.batch))
     }
 
-    fn write_messages(&mut self) -> Result<(), Trouble> {
+    fn encode_messages(&mut self) -> Result<(), Trouble> {
         for (topic, messages) in &self.messages {
             let Some(head) = self.state.head(*topic)? else {
                 continue;
@@ -404,14 +370,19 @@ impl<'t, 's> Group<'t, 's> {
             let mut rest = messages.as_slice();
             while !rest.is_empty() {
                 let (row, after) = rest.split_at(row_length(rest));
-                encode_batch(&mut self.row, *topic, base, at, row);
-                self.tables.messages.insert((topic.0, base), self.row.as_slice())?;
+                let encoded = Bytes::from(encode_batch(*topic, base, at, row));
+                self.batch.rows.push((*topic, base, encoded));
                 base += row.len() as u64;
                 rest = after;
             }
         }
         Ok(())
     }
+}
+
+/// The tables; see [`State::can_log`].
+fn opened<'s, 't>(tables: &'s mut Option<&mut Tables<'t>>) -> &'s mut Tables<'t> {
+    tables.as_mut().expect("what changes tables is not logged")
 }
 
 /// Damage concerns one topic or publisher; anything else concerns the whole commit.
@@ -425,18 +396,5 @@ fn refuse_damaged<T>(
             Ok(Err(AppendRefusal::Damaged))
         }
         Err(Trouble::Redb(error)) => Err(error),
-    }
-}
-
-#[cfg(pubsub_break = "dedup_in_second_transaction")]
-impl Late {
-    pub(super) fn write(&self, tables: &mut Tables<'_>) -> Result<(), Trouble> {
-        for ((topic, id), publisher) in &self.publishers {
-            put(&mut tables.publishers, (topic.0, wide(id.0)), encode(publisher))?;
-        }
-        for (topic, key, row) in &self.keys {
-            put(&mut tables.keys, (topic.0, wide(*key)), row.encode())?;
-        }
-        Ok(())
     }
 }

@@ -1,8 +1,9 @@
 //! The engine on [redb](https://www.redb.org): one committer, group commit with fsync.
 //!
 //! `docs/format.md` describes the files. The way of a write: [`Redb`] puts a request into the
-//! `queue`; the `writer` takes what has queued, applies it as a `group` to one transaction,
-//! commits, shows the new heads in `shared`, and answers. The `reader` starts from there.
+//! `queue`; the `writer` takes what has queued, applies it as a `group`, and commits the `batch` that
+//! comes out to the `log`, or with what else is in the log to the tables; it shows the new heads in
+//! `shared`, and answers. The `reader` starts from there, and looks into the `tail` of the log first.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -26,10 +27,12 @@ use super::{
 use crate::env::SharedEnv;
 use crate::record::{Epoch, StoredMessage, Timestamp, Uuid};
 
+mod batch;
 mod chores;
 mod directory;
 mod disk;
 mod group;
+mod log;
 mod open;
 #[cfg(test)]
 mod power_cuts;
@@ -42,7 +45,9 @@ mod shared;
 #[cfg(test)]
 pub(super) mod simulation;
 mod state;
+mod stored;
 mod tables;
+mod tail;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -55,6 +60,8 @@ const CACHE_BYTES: usize = 64 * 1024 * 1024;
 const HOT_BYTES: u64 = 256 * 1024 * 1024;
 /// Messages in a sealed file.
 const FILE_BYTES: u64 = 64 * 1024 * 1024;
+/// The log: all of it is read when the store is opened, and what it holds is in memory as well.
+const LOG_BYTES: usize = 8 * 1024 * 1024;
 
 /// How a store is opened.
 #[derive(Clone, Debug)]
@@ -109,6 +116,7 @@ impl Redb {
             watermark: options.free_bytes,
             hot_bytes: HOT_BYTES,
             file_bytes: FILE_BYTES,
+            log_bytes: LOG_BYTES,
             inline: options.inline,
         };
         Self::open_on(Arc::new(directory), options.env, opening)

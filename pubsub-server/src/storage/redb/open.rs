@@ -7,12 +7,15 @@ use std::sync::Arc;
 use ::redb::{Builder, Database, ReadableDatabase, ReadableTable, TableError};
 use tokio::time::Instant;
 
-use super::disk::{Disk, HOT, TEMPORARY};
+use super::disk::{Disk, HOT, LOG, TEMPORARY};
+use super::log::{self, Log, Mark};
 use super::rows::{decode_uuid, encode, encode_uuid};
 use super::sealed::{self, Cabinet};
 use super::shared::{Shared, explain as explain_redb};
 use super::state::{State, stored_now};
-use super::tables::{FORMAT, META, META_CLOCK, META_FORMAT, Tables, Trouble, decoded, get, put};
+use super::tables::{
+    FORMAT, META, META_CLOCK, META_FORMAT, META_LOG, Tables, Trouble, decoded, get, put,
+};
 use super::writer::{Writer, explain, is_full};
 use crate::env::SharedEnv;
 use crate::limits;
@@ -29,6 +32,8 @@ pub(super) struct Opening {
     pub(super) hot_bytes: u64,
     /// About this many go to a sealed file.
     pub(super) file_bytes: u64,
+    /// The size of the log, if it is made.
+    pub(super) log_bytes: usize,
     /// Everything happens where it is called.
     pub(super) inline: bool,
 }
@@ -59,31 +64,40 @@ pub(super) fn open(
             let detail = format!("there are sealed files, but no {HOT}");
             return Err(StorageError::Corrupt { path, detail });
         }
+        // Whoever finds the hot file finds the log, too.
+        log::create(disk.as_ref(), opening.log_bytes).map_err(io)?;
         create(disk.as_ref(), opening).map_err(|trouble| explain(&path, trouble))?;
     }
     if !disk.is_clean() {
         let io = |error| explain_redb(&format!("{path}/{HOT}"), ::redb::Error::Io(error));
-        disk.sync(HOT).map_err(io)?;
+        disk.sync(HOT).and_then(|()| disk.sync(LOG)).map_err(io)?;
     }
     let database = open_hot(disk.as_ref(), opening)?;
     check_format(&path, &database)?;
+    if !disk.list().map_err(io)?.iter().any(|name| name == LOG) {
+        if !disk.is_clean() {
+            let detail = "the file is missing, and it may hold messages".to_owned();
+            return Err(StorageError::Corrupt { path: format!("{path}/{LOG}"), detail });
+        }
+        log::create(disk.as_ref(), opening.log_bytes).map_err(io)?;
+    }
     disk.set_clean(false).map_err(io)?;
     if let Err(error) = disk.set_ballast(true) {
         tracing::warn!(%error, "there is no room for the ballast");
     }
     let boot = env.uuid();
-    let (database, started) = match start(&database, &env, boot) {
+    let (database, started) = match start(disk.as_ref(), &database, &env, boot) {
         Err(trouble) if is_full(&trouble) => {
             // The ballast is for this too: positions can be stored, and what is trimmed makes room.
             disk.set_ballast(false).map_err(io)?;
             drop(database);
             let database = open_hot(disk.as_ref(), opening)?;
-            let started = start(&database, &env, boot);
+            let started = start(disk.as_ref(), &database, &env, boot);
             (database, started)
         }
         started => (database, started),
     };
-    let (state, boots) = started.map_err(|trouble| explain(&path, trouble))?;
+    let (state, log, boots) = started.map_err(|trouble| explain(&path, trouble))?;
     let cabinet = Cabinet::new(Arc::clone(&disk));
     state.files().for_each(|(file, digest)| cabinet.register(file, digest));
     let known: HashSet<u64> = state.files().map(|(file, _)| file).collect();
@@ -94,7 +108,7 @@ pub(super) fn open(
         }
     }
     let shared = Arc::new(Shared::new(path, database, cabinet));
-    let writer = Writer::new(Arc::clone(&shared), disk, env, opening, state);
+    let writer = Writer::new(Arc::clone(&shared), disk, env, opening, (state, log));
     Ok(Opened { shared, writer, boot, boots })
 }
 
@@ -119,7 +133,11 @@ fn create(disk: &dyn Disk, opening: Opening) -> Result<(), Trouble> {
     builder.set_cache_size(opening.cache_bytes);
     let database = disk.create(&temporary, &builder)?;
     let txn = database.begin_write()?;
-    put(&mut Tables::open(&txn)?.meta, META_FORMAT, FORMAT.to_le_bytes().to_vec())?;
+    let mut tables = Tables::of(&txn);
+    tables.make()?;
+    put(tables.meta.open()?, META_FORMAT, FORMAT.to_le_bytes().to_vec())?;
+    put(tables.meta.open()?, META_LOG, encode(&Mark::default()))?;
+    drop(tables);
     txn.commit()?;
     database.close()?;
     let named = disk.sync(&temporary).and_then(|()| disk.rename(&temporary, HOT));
@@ -150,40 +168,52 @@ fn check_format(path: &str, database: &Database) -> Result<(), StorageError> {
 
 /// Enters this start in the ledger and reads what the writer needs.
 fn start(
+    disk: &dyn Disk,
     database: &Database,
     env: &SharedEnv,
     boot: Uuid,
-) -> Result<(State, HashSet<Uuid>), Trouble> {
+) -> Result<(State, Log, HashSet<Uuid>), Trouble> {
     let txn = database.begin_write()?;
-    let mut tables = Tables::open(&txn)?;
+    let mut tables = Tables::of(&txn);
     let (ordinal, boots) = enter(&mut tables, boot)?;
-    let stored = stored_now(&tables)?;
-    let mut clock = Clock::resume(stored, env.now(), Instant::now());
-    store_clock(&mut tables, clock.now(env.now(), Instant::now()))?;
-    let state = State::load(&tables, ordinal, clock)?;
+    let clock = Clock::resume(Now::default(), env.now(), Instant::now());
+    let (mut state, mut log) = State::load(&mut tables, disk, ordinal, clock)?;
+    let stored = stored_now(&mut tables, &state.pending)?;
+    state.clock = Clock::resume(stored, env.now(), Instant::now());
+    state.settle(&mut tables, log.mark())?;
+    let now = state.clock.now(env.now(), Instant::now());
+    store_clock(&mut tables, now)?;
+    let [_, salt] = halves(env.uuid());
+    log.clear(salt);
+    put(tables.meta.open()?, META_LOG, encode(&log.mark()))?;
     drop(tables);
     txn.commit()?;
-    Ok((state, boots))
+    Ok((state, log, boots))
+}
+
+fn halves(random: Uuid) -> [u64; 2] {
+    let (halves, _) = random.0.as_chunks::<8>();
+    [u64::from_le_bytes(halves[0]), u64::from_le_bytes(halves[1])]
 }
 
 fn enter(tables: &mut Tables<'_>, boot: Uuid) -> Result<(u64, HashSet<Uuid>), Trouble> {
     let mut boots = HashSet::from([boot]);
     let mut ordinals = Vec::new();
-    for entry in tables.boots.iter()? {
+    for entry in tables.boots.open()?.iter()? {
         let (ordinal, row) = entry?;
         ordinals.push(ordinal.value());
         boots.insert(decoded::<u64, _>("boots", &ordinal.value(), row.value(), decode_uuid)?);
     }
     let ordinal = ordinals.last().map_or(1, |last| last + 1);
-    put(&mut tables.boots, ordinal, encode_uuid(boot))?;
+    put(tables.boots.open()?, ordinal, encode_uuid(boot))?;
     let surplus = (ordinals.len() + 1).saturating_sub(limits::MAX_BOOTS);
     for old in &ordinals[..surplus] {
-        tables.boots.remove(old)?;
+        tables.boots.open()?.remove(old)?;
     }
     Ok((ordinal, boots))
 }
 
 /// Stores the moment, from which the next start goes on.
 pub(super) fn store_clock(tables: &mut Tables<'_>, now: Now) -> Result<(), Trouble> {
-    Ok(put(&mut tables.meta, META_CLOCK, encode(&now))?)
+    Ok(put(tables.meta.open()?, META_CLOCK, encode(&now))?)
 }

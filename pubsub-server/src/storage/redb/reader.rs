@@ -34,6 +34,15 @@ pub(super) fn read(
     let mut chunk = Chunk { topic, next: from, limit, bytes: 0, messages: Vec::new(), full: false };
     while chunk.next <= until && !chunk.full {
         let next = chunk.next;
+        let first = shared.tail.first(topic);
+        if let Some((header, row)) = shared.tail.row(topic, next) {
+            chunk
+                .take_or_end(header, row, until)
+                .map_err(|_| ReadError::DataLoss { sequence: next })?;
+            continue;
+        }
+        // What has left the tail since is in the hot file.
+        let until = first.map_or(until, |first| until.min(first.max(next + 1) - 1));
         look_up(shared, topic, next, |table, end| chunk.fill(table, until.min(end)))?;
     }
     Ok(chunk.messages)
@@ -47,6 +56,10 @@ pub(super) fn find(shared: &Shared, topic: Epoch, time: Timestamp) -> Result<u64
     // All messages of a row have one time, and times never decrease.
     while low < high {
         let middle = low + (high - low) / 2;
+        if let Some((header, _)) = shared.tail.row(topic, middle) {
+            (low, high) = narrow(&header, time, low, high);
+            continue;
+        }
         let header = match look_up(shared, topic, middle, |table, _| locate(table, topic, middle)) {
             // Trimmed in the meantime.
             Err(ReadError::Trimmed { first }) => {
@@ -55,17 +68,20 @@ pub(super) fn find(shared: &Shared, topic: Epoch, time: Timestamp) -> Result<u64
             }
             header => header?,
         };
-        if header.at >= time {
-            high = header.base.max(low);
-        } else {
-            low = header.end();
-        }
+        (low, high) = narrow(&header, time, low, high);
     }
     Ok(low.min(head + 1))
 }
 
+/// What remains of a range to be searched for a time.
+fn narrow(header: &BatchHeader, time: Timestamp, low: u64, high: u64) -> (u64, u64) {
+    if header.at >= time { (low, header.base.max(low)) } else { (header.end(), high) }
+}
+
 /// See [`crate::storage::Storage::catalog`].
 pub(super) fn catalog(shared: &Shared) -> Result<Catalog, Trouble> {
+    // Before the tables, where they are if they are not here any more.
+    let mut recent = shared.tail.cursors();
     let guard = shared.database();
     let database = guard.as_ref().ok_or(::redb::Error::DatabaseClosed)?;
     let txn = database.begin_read()?;
@@ -93,7 +109,13 @@ pub(super) fn catalog(shared: &Shared) -> Result<Catalog, Trouble> {
         // The others are garbage that is not collected yet.
         if topics.contains(&topic) {
             let cursor = decoded::<(u64, u64), _>("cursors", &key.value(), row.value(), decode)?;
+            let cursor = recent.remove(&(Epoch(topic), Epoch(subscription))).unwrap_or(cursor);
             cursors.entry(subscription).or_default().push((Epoch(topic), cursor));
+        }
+    }
+    for ((topic, subscription), cursor) in recent {
+        if topics.contains(&topic.0) {
+            cursors.entry(subscription.0).or_default().push((topic, cursor));
         }
     }
     for entry in txn.open_table(SUBSCRIPTIONS)?.iter()? {
@@ -241,11 +263,21 @@ impl Chunk {
     /// there meets it again.
     fn fill(&mut self, table: &MessageTable, until: u64) -> Result<(), Miss> {
         let filled = self.try_fill(table, until);
-        if filled.is_err() && !self.messages.is_empty() {
+        self.or_end(filled)
+    }
+
+    /// Reads on in one row, likewise.
+    fn take_or_end(&mut self, header: BatchHeader, row: Bytes, until: u64) -> Result<(), Miss> {
+        let taken = self.take(header, row, until);
+        self.or_end(taken)
+    }
+
+    fn or_end(&mut self, result: Result<(), Miss>) -> Result<(), Miss> {
+        if result.is_err() && !self.messages.is_empty() {
             self.full = true;
             return Ok(());
         }
-        filled
+        result
     }
 
     fn try_fill(&mut self, table: &MessageTable, until: u64) -> Result<(), Miss> {
@@ -259,18 +291,27 @@ impl Chunk {
             if !(header.base..header.end()).contains(&self.next) {
                 return Err(lost());
             }
-            let mut messages = Messages::new(header, Bytes::copy_from_slice(row.value()));
-            messages.skip_to(self.next).ok_or_else(lost)?;
-            for message in messages.take_while(|message| {
-                message.as_ref().map_or(true, |message| message.sequence <= until)
-            }) {
-                self.push(message.map_err(Miss::Lost)?);
-                if self.full {
-                    return Ok(());
-                }
+            self.take(header, Bytes::copy_from_slice(row.value()), until)?;
+            if self.full {
+                return Ok(());
             }
         }
         if self.next <= until { Err(Miss::Lost(self.next)) } else { Ok(()) }
+    }
+
+    /// Reads on in the row that holds the next sequence.
+    fn take(&mut self, header: BatchHeader, row: Bytes, until: u64) -> Result<(), Miss> {
+        let mut messages = Messages::new(header, row);
+        messages.skip_to(self.next).ok_or(Miss::Lost(self.next))?;
+        for message in messages
+            .take_while(|message| message.as_ref().map_or(true, |each| each.sequence <= until))
+        {
+            self.push(message.map_err(Miss::Lost)?);
+            if self.full {
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn push(&mut self, message: StoredMessage) {

@@ -135,20 +135,20 @@ impl BatchHeader {
     }
 }
 
-/// Encodes a row; it replaces what is in `row`.
+/// Encodes a row.
 pub(super) fn encode_batch(
-    row: &mut Vec<u8>,
     topic: Epoch,
     base: u64,
     at: Timestamp,
     messages: &[NewMessage],
-) {
-    row.clear();
+) -> Vec<u8> {
+    let size: usize = messages.iter().map(encoded_len).sum();
+    let mut row = Vec::with_capacity(BATCH_HEADER_BYTES + size);
     let bytes: usize = messages.iter().map(|message| message.body.len()).sum();
     row.put_u32_le(length(messages.len()));
     row.put_u32_le(length(bytes));
     row.put_u64_le(at.0);
-    row.put_u64_le(sum_at(topic, base, row));
+    row.put_u64_le(sum_at(topic, base, &row));
     for (message, sequence) in messages.iter().zip(base..) {
         let start = row.len();
         let recipients: usize = message.recipients.iter().map(|name| 1 + name.as_str().len()).sum();
@@ -162,6 +162,7 @@ pub(super) fn encode_batch(
         let sum = sum_at(topic, sequence, &row[start..]);
         row.put_u64_le(sum);
     }
+    row
 }
 
 /// Reads and verifies the header of a row.

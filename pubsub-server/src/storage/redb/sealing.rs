@@ -153,6 +153,8 @@ impl Writer {
             self.sealing.not_before = age.after(RETRY_AFTER);
             return false;
         }
+        // It is copied from the tables.
+        self.checkpoint();
         let Some(plan) = self.plan() else {
             return false;
         };
@@ -303,14 +305,14 @@ fn register(
         topic.segments = Arc::new(segments);
         state.use_file(segment.file);
         let row = encode(&SegmentRow::of(segment));
-        put(&mut tables.segments, (epoch.0, segment.first), row)?;
+        put(tables.segments.open()?, (epoch.0, segment.first), row)?;
         topics.push(*epoch);
     }
     if topics.is_empty() {
         state.release_file(sealed.file);
         return Ok(None);
     }
-    put(&mut tables.files, sealed.file, encode(&sealed.digest))?;
+    put(tables.files.open()?, sealed.file, encode(&sealed.digest))?;
     Ok(Some(topics))
 }
 
@@ -410,10 +412,10 @@ pub(super) fn release(
     topic: Epoch,
     segment: &Segment,
 ) -> Result<Option<u64>, Trouble> {
-    tables.segments.remove((topic.0, segment.first))?;
+    tables.segments.open()?.remove((topic.0, segment.first))?;
     if !state.release_file(segment.file) {
         return Ok(None);
     }
-    tables.files.remove(segment.file)?;
+    tables.files.open()?.remove(segment.file)?;
     Ok(Some(segment.file))
 }

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 use super::rows::Head;
 use super::sealed::{Cabinet, Segment};
+use super::tail::Tail;
 use crate::record::Epoch;
 use crate::storage::{Health, StorageError, TopicStats};
 
@@ -18,6 +19,7 @@ pub(super) struct Shared {
     /// `None` once closed. The writer takes the lock for writing only to reopen or close.
     pub(super) database: RwLock<Option<Database>>,
     pub(super) cabinet: Cabinet,
+    pub(super) tail: Tail,
     topics: RwLock<HashMap<Epoch, Arc<TopicView>>>,
     health: watch::Sender<Health>,
 }
@@ -59,6 +61,7 @@ impl Shared {
             path,
             database: RwLock::new(Some(database)),
             cabinet,
+            tail: Tail::default(),
             topics: RwLock::default(),
             health: watch::Sender::new(Health::Ok),
         }

@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use ::redb::{BackendError, Builder, Database, DatabaseError, ReadOnlyDatabase, StorageBackend};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::disk::{Digest, Disk, Space, failed_sync};
+use super::disk::{Digest, Disk, LogFile, Space, failed_sync};
 use super::open::Opening;
-use super::{CACHE_BYTES, Redb};
+use super::{CACHE_BYTES, Redb, log};
 use crate::env::SharedEnv;
 use crate::storage::testing::Random;
 use crate::storage::{Storage, StorageError};
@@ -368,6 +368,24 @@ impl SimDisk {
     }
 }
 
+impl LogFile for SimFile {
+    fn len(&self) -> io::Result<u64> {
+        StorageBackend::len(self)
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        StorageBackend::read(self, offset, out)
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        StorageBackend::write(self, offset, data)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+}
+
 impl Disk for SimDisk {
     fn path(&self) -> String {
         "simulated".to_owned()
@@ -388,6 +406,21 @@ impl Disk for SimDisk {
         state.rename(name, Some(id));
         drop(state);
         builder.create_with_backend(self.backend(id))
+    }
+
+    fn open_log(&self, name: &str) -> io::Result<Box<dyn LogFile>> {
+        let id = self.state().file(name)?;
+        Ok(Box::new(self.backend(id)))
+    }
+
+    fn create_log(&self, name: &str) -> io::Result<Box<dyn LogFile>> {
+        let mut state = self.state();
+        state.tick()?;
+        let id = state.files.len();
+        state.files.push(FileState::default());
+        state.rename(name, Some(id));
+        drop(state);
+        Ok(Box::new(self.backend(id)))
     }
 
     fn open_sealed(
@@ -484,6 +517,7 @@ pub(super) const OPENING: Opening = Opening {
     watermark: Some(0),
     hot_bytes: 6_000,
     file_bytes: 3_000,
+    log_bytes: 10 * log::BLOCK,
     inline: true,
 };
 

@@ -3,14 +3,19 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-use ::redb::{ReadableTable, ReadableTableMetadata};
+use ::redb::{Database, ReadableTable, ReadableTableMetadata};
 
-use super::disk::Digest;
+use super::batch::Batch;
+use super::disk::{Digest, Disk};
+use super::log::{Log, Mark};
+use super::queue::Request;
 use super::rows::{self, Head};
 use super::sealed::{Segment, SegmentRow};
-use super::tables::{Damaged, META_CLOCK, Tables, Trouble, decoded, get};
+use super::stored::Stored;
+use super::tables::{Damaged, META_CLOCK, META_LOG, Tables, Trouble, decoded, get, put};
 use crate::record::{Epoch, TopicRecord, Uuid};
-use crate::storage::admission::Publisher;
+use crate::storage::Change;
+use crate::storage::admission::{KeyRow, Publisher};
 use crate::storage::clock::{self, Clock, Now};
 
 /// Publishers whose rows are kept in memory; beyond it they are read again.
@@ -26,7 +31,11 @@ pub(super) struct State {
     pub(super) topics: HashMap<Epoch, Topic>,
     pub(super) subscriptions: HashSet<Epoch>,
     pub(super) publisher_rows: u64,
+    pub(super) key_rows: u64,
     publishers: HashMap<(Epoch, Uuid), Publisher>,
+    /// What is in the log and not in the tables.
+    pub(super) pending: Batch,
+    stored: Stored,
     /// The registered sealed files, and how many segments each holds.
     files: BTreeMap<u64, (Digest, usize)>,
 }
@@ -44,49 +53,123 @@ pub(super) struct Topic {
 
 impl State {
     /// Reads what was committed.
-    pub(super) fn load(tables: &Tables<'_>, boot: u64, clock: Clock) -> Result<Self, Trouble> {
+    pub(super) fn load(
+        tables: &mut Tables<'_>,
+        disk: &dyn Disk,
+        boot: u64,
+        clock: Clock,
+    ) -> Result<(Self, Log), Trouble> {
+        let mut state = Self::of_tables(tables, boot, clock)?;
+        let (log, records) = Log::open(disk, stored_mark(tables)?)?;
+        for record in records {
+            state.replay(record)?;
+        }
+        Ok((state, log))
+    }
+
+    fn of_tables(tables: &mut Tables<'_>, boot: u64, clock: Clock) -> Result<Self, Trouble> {
         let mut state = Self {
             boot,
             clock,
             topics: HashMap::new(),
             subscriptions: HashSet::new(),
-            publisher_rows: tables.publishers.len()?,
+            publisher_rows: tables.publishers.open()?.len()?,
+            key_rows: tables.keys.open()?.len()?,
             publishers: HashMap::new(),
+            pending: Batch::default(),
+            stored: Stored::default(),
             files: BTreeMap::new(),
         };
-        for entry in tables.files.iter()? {
+        for entry in tables.files.open()?.iter()? {
             let (file, row) = entry?;
             let digest = decoded::<u64, _>("files", &file.value(), row.value(), rows::decode)?;
             state.files.insert(file.value(), (digest, 0));
         }
-        for entry in tables.topics.iter()? {
+        let mut records: Vec<TopicRecord> = Vec::new();
+        for entry in tables.topics.open()?.iter()? {
             let (epoch, row) = entry?;
             let epoch = epoch.value();
-            let record: TopicRecord =
-                decoded::<u64, _>("topics", &epoch, row.value(), rows::decode)?;
+            records.push(decoded::<u64, _>("topics", &epoch, row.value(), rows::decode)?);
+        }
+        for record in records {
             let topic = Topic::load(tables, &record)?;
             for segment in topic.segments.iter() {
                 state.use_file(segment.file);
             }
             state.topics.insert(record.epoch, topic);
         }
-        for entry in tables.subscriptions.iter()? {
+        for entry in tables.subscriptions.open()?.iter()? {
             state.subscriptions.insert(Epoch(entry?.0.value()));
         }
         Ok(state)
     }
 
+    /// Whether a request can go to the log: it adds messages, publishers and positions, and looks at
+    /// nothing else.
+    pub(super) fn can_log(&self, request: &Request) -> bool {
+        match request {
+            Request::Append(..) | Request::Open(..) => true,
+            Request::Apply(changes, ..) => changes.iter().all(|change| match change {
+                Change::Store { .. } => true,
+                Change::PutCursor { topic, .. } => self.topics.contains_key(topic),
+                Change::CreateTopic(_)
+                | Change::PutTopic(_)
+                | Change::DeleteTopic(_)
+                | Change::PutSchema(..)
+                | Change::PutSubscription(_)
+                | Change::DeleteSubscription(_)
+                | Change::DeleteCursor { .. }
+                | Change::Trim { .. } => false,
+            }),
+        }
+    }
+
     /// A publisher, from memory or from its row.
     pub(super) fn publisher(
-        &self,
-        tables: &Tables<'_>,
+        &mut self,
+        database: &Database,
         topic: Epoch,
         id: Uuid,
     ) -> Result<Option<Publisher>, Trouble> {
         if let Some(publisher) = self.publishers.get(&(topic, id)) {
             return Ok(Some(publisher.clone()));
         }
-        get(&tables.publishers, (topic.0, rows::wide(id.0)), rows::decode::<Publisher>)
+        self.stored.publisher(database, topic, id)
+    }
+
+    /// A publisher from memory.
+    pub(super) fn cached_publisher(&self, topic: Epoch, id: Uuid) -> Option<&Publisher> {
+        self.publishers.get(&(topic, id))
+    }
+
+    /// What was committed of a key.
+    pub(super) fn key(
+        &mut self,
+        database: &Database,
+        topic: Epoch,
+        key: &[u8; 16],
+    ) -> Result<Option<KeyRow>, Trouble> {
+        match self.pending.keys.get(&(topic, *key)) {
+            Some(row) => Ok(Some(*row)),
+            None => self.stored.key(database, topic, key),
+        }
+    }
+
+    /// Reads nothing more of the tables as they are.
+    pub(super) fn close_stored(&mut self) {
+        self.stored.close();
+    }
+
+    /// Moves what is in the log to the tables, and says whether there was something. The mark that
+    /// it leaves counts with their commit.
+    pub(super) fn settle(&mut self, tables: &mut Tables<'_>, mark: Mark) -> Result<bool, Trouble> {
+        self.stored.close();
+        if self.pending.is_empty() {
+            return Ok(false);
+        }
+        std::mem::take(&mut self.pending).write(tables, self)?;
+        put(tables.meta.open()?, META_LOG, rows::encode(&mark))?;
+        Ok(true)
     }
 
     /// Remembers a publisher that the caller stores in the same commit.
@@ -94,11 +177,12 @@ impl State {
         self.publishers.insert((topic, id), publisher);
     }
 
-    /// Bounds the memory, between commits. It is a cache of rows: emptying it costs reads and
-    /// nothing else.
+    /// Bounds the memory, between commits. Beside what is in the log it is a cache of rows: emptying
+    /// it costs reads and nothing else.
     pub(super) fn shed(&mut self) {
-        if self.publishers.len() > CACHED_PUBLISHERS {
-            self.publishers.clear();
+        let pending = &self.pending.publishers;
+        if self.publishers.len() > CACHED_PUBLISHERS + 2 * pending.len() {
+            self.publishers.retain(|publisher, _| pending.contains(publisher));
         }
     }
 
@@ -169,8 +253,8 @@ impl Topic {
         self.window = clock::millis(record.config.idempotency_window);
     }
 
-    fn load(tables: &Tables<'_>, record: &TopicRecord) -> Result<Self, Trouble> {
-        let head = match get(&tables.heads, record.epoch.0, rows::decode::<Head>) {
+    fn load(tables: &mut Tables<'_>, record: &TopicRecord) -> Result<Self, Trouble> {
+        let head = match get(tables.heads.open()?, record.epoch.0, rows::decode::<Head>) {
             Ok(head) => head.filter(Head::is_sound),
             Err(Trouble::Damaged(_)) => None,
             Err(error @ Trouble::Redb(_)) => return Err(error),
@@ -181,7 +265,7 @@ impl Topic {
         }
         let mut segments = Vec::new();
         let epoch = record.epoch.0;
-        for entry in tables.segments.range((epoch, 0)..=(epoch, u64::MAX))? {
+        for entry in tables.segments.open()?.range((epoch, 0)..=(epoch, u64::MAX))? {
             let (key, row) = entry?;
             let (key, row) = (key.value(), row.value());
             let row: SegmentRow = decoded::<(u64, u64), _>("segments", &key, row, rows::decode)?;
@@ -203,7 +287,16 @@ impl Topic {
     }
 }
 
-/// The stored moment.
-pub(super) fn stored_now(tables: &Tables<'_>) -> Result<Now, Trouble> {
-    Ok(get(&tables.meta, META_CLOCK, rows::decode::<Now>)?.unwrap_or_default())
+/// The mark of the log.
+pub(super) fn stored_mark(tables: &mut Tables<'_>) -> Result<Mark, Trouble> {
+    Ok(get(tables.meta.open()?, META_LOG, rows::decode::<Mark>)?
+        .ok_or_else(|| Damaged::in_table("meta"))?)
+}
+
+/// The moment that was stored last.
+pub(super) fn stored_now(tables: &mut Tables<'_>, pending: &Batch) -> Result<Now, Trouble> {
+    if let Some(now) = pending.now {
+        return Ok(now);
+    }
+    Ok(get(tables.meta.open()?, META_CLOCK, rows::decode::<Now>)?.unwrap_or_default())
 }

@@ -12,7 +12,7 @@ use ::redb::{
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// The version of the format. A server reads exactly one.
-pub(super) const FORMAT: u32 = 2;
+pub(super) const FORMAT: u32 = 3;
 
 /// Rows are bytes; their encodings are in [`super::rows`].
 pub(super) type Row = &'static [u8];
@@ -55,29 +55,54 @@ pub(super) const FILES: TableDefinition<'_, u64, Row> = TableDefinition::new("fi
 pub(super) const META_FORMAT: &str = "format";
 /// Names in [`META`].
 pub(super) const META_CLOCK: &str = "clock";
+/// Names in [`META`].
+pub(super) const META_LOG: &str = "log";
 
 /// Kinds in [`GARBAGE`].
 pub(super) const GARBAGE_TOPIC: u8 = 1;
 /// Kinds in [`GARBAGE`].
 pub(super) const GARBAGE_SUBSCRIPTION: u8 = 2;
 
-/// All tables of the hot file in one write transaction.
+/// The tables of the hot file in one write transaction. Each is opened when it is used first:
+/// opening all of them costs as much as storing a message.
 pub(super) struct Tables<'t> {
-    pub(super) meta: Table<'t, &'static str, Row>,
-    pub(super) boots: Table<'t, u64, Row>,
-    pub(super) topics: Table<'t, u64, Row>,
-    pub(super) heads: Table<'t, u64, Row>,
-    pub(super) schemas: Table<'t, (u64, u64), Row>,
-    pub(super) messages: Table<'t, (u64, u64), Row>,
-    pub(super) publishers: Table<'t, (u64, u128), Row>,
-    pub(super) keys: Table<'t, (u64, u128), Row>,
-    pub(super) expiries: Table<'t, (u64, u64, u64), Row>,
-    pub(super) subscriptions: Table<'t, u64, Row>,
-    pub(super) cursors: Table<'t, (u64, u64), Row>,
-    pub(super) departed: Table<'t, (u64, u64), Row>,
-    pub(super) garbage: Table<'t, (u8, u64), Row>,
-    pub(super) segments: Table<'t, (u64, u64), Row>,
-    pub(super) files: Table<'t, u64, Row>,
+    pub(super) meta: Lazy<'t, &'static str>,
+    pub(super) boots: Lazy<'t, u64>,
+    pub(super) topics: Lazy<'t, u64>,
+    pub(super) heads: Lazy<'t, u64>,
+    pub(super) schemas: Lazy<'t, (u64, u64)>,
+    pub(super) messages: Lazy<'t, (u64, u64)>,
+    pub(super) publishers: Lazy<'t, (u64, u128)>,
+    pub(super) keys: Lazy<'t, (u64, u128)>,
+    pub(super) expiries: Lazy<'t, (u64, u64, u64)>,
+    pub(super) subscriptions: Lazy<'t, u64>,
+    pub(super) cursors: Lazy<'t, (u64, u64)>,
+    pub(super) departed: Lazy<'t, (u64, u64)>,
+    pub(super) garbage: Lazy<'t, (u8, u64)>,
+    pub(super) segments: Lazy<'t, (u64, u64)>,
+    pub(super) files: Lazy<'t, u64>,
+}
+
+/// A table that may not be open yet.
+pub(super) struct Lazy<'t, K: Key + 'static> {
+    txn: &'t WriteTransaction,
+    definition: TableDefinition<'static, K, Row>,
+    table: Option<Table<'t, K, Row>>,
+}
+
+impl<'t, K: Key + 'static> Lazy<'t, K> {
+    fn new(txn: &'t WriteTransaction, definition: TableDefinition<'static, K, Row>) -> Self {
+        Self { txn, definition, table: None }
+    }
+
+    /// The table, which is made if there is none.
+    pub(super) fn open(&mut self) -> Result<&mut Table<'t, K, Row>, TableError> {
+        let table = match self.table.take() {
+            Some(table) => table,
+            None => self.txn.open_table(self.definition)?,
+        };
+        Ok(self.table.insert(table))
+    }
 }
 
 impl fmt::Debug for Tables<'_> {
@@ -87,24 +112,44 @@ impl fmt::Debug for Tables<'_> {
 }
 
 impl<'t> Tables<'t> {
-    pub(super) fn open(txn: &'t WriteTransaction) -> Result<Self, TableError> {
-        Ok(Self {
-            meta: txn.open_table(META)?,
-            boots: txn.open_table(BOOTS)?,
-            topics: txn.open_table(TOPICS)?,
-            heads: txn.open_table(HEADS)?,
-            schemas: txn.open_table(SCHEMAS)?,
-            messages: txn.open_table(MESSAGES)?,
-            publishers: txn.open_table(PUBLISHERS)?,
-            keys: txn.open_table(KEYS)?,
-            expiries: txn.open_table(EXPIRIES)?,
-            subscriptions: txn.open_table(SUBSCRIPTIONS)?,
-            cursors: txn.open_table(CURSORS)?,
-            departed: txn.open_table(DEPARTED)?,
-            garbage: txn.open_table(GARBAGE)?,
-            segments: txn.open_table(SEGMENTS)?,
-            files: txn.open_table(FILES)?,
-        })
+    pub(super) fn of(txn: &'t WriteTransaction) -> Self {
+        Self {
+            meta: Lazy::new(txn, META),
+            boots: Lazy::new(txn, BOOTS),
+            topics: Lazy::new(txn, TOPICS),
+            heads: Lazy::new(txn, HEADS),
+            schemas: Lazy::new(txn, SCHEMAS),
+            messages: Lazy::new(txn, MESSAGES),
+            publishers: Lazy::new(txn, PUBLISHERS),
+            keys: Lazy::new(txn, KEYS),
+            expiries: Lazy::new(txn, EXPIRIES),
+            subscriptions: Lazy::new(txn, SUBSCRIPTIONS),
+            cursors: Lazy::new(txn, CURSORS),
+            departed: Lazy::new(txn, DEPARTED),
+            garbage: Lazy::new(txn, GARBAGE),
+            segments: Lazy::new(txn, SEGMENTS),
+            files: Lazy::new(txn, FILES),
+        }
+    }
+
+    /// Makes those that are missing, so that readers find all of them.
+    pub(super) fn make(&mut self) -> Result<(), TableError> {
+        self.meta.open()?;
+        self.boots.open()?;
+        self.topics.open()?;
+        self.heads.open()?;
+        self.schemas.open()?;
+        self.messages.open()?;
+        self.publishers.open()?;
+        self.keys.open()?;
+        self.expiries.open()?;
+        self.subscriptions.open()?;
+        self.cursors.open()?;
+        self.departed.open()?;
+        self.garbage.open()?;
+        self.segments.open()?;
+        self.files.open()?;
+        Ok(())
     }
 }
 

@@ -12,11 +12,11 @@ use ::redb::{Database, ReadableDatabase, ReadableTable};
 use futures_util::FutureExt;
 
 use super::directory::Directory;
-use super::disk::{Disk, HOT};
+use super::disk::{Disk, HOT, LOG};
 use super::open::Opening;
 use super::simulation::{self, SimDisk};
 use super::tables::{FORMAT, HEADS, META, META_FORMAT, put};
-use super::{CACHE_BYTES, Options, Redb, sealed};
+use super::{CACHE_BYTES, Options, Redb, log, sealed};
 use crate::env::SharedEnv;
 use crate::limits;
 use crate::record::{CursorRecord, Epoch, NewMessage, StoredMessage};
@@ -171,6 +171,7 @@ fn publishes_are_refused_before_the_disk_is_full() {
         watermark: Some(1 << 20),
         hot_bytes: 1 << 20,
         file_bytes: 1 << 20,
+        log_bytes: 1 << 20,
         inline: true,
     };
     let engine = Redb::open_on(Arc::new(disk.clone()), env(), opening).unwrap();
@@ -462,6 +463,134 @@ fn sealed_files_go_when_they_are_trimmed_or_their_topic_is_deleted() {
     assert_eq!(stats.bytes, held[&T].last().unwrap().body.len() as u64);
 }
 
+/// Publishes of `publisher(1, 1, 1)` to `T` with a key each, numbered from 1.
+fn publish_keyed(engine: &Redb, number: u8) -> Vec<(u64, u64, bool)> {
+    let storage: &dyn Storage = engine;
+    let append = from(publisher(1, 1, 1), T, u64::from(number), vec![keyed(number, [number; 50])]);
+    places(&storage.decided(append).now_or_never().unwrap().unwrap())
+}
+
+/// All that `publish_keyed` has stored is there, and is known by both of its identities.
+fn knows(engine: &Redb, numbers: std::ops::RangeInclusive<u8>) {
+    let storage: &dyn Storage = engine;
+    let last = *numbers.end();
+    let decided = storage.opened(T, publisher(1, 1, 2)).now_or_never().unwrap().unwrap();
+    assert_eq!(decided, Some(u64::from(last)), "a publisher is forgotten");
+    for number in numbers {
+        let again = anonymous(T, vec![keyed(number, [number; 50])]);
+        let found = storage.decided(again).now_or_never().unwrap().unwrap();
+        assert_eq!(places(&found), [(1, u64::from(number), true)], "a key is forgotten");
+    }
+    assert_eq!(head(engine, T), u64::from(last));
+}
+
+#[test]
+fn what_is_only_in_the_log_is_found_after_a_kill() {
+    for commits in 1..25 {
+        let disk = SimDisk::new();
+        let clock = TestEnv::new(1);
+        let engine = simulation::open(&disk, Arc::clone(&clock) as SharedEnv).unwrap();
+        apply(&engine, Change::CreateTopic(topic("t", T))).unwrap();
+        apply(&engine, Change::PutSubscription(subscription("s", 3))).unwrap();
+        (&engine as &dyn Storage).opened(T, publisher(1, 1, 1)).now_or_never().unwrap().unwrap();
+        clock.set(9_000_000);
+        for number in 1..=commits {
+            assert_eq!(publish_keyed(&engine, number), [(number.into(), number.into(), false)]);
+            apply(&engine, floor(number.into())).unwrap();
+        }
+        let messages = read(&engine, T, 1).unwrap();
+        let engine = simulation::open(&disk.copy(), env()).unwrap();
+        assert_eq!(read(&engine, T, 1).unwrap(), messages);
+        knows(&engine, 1..=commits);
+        let catalog = engine.catalog().now_or_never().unwrap().unwrap();
+        assert_eq!(catalog.subscriptions[0].cursors[0].1.floor, u64::from(commits));
+        publish(&engine, T, vec![1]).unwrap().unwrap();
+        let next = read(&engine, T, u64::from(commits) + 1).unwrap();
+        assert_eq!(next[0].published_at, messages[0].published_at, "the clock went back");
+    }
+}
+
+#[test]
+fn a_damaged_log_is_refused_unless_it_is_its_last_record() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    (&engine as &dyn Storage).opened(T, publisher(1, 1, 1)).now_or_never().unwrap().unwrap();
+    // The last ones are in the log, after some that were moved.
+    (1..=17).for_each(|number| drop(publish_keyed(&engine, number)));
+    let (mut refused, mut short, mut whole) = (0, 0, 0);
+    for at in (0..10 * log::BLOCK).step_by(97) {
+        let disk = disk.copy();
+        disk.edit(LOG, |bytes| bytes[at] ^= 4);
+        match simulation::open(&disk, env()) {
+            Err(error) => {
+                assert!(matches!(error, StorageError::Corrupt { .. }), "{error}");
+                refused += 1;
+            }
+            // One that is torn looks the same.
+            Ok(engine) if head(&engine, T) == 16 => {
+                knows(&engine, 1..=16);
+                short += 1;
+            }
+            Ok(engine) => {
+                knows(&engine, 1..=17);
+                whole += 1;
+            }
+        }
+    }
+    assert!(refused > 0 && short > 0 && whole > 0, "{refused} {short} {whole}");
+}
+
+#[test]
+fn a_log_that_is_missing_is_missed_unless_the_store_was_closed() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    publish(&engine, T, vec![1]).unwrap().unwrap();
+    let killed = disk.copy();
+    killed.remove(LOG).unwrap();
+    let error = simulation::open(&killed, env()).unwrap_err();
+    assert!(matches!(error, StorageError::Corrupt { .. }), "{error}");
+    close(&engine);
+    disk.remove(LOG).unwrap();
+    let engine = simulation::open(&disk, env()).unwrap();
+    publish(&engine, T, vec![2]).unwrap().unwrap();
+    let engine = simulation::open(&disk.copy(), env()).unwrap();
+    assert_eq!(sequences(&read(&engine, T, 1).unwrap()), [1, 2]);
+}
+
+#[test]
+fn identities_outlive_their_messages_in_the_log_and_out_of_it() {
+    for commits in [60, 61, 62, 63, 64] {
+        let disk = SimDisk::new();
+        let engine = simulated(&disk);
+        (&engine as &dyn Storage).opened(T, publisher(1, 1, 1)).now_or_never().unwrap().unwrap();
+        for number in 1..=commits {
+            publish_keyed(&engine, number);
+            if number % 7 == 0 {
+                let below = u64::from(number) / 2;
+                apply(&engine, Change::Trim { topic: Epoch(T), below }).unwrap();
+            }
+        }
+        apply(&engine, Change::Trim { topic: Epoch(T), below: u64::from(commits) }).unwrap();
+        let engine = simulation::open(&disk.copy(), env()).unwrap();
+        knows(&engine, 1..=commits);
+        assert_eq!(sequences(&read(&engine, T, commits.into()).unwrap()), [u64::from(commits)]);
+    }
+}
+
+#[test]
+fn a_commit_that_is_too_large_for_the_log_comes_after_what_is_in_it() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    for (number, length) in [10, 10, 50_000, 10, 10].into_iter().enumerate() {
+        publish(&engine, T, vec![u8::try_from(number).unwrap(); length]).unwrap().unwrap();
+        for engine in [&engine, &simulation::open(&disk.copy(), env()).unwrap()] {
+            let found = read(engine, T, 1).unwrap();
+            let first = found.iter().map(|message| usize::from(message.body[0]));
+            assert_eq!(first.collect::<Vec<_>>(), (0..=number).collect::<Vec<_>>());
+        }
+    }
+}
+
 #[test]
 fn a_second_server_is_told_who_has_the_directory() {
     let directory = tempfile::tempdir().unwrap();
@@ -585,6 +714,7 @@ async fn readers_follow_messages_into_sealed_files() {
         watermark: Some(0),
         hot_bytes: 200_000,
         file_bytes: 100_000,
+        log_bytes: 100_000,
         inline: false,
     };
     let disk = Arc::new(Directory::lock(directory.path(), env().now()).unwrap());

@@ -7,9 +7,11 @@ use std::time::Duration;
 use ::redb::{Database, WriteTransaction};
 use tokio::time::Instant;
 
+use super::batch::Batch;
 use super::chores::Chores;
-use super::disk::{Disk, HOT, Space};
+use super::disk::{Disk, HOT, LOG, Space};
 use super::group::{Effects, Group};
+use super::log::{KEYED_RECORD_BYTES, Log, RECORD_BYTES};
 use super::open::{Opening, open_hot};
 use super::queue::{Queue, Request, Taken};
 use super::sealing::Sealing;
@@ -31,6 +33,8 @@ const BUSY: Duration = Duration::from_millis(20);
 const COMMITS_PER_CHORE: u32 = 8;
 /// How many bytes may be stored before: a piece removes more than that, so that it keeps up.
 const BYTES_PER_CHORE: u64 = 2 * 1024 * 1024;
+/// How many commits stay in the log at most: moving them should hold nobody up.
+const COMMITS_PER_CHECKPOINT: u32 = 512;
 /// After a write met a full disk it stays "full" at least this long, whatever the disk says.
 const FULL_AT_LEAST: Duration = Duration::from_secs(1);
 
@@ -42,6 +46,7 @@ pub(super) struct Writer {
     pub(super) env: SharedEnv,
     pub(super) opening: Opening,
     pub(super) state: State,
+    log: Log,
     pub(super) chores: Chores,
     pub(super) sealing: Sealing,
     /// Since when the disk is too full for publishes.
@@ -73,12 +78,12 @@ impl Writer {
         disk: Arc<dyn Disk>,
         env: SharedEnv,
         opening: Opening,
-        state: State,
+        (state, log): (State, Log),
     ) -> Self {
         let chores = Chores::after_open(&state);
         let sealing = Sealing::after_open(&state);
         let (full, failed) = (None, false);
-        let writer = Self { shared, disk, env, opening, state, chores, sealing, full, failed };
+        let writer = Self { shared, disk, env, opening, state, log, chores, sealing, full, failed };
         writer.show_all();
         writer
     }
@@ -104,7 +109,7 @@ impl Writer {
                         continue;
                     }
                 }
-                Taken::Idle => {}
+                Taken::Idle => self.checkpoint(),
                 Taken::Closed => return self.finish(),
             }
             (commits, bytes) = (0, 0);
@@ -144,11 +149,43 @@ impl Writer {
         requests: Vec<Request>,
         answers: &mut Vec<Answer>,
     ) -> Result<Effects, Trouble> {
-        let now = self.now();
         let shared = Arc::clone(&self.shared);
-        let database = shared.database();
-        let txn = begin(&database)?;
-        let mut group = Group::new(Tables::open(&txn)?, &mut self.state, now, self.full.is_some());
+        let guard = shared.database();
+        let database = opened(&guard)?;
+        if requests.iter().all(|request| self.state.can_log(request)) {
+            let (effects, batch) = self.apply(database, None, requests, answers)?;
+            if !batch.is_empty() {
+                self.break_early(&effects, answers);
+                self.commit_log(database, batch)?;
+            }
+            return Ok(effects);
+        }
+        let txn = begin(database)?;
+        let mut tables = Tables::of(&txn);
+        let settled = self.state.settle(&mut tables, self.log.mark())?;
+        let (effects, batch) = self.apply(database, Some(&mut tables), requests, answers)?;
+        if batch.is_empty() && !settled {
+            return Ok(effects);
+        }
+        self.break_early(&effects, answers);
+        batch.write(&mut tables, &mut self.state)?;
+        drop(tables);
+        failpoint::pass("committing");
+        self.commit_hot(txn)?;
+        failpoint::pass("committed");
+        Ok(effects)
+    }
+
+    /// Applies requests to what is in memory, and to the tables if there are any.
+    fn apply<'t>(
+        &mut self,
+        database: &Database,
+        tables: Option<&mut Tables<'t>>,
+        requests: Vec<Request>,
+        answers: &mut Vec<Answer>,
+    ) -> Result<(Effects, Batch), Trouble> {
+        let (now, full) = (self.now(), self.full.is_some());
+        let mut group = Group::new(database, tables, &mut self.state, now, full);
         for request in requests {
             answers.push(match request {
                 Request::Append(append, promise) => Answer::Append(promise, group.append(append)?),
@@ -158,25 +195,62 @@ impl Writer {
                 }
             });
         }
-        let effects = group.finish()?;
-        if !effects.dirty {
-            txn.abort()?;
-            return Ok(effects);
+        group.finish()
+    }
+
+    /// Bugs that a test has to find.
+    fn break_early(&self, effects: &Effects, answers: &mut Vec<Answer>) {
+        if cfg!(pubsub_break = "ack_before_commit") {
+            answers.drain(..).for_each(Answer::keep);
         }
-        #[cfg(pubsub_break = "ack_before_commit")]
-        answers.drain(..).for_each(Answer::keep);
-        #[cfg(pubsub_break = "notify_before_commit")]
-        self.show(&effects);
-        failpoint::pass("committing");
-        txn.commit()?;
-        failpoint::pass("committed");
+        if cfg!(pubsub_break = "notify_before_commit") {
+            self.show(effects);
+        }
+    }
+
+    /// Commits by way of the log; if there is no room in it, by moving all of it to the hot file.
+    fn commit_log(&mut self, database: &Database, batch: Batch) -> Result<(), Trouble> {
         #[cfg(pubsub_break = "dedup_in_second_transaction")]
-        {
-            let txn = begin(&database)?;
-            effects.late.write(&mut Tables::open(&txn)?)?;
-            txn.commit()?;
+        for half in batch.halves() {
+            self.append(database, half)?;
         }
-        Ok(effects)
+        #[cfg(not(pubsub_break = "dedup_in_second_transaction"))]
+        self.append(database, batch)?;
+        failpoint::pass("committed");
+        Ok(())
+    }
+
+    fn append(&mut self, database: &Database, batch: Batch) -> Result<(), Trouble> {
+        failpoint::pass("committing");
+        let state = &self.state;
+        let limit = if batch.keys.is_empty() { RECORD_BYTES } else { KEYED_RECORD_BYTES };
+        let appended = self.log.append(limit, |record| batch.encode(state, record));
+        if appended.map_err(::redb::Error::Io)? {
+            self.shared.tail.extend(&batch);
+            self.state.pending.extend(batch);
+            return Ok(());
+        }
+        let txn = begin(database)?;
+        let mut tables = Tables::of(&txn);
+        self.state.settle(&mut tables, self.log.mark())?;
+        batch.write(&mut tables, &mut self.state)?;
+        drop(tables);
+        self.commit_hot(txn)
+    }
+
+    fn commit_hot(&mut self, txn: WriteTransaction) -> Result<(), Trouble> {
+        self.state.close_stored();
+        txn.commit()?;
+        self.log.clear(self.log.salt());
+        self.shared.tail.clear();
+        Ok(())
+    }
+
+    /// Moves what is in the log to the hot file.
+    pub(super) fn checkpoint(&mut self) {
+        if !self.failed && !self.state.pending.is_empty() {
+            self.transact(|_, _| Ok(Some(())));
+        }
     }
 
     /// Runs a piece of housekeeping in a transaction of its own. It is committed if `work` says
@@ -185,22 +259,30 @@ impl Writer {
         &mut self,
         work: impl FnOnce(&mut Tables<'_>, &mut State) -> Result<Option<T>, Trouble>,
     ) -> Option<T> {
-        let shared = Arc::clone(&self.shared);
-        let attempt = || {
-            let database = shared.database();
-            let txn = begin(&database)?;
-            let done = work(&mut Tables::open(&txn)?, &mut self.state)?;
-            match done {
-                Some(_) => txn.commit()?,
-                None => txn.abort()?,
-            }
-            Ok(done)
-        };
-        let result: Result<Option<T>, Trouble> = attempt();
+        let result = self.try_transact(work);
         result.unwrap_or_else(|trouble| {
             self.fail(&trouble);
             None
         })
+    }
+
+    fn try_transact<T>(
+        &mut self,
+        work: impl FnOnce(&mut Tables<'_>, &mut State) -> Result<Option<T>, Trouble>,
+    ) -> Result<Option<T>, Trouble> {
+        let shared = Arc::clone(&self.shared);
+        let guard = shared.database();
+        let txn = begin(opened(&guard)?)?;
+        let mut tables = Tables::of(&txn);
+        let settled = self.state.settle(&mut tables, self.log.mark())?;
+        let done = work(&mut tables, &mut self.state)?;
+        drop(tables);
+        if done.is_some() || settled {
+            self.commit_hot(txn)?;
+        } else {
+            txn.abort()?;
+        }
+        Ok(done)
     }
 
     pub(super) fn now(&mut self) -> Now {
@@ -255,14 +337,15 @@ impl Writer {
         let shared = Arc::clone(&self.shared);
         let mut database = shared.database.write().unwrap_or_else(PoisonError::into_inner);
         // Its error is the one that brought us here.
+        self.state.close_stored();
         drop(database.take().map(Database::close));
         let io = |error: std::io::Error| shared.error(::redb::Error::Io(error));
-        self.disk.sync(HOT).map_err(io)?;
+        self.disk.sync(HOT).and_then(|()| self.disk.sync(LOG)).map_err(io)?;
         let opened = open_hot(self.disk.as_ref(), self.opening)?;
-        let clock = self.state.clock;
-        let boot = self.state.boot;
-        let state = load(&opened, boot, clock).map_err(|trouble| self.explain(trouble))?;
-        self.state = state;
+        let (clock, boot) = (self.state.clock, self.state.boot);
+        let loaded = load(self.disk.as_ref(), &opened, boot, clock);
+        (self.state, self.log) = loaded.map_err(|trouble| self.explain(trouble))?;
+        self.shared.tail.replace(&self.state.pending);
         self.chores = Chores::after_open(&self.state);
         *database = Some(opened);
         drop(database);
@@ -311,6 +394,9 @@ impl Writer {
             return false;
         }
         self.watch_space();
+        if self.state.pending.commits >= COMMITS_PER_CHECKPOINT {
+            self.checkpoint();
+        }
         self.do_chore()
     }
 
@@ -321,6 +407,7 @@ impl Writer {
             let now = self.now();
             self.transact(|tables, _| super::open::store_clock(tables, now).map(Some));
         }
+        self.state.close_stored();
         let database = self.shared.database.write().unwrap_or_else(PoisonError::into_inner).take();
         self.shared.cabinet.clear();
         let closed = database.map_or(Ok(()), Database::close);
@@ -347,16 +434,27 @@ pub(super) fn explain(path: &str, trouble: Trouble) -> StorageError {
     }
 }
 
-fn load(database: &Database, boot: u64, clock: Clock) -> Result<State, Trouble> {
+fn load(
+    disk: &dyn Disk,
+    database: &Database,
+    boot: u64,
+    clock: Clock,
+) -> Result<(State, Log), Trouble> {
     let txn = database.begin_write()?;
-    let state = State::load(&Tables::open(&txn)?, boot, clock)?;
+    let mut tables = Tables::of(&txn);
+    let loaded = State::load(&mut tables, disk, boot, clock)?;
+    drop(tables);
     txn.abort()?;
-    Ok(state)
+    Ok(loaded)
 }
 
-/// A durable transaction; `None` is no database only after the end.
-fn begin(database: &Option<Database>) -> Result<WriteTransaction, Trouble> {
-    let database = database.as_ref().ok_or(::redb::Error::DatabaseClosed)?;
+/// The database; there is none only after the end.
+fn opened(database: &Option<Database>) -> Result<&Database, Trouble> {
+    Ok(database.as_ref().ok_or(::redb::Error::DatabaseClosed)?)
+}
+
+/// A durable transaction.
+fn begin(database: &Database) -> Result<WriteTransaction, Trouble> {
     #[cfg_attr(not(pubsub_break = "commit_without_sync"), expect(unused_mut, reason = "see below"))]
     let mut txn = database.begin_write()?;
     #[cfg(pubsub_break = "commit_without_sync")]
