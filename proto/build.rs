@@ -26,6 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .btree_map(".pubsub.v1")
         // Written by hand, with messages as bytes: see src/hot.rs.
         .extern_path(".pubsub.v1.PublishBatch", "crate::hot::PublishBatch")
+        .extern_path(".pubsub.v1.PublishStreamRequest", "crate::hot::PublishStreamRequest")
         .extern_path(".pubsub.v1.ReceivedMessage", "crate::hot::ReceivedMessage")
         // Trait and client are generated together; the linker drops the half that is not used.
         .build_transport(false)

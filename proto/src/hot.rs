@@ -4,9 +4,38 @@
 //! subscribers. With these types it is encoded once, where it is published, and its bytes are what
 //! every subscriber gets. On the wire a message within a message and its bytes are the same.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use prost::encoding::{self, WireType};
 
-use crate::v1::{AtomicBatch, Message};
+use crate::v1::{AtomicBatch, Message, Ping, PublisherHello};
+
+/// `pubsub.v1.PublishStreamRequest`: a frame from a publisher.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct PublishStreamRequest {
+    /// Which one.
+    #[prost(oneof = "publish_stream_request::Frame", tags = "1, 2, 3")]
+    pub frame: Option<publish_stream_request::Frame>,
+}
+
+/// What a frame from a publisher can be.
+pub mod publish_stream_request {
+    use super::{Bytes, Ping, PublisherHello};
+
+    /// Which one.
+    #[derive(Clone, PartialEq, prost::Oneof)]
+    pub enum Frame {
+        /// Opens the session; the first frame, and sent once.
+        #[prost(message, tag = "1")]
+        Hello(PublisherHello),
+        /// Messages to store: an encoded [`PublishBatch`](super::PublishBatch). Its messages are cut
+        /// out of these bytes, and share them.
+        #[prost(bytes = "bytes", tag = "2")]
+        Batch(Bytes),
+        /// A sign of life, answered by a `PublisherHeartbeat`.
+        #[prost(message, tag = "3")]
+        Ping(Ping),
+    }
+}
 
 /// `pubsub.v1.PublishBatch`: messages with dense sequences.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -40,6 +69,44 @@ pub struct ReceivedMessage {
     /// Which showing of the message this is, from 1: one more than the failures counted so far.
     #[prost(uint32, tag = "4")]
     pub attempt: u32,
+}
+
+impl PublishBatch {
+    /// Its bytes on the wire.
+    pub fn encoded(&self) -> Bytes {
+        prost::Message::encode_to_vec(self).into()
+    }
+}
+
+/// Writes the bytes of a [`PublishBatch`], one message after the other.
+#[derive(Debug)]
+pub struct BatchWriter(BytesMut);
+
+impl BatchWriter {
+    /// A batch without messages, in a buffer for so many bytes, which grows.
+    pub fn new(first_sequence: u64, capacity: usize) -> Self {
+        let mut buffer = BytesMut::with_capacity(capacity);
+        encoding::uint64::encode(1, &first_sequence, &mut buffer);
+        Self(buffer)
+    }
+
+    /// Adds a message of so many bytes, which are to be put into the buffer next.
+    pub fn message(&mut self, bytes: usize) -> &mut BytesMut {
+        encoding::encode_key(2, WireType::LengthDelimited, &mut self.0);
+        encoding::encode_varint(bytes as u64, &mut self.0);
+        &mut self.0
+    }
+
+    /// The batch, with what follows its messages.
+    pub fn finish(mut self, resolved_below: u64, atomic: Option<&AtomicBatch>) -> Bytes {
+        if resolved_below > 0 {
+            encoding::uint64::encode(3, &resolved_below, &mut self.0);
+        }
+        if let Some(atomic) = atomic {
+            encoding::message::encode(4, atomic, &mut self.0);
+        }
+        self.0.freeze()
+    }
 }
 
 impl Message {
@@ -136,6 +203,36 @@ mod tests {
         }
     }
 
+    /// As it would be generated.
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct GeneratedRequest {
+        #[prost(message, optional, tag = "2")]
+        batch: Option<PublishBatch>,
+    }
+
+    #[test]
+    fn a_batch_that_is_written_piece_by_piece_is_the_same() {
+        for atomic in [None, Some(AtomicBatch { expected_head: Some(0), ..Default::default() })] {
+            for resolved_below in [0, 5] {
+                let messages: Vec<_> = messages().iter().map(Message::encoded).collect();
+                let mut writer = BatchWriter::new(7, 0);
+                for message in &messages {
+                    writer.message(message.len()).extend_from_slice(message);
+                }
+                let written = writer.finish(resolved_below, atomic.as_ref());
+                let atomic = atomic.clone();
+                let batch = PublishBatch { first_sequence: 7, messages, resolved_below, atomic };
+                assert_eq!(written, batch.encoded());
+                assert_eq!(PublishBatch::decode(written.clone()), Ok(batch.clone()));
+                let frame = Some(publish_stream_request::Frame::Batch(written));
+                let frame = PublishStreamRequest { frame };
+                let generated = GeneratedRequest { batch: Some(batch) };
+                assert_eq!(frame.encode_to_vec(), generated.encode_to_vec());
+                assert_eq!(PublishStreamRequest::decode(&*generated.encode_to_vec()), Ok(frame));
+            }
+        }
+    }
+
     /// What was written by hand has the fields of the `.proto` files, and no others.
     #[test]
     fn the_fields_are_those_of_the_contract() {
@@ -151,10 +248,13 @@ mod tests {
             fields.sort();
             fields
         };
-        let named = |names: [&str; 4]| (1..).zip(names.map(str::to_owned)).collect::<Vec<_>>();
+        let named = |names: &[&str]| {
+            (1..).zip(names.iter().map(|name| (*name).to_owned())).collect::<Vec<_>>()
+        };
+        assert_eq!(fields("PublishStreamRequest"), named(&["hello", "batch", "ping"]));
         let batch = ["first_sequence", "messages", "resolved_below", "atomic"];
-        assert_eq!(fields("PublishBatch"), named(batch));
+        assert_eq!(fields("PublishBatch"), named(&batch));
         let received = ["sequence", "message", "publish_time", "attempt"];
-        assert_eq!(fields("ReceivedMessage"), named(received));
+        assert_eq!(fields("ReceivedMessage"), named(&received));
     }
 }

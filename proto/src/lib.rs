@@ -14,8 +14,12 @@ pub mod v1 {
     )]
     tonic::include_proto!("pubsub.v1");
 
-    pub use crate::hot::{PublishBatch, ReceivedMessage};
+    pub use crate::hot::{
+        PublishBatch, PublishStreamRequest, ReceivedMessage, publish_stream_request,
+    };
 }
+
+pub use hot::BatchWriter;
 
 mod hot;
 

@@ -110,6 +110,17 @@ impl Message {
         self
     }
 
+    /// Whether it is a payload and nothing else, on the wire.
+    pub(crate) fn is_plain(&self) -> bool {
+        let is_empty = |text: &Option<String>| text.as_ref().is_none_or(String::is_empty);
+        self.attributes.is_empty()
+            && is_empty(&self.ordering_key)
+            && is_empty(&self.content_type)
+            && is_empty(&self.idempotency_key)
+            && self.recipients.is_empty()
+            && self.not_before.is_none()
+    }
+
     pub(crate) fn into_wire(self) -> pb::Message {
         pb::Message {
             payload: self.payload,

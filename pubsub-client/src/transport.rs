@@ -20,6 +20,9 @@ const REQUEST_QUEUE: usize = 4;
 const STREAM_WINDOW: u32 = 1024 * 1024;
 /// The largest there is: a stalled stream must not stall the connection.
 const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
+/// The largest HTTP/2 frame that we take: more than a server puts into one of its own, since each is
+/// handled by itself.
+const FRAME_BYTES: u32 = 1024 * 1024;
 /// HTTP/2 pings: they find a dead network; a server that is stuck is found by our own heartbeat.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -51,6 +54,7 @@ impl Dialer {
         let endpoint = endpoint
             .connect_timeout(connect_timeout)
             .tcp_nodelay(true)
+            .max_frame_size(FRAME_BYTES)
             .http2_keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_TIMEOUT)
             .keep_alive_while_idle(true)

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use bytes::{Bytes, BytesMut};
 use prost::Message as _;
+use prost::encoding::{decode_varint, encoded_len_varint};
 use pubsub_proto::v1;
 
 use crate::record::{Epoch, Timestamp};
@@ -36,6 +37,17 @@ impl Label {
         // Rounded up, so that it is never shown too early.
         Some(Timestamp(seconds.saturating_mul(1000).saturating_add(nanos.div_ceil(1_000_000))))
     }
+}
+
+/// Whether a body is a message with a payload and nothing else, encoded as this server would encode
+/// it. Most are, and need no more than this look.
+pub(crate) fn is_plain(body: &[u8]) -> bool {
+    const PAYLOAD: u8 = 1 << 3 | 2;
+    let Some((&tag, mut rest)) = body.split_first() else { return true };
+    let Ok(length) = decode_varint(&mut rest) else { return false };
+    // An empty payload is not written, and a length in as few bytes as it can be.
+    let is_short = body.len() == 1 + encoded_len_varint(length) + rest.len();
+    tag == PAYLOAD && length > 0 && length == rest.len() as u64 && is_short
 }
 
 /// The field that filters look at.
@@ -206,6 +218,25 @@ mod tests {
         assert_eq!(label("k").not_before(), Some(Timestamp(7_002)));
         assert_eq!(label("").ordering_key(), None);
         assert_eq!(Label::of(b"no message"), Label::default());
+    }
+
+    #[test]
+    fn a_plain_body_is_a_payload_and_nothing_else() {
+        for size in [0, 1, 127, 128, 16_383, 16_384] {
+            let message = v1::Message { payload: vec![7; size].into(), ..v1::Message::default() };
+            let body = message.encode_to_vec();
+            assert!(is_plain(&body), "{size}");
+            let with_more = |more: &[u8]| is_plain(&[&body, more].concat());
+            assert!(!with_more(&[0]) && !with_more(&[1 << 3 | 2, 0]), "{size}");
+            assert!(size == 0 || !is_plain(&body[..body.len() - 1]), "{size}");
+            let keyed = v1::Message { ordering_key: "k".to_owned(), ..message };
+            assert!(!is_plain(&keyed.encode_to_vec()), "{size}");
+        }
+        for bad in
+            [&[1 << 3 | 2][..], &[1 << 3 | 2, 0], &[1 << 3 | 2, 0x81, 0, 7], &[3 << 3 | 2, 1, 7]]
+        {
+            assert!(!is_plain(bad), "{bad:?}");
+        }
     }
 
     #[test]

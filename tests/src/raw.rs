@@ -211,13 +211,9 @@ impl PublishStream {
     ///
     /// If the stream has ended.
     pub async fn publish(&self, first_sequence: u64, messages: Vec<Message>) -> Result<()> {
-        self.send(publish_stream_request::Frame::Batch(PublishBatch {
-            first_sequence,
-            messages: messages.iter().map(|message| message.encoded()).collect(),
-            resolved_below: 0,
-            atomic: None,
-        }))
-        .await
+        let messages = messages.iter().map(|message| message.encoded()).collect();
+        let batch = PublishBatch { first_sequence, messages, resolved_below: 0, atomic: None };
+        self.send(publish_stream_request::Frame::Batch(batch.encoded())).await
     }
 
     /// The next frame.

@@ -87,9 +87,9 @@ impl<'p> Batch<'p> {
             Some(deadline) => timeout_at(deadline, admit).await,
             None => Ok(admit.await),
         };
-        let permits =
+        let place =
             admitted.map_err(|_| fail(PublishErrorKind::DeadlineElapsed))?.map_err(refuse)?;
-        let tickets = core.push_together(checked, atomic, deadline, permits).map_err(refuse)?;
+        let tickets = core.push_together(checked, atomic, deadline, place).map_err(refuse)?;
         Ok(BatchTicket { tickets, receipts: Vec::with_capacity(count), key })
     }
 }

@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use prost::Message as _;
 use pubsub_proto::v1 as pb;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
-use super::ticket::{PublishReceipt, PublishTicket};
-use super::window::{Then, Verdict, Window};
+use super::entry::{Body, Checked, Chunk, Entry, Places, tell_all};
+use super::fates::{Fate, Tickets};
+use super::ticket::PublishTicket;
+use super::window::{Hello, Then, Verdict, Window};
 use super::{OnRecreated, Settings};
 use crate::client::Shared;
 use crate::error::{
@@ -30,8 +31,11 @@ pub(crate) struct Core {
     pub(super) settings: Settings,
     pub(super) producer: [u8; 16],
     pub(super) state: StateCell,
-    messages: Arc<Semaphore>,
-    bytes: Arc<Semaphore>,
+    started: Instant,
+    /// What is free of the window. Messages in it have taken theirs out, and are given back many at
+    /// a time.
+    messages: Semaphore,
+    bytes: Semaphore,
     max_message: AtomicUsize,
     /// In milliseconds.
     #[cfg(feature = "outbox")]
@@ -41,6 +45,8 @@ pub(crate) struct Core {
     pub(super) wake: Notify,
     /// Wakes all who wait for a condition.
     changed: Notify,
+    /// Wakes who keeps the time: there is an earlier deadline, or nothing left to wait for.
+    timing: Notify,
 }
 
 #[derive(Debug)]
@@ -48,6 +54,12 @@ pub(super) struct Queue {
     pub(super) window: Window<Entry>,
     failures: Failures,
     entries: u64,
+    tickets: Tickets,
+    chunk: Chunk,
+    /// The session has nothing to do until it is woken.
+    idle: bool,
+    /// The oldest of the messages that have left the window and are just being told their fates.
+    telling: Option<u64>,
     /// Not later than the earliest deadline in the window.
     deadline: Option<Instant>,
     welcomed: bool,
@@ -59,25 +71,26 @@ pub(super) struct Queue {
     unresolved: Vec<Unresolved>,
 }
 
-/// A message in the window, and who waits for it.
+/// A place in the window, taken before there is a message in it.
 #[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) message: pb::Message,
-    number: u64,
-    given: Option<Duration>,
-    deadline: Option<Instant>,
-    /// What holds for a batch of which this is the first message.
-    pub(super) atomic: Option<pb::AtomicBatch>,
-    /// Nothing once the fate is told.
-    ticket: Option<oneshot::Sender<Result<PublishReceipt, PublishError>>>,
-    _permits: Option<Permits>,
+pub(super) struct Place<'a> {
+    core: &'a Core,
+    places: Places,
 }
 
-/// A place in the window.
-#[derive(Debug)]
-pub(super) struct Permits {
-    _message: OwnedSemaphorePermit,
-    _bytes: OwnedSemaphorePermit,
+impl Place<'_> {
+    /// What a message takes of it. The rest is given back.
+    fn take(&mut self, bytes: u32) -> Places {
+        let taken = Places { bytes: self.places.bytes.min(bytes), ..self.places };
+        self.places = Places { messages: 0, bytes: self.places.bytes - taken.bytes };
+        taken
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.core.release(self.places);
+    }
 }
 
 /// Failures of messages whose tickets were dropped: only a flush can tell these.
@@ -97,6 +110,10 @@ impl Core {
             window: Window::new(settings.on_recreated == OnRecreated::Continue),
             failures: Failures::default(),
             entries: 0,
+            tickets: Tickets::new(Arc::clone(&settings.topic)),
+            chunk: Chunk::default(),
+            idle: false,
+            telling: None,
             deadline: None,
             welcomed: false,
             closing: None,
@@ -108,8 +125,8 @@ impl Core {
             producer: client.env.id(),
             state: client.new_state(),
             client,
-            messages: Arc::new(Semaphore::new(settings.window_messages)),
-            bytes: Arc::new(Semaphore::new(settings.window_bytes)),
+            messages: Semaphore::new(settings.window_messages),
+            bytes: Semaphore::new(settings.window_bytes),
             max_message: AtomicUsize::new(limits::MAX_MESSAGE_BYTES),
             #[cfg(feature = "outbox")]
             idempotency_window: AtomicU64::new(0),
@@ -117,6 +134,8 @@ impl Core {
             queue: Mutex::new(queue),
             wake: Notify::new(),
             changed: Notify::new(),
+            timing: Notify::new(),
+            started: Instant::now(),
         })
     }
 
@@ -135,29 +154,37 @@ impl Core {
     }
 
     /// Waits for a place in the window. Cancel-safe; those who wait are served in order.
-    pub(super) async fn admit(&self, bytes: usize) -> Result<Permits, EnqueueError> {
-        let message = Arc::clone(&self.messages).acquire_owned().await;
-        let message = message.map_err(|_| self.closed(None))?;
-        let many = self.permits(bytes);
-        let bytes = Arc::clone(&self.bytes).acquire_many_owned(many).await;
-        let bytes = bytes.map_err(|_| self.closed(None))?;
-        Ok(Permits { _message: message, _bytes: bytes })
+    pub(super) async fn admit(&self, bytes: usize) -> Result<Place<'_>, EnqueueError> {
+        self.admit_together(1, bytes).await
     }
 
-    pub(super) fn try_admit(&self, bytes: usize) -> Option<Permits> {
-        let message = Arc::clone(&self.messages).try_acquire_owned().ok()?;
-        let bytes = Arc::clone(&self.bytes).try_acquire_many_owned(self.permits(bytes)).ok()?;
-        Some(Permits { _message: message, _bytes: bytes })
+    pub(super) fn try_admit(&self, bytes: usize) -> Option<Place<'_>> {
+        let message = self.messages.try_acquire().ok()?;
+        let many = self.permits(bytes);
+        self.bytes.try_acquire_many(many).ok()?.forget();
+        message.forget();
+        Some(Place { core: self, places: Places { messages: 1, bytes: many } })
+    }
+
+    /// Gives places back.
+    fn release(&self, places: Places) {
+        // The messages are what is waited for first.
+        if places.bytes > 0 {
+            self.bytes.add_permits(places.bytes as usize);
+        }
+        if places.messages > 0 {
+            self.messages.add_permits(places.messages as usize);
+        }
     }
 
     /// A message in its wire form, and its bytes, if the topic allows it.
     pub(super) fn check(&self, message: Message) -> Result<Checked, EnqueueError> {
         let given = message.deadline;
         let deadline = given.map(|given| after(Instant::now(), given));
-        let message = message.into_wire();
-        let size = message.encoded_len();
+        let body = Body::new(message);
+        let size = body.size();
         let limit = self.max_message.load(Ordering::Relaxed);
-        let checked = Checked { message, size, given, deadline };
+        let checked = Checked { body, size, given, deadline };
         if size > limit {
             let message = Box::new(checked.into_message());
             return Err(EnqueueError::TooLarge { size, limit, message });
@@ -184,32 +211,39 @@ impl Core {
     pub(super) fn push(
         &self,
         checked: Checked,
-        permits: Permits,
+        mut place: Place<'_>,
     ) -> Result<PublishTicket, EnqueueError> {
+        // Only a message that waits for company has to know since when.
+        let now = if self.settings.linger.is_zero() { self.started } else { Instant::now() };
         let mut queue = self.lock();
         if queue.closing.is_some() || queue.ended {
             drop(queue);
             return Err(self.closed(Some(checked)));
         }
-        let now = Instant::now();
-        let Checked { message, size, given, deadline } = checked;
-        let (ticket, receiver) = oneshot::channel();
-        let number = queue.entries;
-        queue.entries += 1;
-        let (ticket, atomic) = (Some(ticket), None);
-        let entry =
-            Entry { message, number, given, deadline, atomic, ticket, _permits: Some(permits) };
+        let places = place.take(self.permits(checked.size));
+        let Checked { body, size, given, deadline } = checked;
+        let body = queue.chunk.keep(body, size);
+        let (mut entry, ticket) = queue.entry(body, places);
+        entry.set_deadline(given, deadline);
         queue.window.push(entry, size, now);
+        self.pushed(queue, deadline);
+        Ok(ticket)
+    }
+
+    /// There is more in the window.
+    fn pushed(&self, mut queue: MutexGuard<'_, Queue>, deadline: Option<Instant>) {
         let sooner = deadline.is_some_and(|new| queue.deadline.is_none_or(|old| new < old));
         if sooner {
             queue.deadline = deadline;
         }
+        let idle = std::mem::take(&mut queue.idle);
         drop(queue);
         if sooner {
-            self.changed.notify_waiters();
+            self.timing.notify_waiters();
         }
-        self.wake.notify_one();
-        Ok(PublishTicket::new(receiver))
+        if idle {
+            self.wake.notify_one();
+        }
     }
 
     /// Waits for as many places as a batch takes, or all there are. Cancel-safe.
@@ -217,14 +251,16 @@ impl Core {
         &self,
         messages: usize,
         bytes: usize,
-    ) -> Result<Permits, EnqueueError> {
+    ) -> Result<Place<'_>, EnqueueError> {
         let places = messages.clamp(1, self.settings.window_messages);
         let places = u32::try_from(places).unwrap_or(u32::MAX);
-        let message = Arc::clone(&self.messages).acquire_many_owned(places).await;
+        let message = self.messages.acquire_many(places).await;
         let message = message.map_err(|_| self.closed(None))?;
-        let bytes = Arc::clone(&self.bytes).acquire_many_owned(self.permits(bytes)).await;
-        let bytes = bytes.map_err(|_| self.closed(None))?;
-        Ok(Permits { _message: message, _bytes: bytes })
+        let many = self.permits(bytes);
+        let bytes = self.bytes.acquire_many(many).await.map_err(|_| self.closed(None))?;
+        bytes.forget();
+        message.forget();
+        Ok(Place { core: self, places: Places { messages: places, bytes: many } })
     }
 
     /// Puts messages into the window that are stored all together or not at all. They have one
@@ -234,36 +270,26 @@ impl Core {
         messages: Vec<Checked>,
         atomic: pb::AtomicBatch,
         deadline: Option<Instant>,
-        permits: Permits,
+        mut place: Place<'_>,
     ) -> Result<Vec<PublishTicket>, EnqueueError> {
         let mut queue = self.lock();
         if queue.closing.is_some() || queue.ended {
             drop(queue);
             return Err(self.closed(None));
         }
-        let (mut atomic, mut permits) = (Some(atomic), Some(permits));
+        let mut atomic = Some(atomic);
         let mut tickets = Vec::with_capacity(messages.len());
         let mut entries = Vec::with_capacity(messages.len());
-        for Checked { message, size, given, .. } in messages {
-            let (ticket, receiver) = oneshot::channel();
-            let number = queue.entries;
-            queue.entries += 1;
+        for Checked { body, size, given, .. } in messages {
             // The first one holds the places of all: they have one fate, at one time.
-            let (atomic, _permits, ticket) = (atomic.take(), permits.take(), Some(ticket));
-            let entry = Entry { message, number, given, deadline, atomic, ticket, _permits };
+            let (mut entry, ticket) = queue.entry(body, place.take(u32::MAX));
+            entry.set_deadline(given, deadline);
+            entry.set_atomic(atomic.take());
             entries.push((entry, size));
-            tickets.push(PublishTicket::new(receiver));
+            tickets.push(ticket);
         }
         queue.window.push_together(entries, Instant::now());
-        let sooner = deadline.is_some_and(|new| queue.deadline.is_none_or(|old| new < old));
-        if sooner {
-            queue.deadline = deadline;
-        }
-        drop(queue);
-        if sooner {
-            self.changed.notify_waiters();
-        }
-        self.wake.notify_one();
+        self.pushed(queue, deadline);
         Ok(tickets)
     }
 
@@ -278,7 +304,8 @@ impl Core {
             let queue = self.lock();
             (queue.entries, queue.failures.told, queue.ended)
         };
-        self.wait_until(|core| core.lock().first_untold().is_none_or(|first| first >= below)).await;
+        let told_by_now = |core: &Self| core.lock().first_untold().is_none_or(|n| n >= below);
+        self.wait_until(&self.changed, told_by_now).await;
         let mut queue = self.lock();
         // Another flush may have told them meanwhile, to someone else.
         let failed = queue.failures.count - told;
@@ -304,6 +331,7 @@ impl Core {
         self.messages.close();
         self.bytes.close();
         self.wake.notify_one();
+        self.timing.notify_waiters();
         self.changed.notify_waiters();
     }
 
@@ -311,7 +339,7 @@ impl Core {
     pub(crate) async fn close(&self, within: Duration) -> Vec<Unresolved> {
         self.start_closing(within);
         let deadline = after(Instant::now(), within);
-        let told = self.wait_until(|core| {
+        let told = self.wait_until(&self.changed, |core| {
             let queue = core.lock();
             queue.ended || queue.first_untold().is_none()
         });
@@ -324,7 +352,7 @@ impl Core {
 
     /// Waits until the server has taken the publisher in, or it has failed.
     pub(super) async fn ready(&self) -> Result<(), PublishError> {
-        self.wait_until(|core| {
+        self.wait_until(&self.changed, |core| {
             let queue = core.lock();
             queue.welcomed || queue.ended
         })
@@ -335,9 +363,9 @@ impl Core {
         }
     }
 
-    pub(super) async fn wait_until(&self, condition: impl Fn(&Self) -> bool) {
+    async fn wait_until(&self, changed: &Notify, condition: impl Fn(&Self) -> bool) {
         loop {
-            let changed = self.changed.notified();
+            let changed = changed.notified();
             tokio::pin!(changed);
             // Registered before looking, so that no change falls between.
             changed.as_mut().enable();
@@ -355,7 +383,7 @@ impl Core {
             let now = Instant::now();
             let next = {
                 let mut queue = self.lock();
-                queue.expire(now);
+                self.release(queue.expire(now));
                 let over = queue.closing.is_some_and(|end| now >= end);
                 if over || queue.ended || queue.has_closed() {
                     return;
@@ -372,7 +400,7 @@ impl Core {
     }
 
     async fn wait_until_sooner(&self, known: Option<Instant>) {
-        self.wait_until(|core| {
+        self.wait_until(&self.timing, |core| {
             let queue = core.lock();
             let next = [queue.deadline, queue.closing].into_iter().flatten().min();
             let sooner = next.is_some_and(|next| known.is_none_or(|known| next < known));
@@ -385,13 +413,38 @@ impl Core {
         let mut queue = self.lock();
         let loss = verdict.lost.first().filter(|_| self.settings.stop_at_loss);
         let then = loss.map_or(verdict.then, |(_, kind)| Then::Fail(kind.clone()));
-        for (entry, kind) in verdict.lost {
-            queue
-                .resolve(entry, |key| Err(PublishError::new(kind, Outcome::Unknown).with_key(key)));
+        let mut freed = Places::default();
+        for (mut entry, kind) in verdict.lost {
+            freed += entry.places;
+            queue.fail(&mut entry, kind, Outcome::Unknown);
         }
         drop(queue);
-        self.changed.notify_waiters();
+        self.release(freed);
+        self.notify();
         then
+    }
+
+    /// The results of consecutive messages have come. `Err` if these are not the ones whose results
+    /// are due.
+    pub(super) fn answered(
+        &self,
+        first: u64,
+        count: u32,
+        fate: impl Fn(u64, &Entry) -> Fate,
+    ) -> Result<(), String> {
+        let mut queue = self.lock();
+        let mut entries: Vec<Entry> = queue.window.results(first, count)?.collect();
+        queue.telling = entries.iter().find(|entry| entry.ticket.is_some()).map(|e| e.number);
+        drop(queue);
+        // Without the lock: others go on meanwhile.
+        let mut freed = Places::default();
+        entries.iter().for_each(|entry| freed += entry.places);
+        self.release(freed);
+        let unheard = tell_all(&mut entries, fate);
+        let mut queue = self.lock();
+        queue.telling = None;
+        queue.failures.add(unheard);
+        Ok(())
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -409,7 +462,11 @@ impl Core {
         self.changed.notify_waiters();
     }
 
+    /// Fates were told.
     pub(super) fn notify(&self) {
+        if self.lock().closing.is_some() {
+            self.timing.notify_waiters();
+        }
         self.changed.notify_waiters();
     }
 
@@ -421,14 +478,13 @@ impl Core {
             if first && cause.is_some() {
                 queue.failure = Some(kind.clone());
             }
-            for (entry, sent) in queue.window.drain() {
+            for (mut entry, sent) in queue.window.drain() {
                 let outcome = if sent { Outcome::Unknown } else { Outcome::NotPersisted };
                 if entry.ticket.is_some() {
-                    let message = Message::from_wire(entry.message.clone(), entry.given);
+                    let message = entry.to_message();
                     queue.unresolved.push(Unresolved { message, outcome });
                 }
-                let kind = kind.clone();
-                queue.resolve(entry, |key| Err(PublishError::new(kind, outcome).with_key(key)));
+                queue.fail(&mut entry, kind.clone(), outcome);
             }
         }
         self.messages.close();
@@ -437,6 +493,7 @@ impl Core {
             self.state.set(ConnectionState::Closed { cause: cause.map(Arc::new) });
         }
         self.wake.notify_one();
+        self.timing.notify_waiters();
         self.changed.notify_waiters();
     }
 }
@@ -448,7 +505,8 @@ impl Queue {
 
     /// The number of the oldest message whose fate is not told.
     fn first_untold(&self) -> Option<u64> {
-        self.window.iter().find(|entry| entry.ticket.is_some()).map(|entry| entry.number)
+        let in_window = || self.window.iter().find(|entry| entry.ticket.is_some());
+        self.telling.or_else(|| in_window().map(|entry| entry.number))
     }
 
     /// Whether nothing is left to do: messages that were sent and have outlived their deadline
@@ -457,67 +515,62 @@ impl Queue {
         self.closing.is_some() && self.first_untold().is_none()
     }
 
-    /// Tells the fate of a message, unless its deadline has told it before.
-    pub(super) fn resolve(
-        &mut self,
-        mut entry: Entry,
-        result: impl FnOnce(&str) -> Result<PublishReceipt, PublishError>,
-    ) {
-        let result = result(&entry.message.idempotency_key);
-        tell(&mut self.failures, &mut entry, result);
+    /// Whether the session has to be woken for what comes next.
+    pub(super) fn set_idle(&mut self, idle: bool) {
+        self.idle = idle;
     }
 
-    /// Tells those whose deadline has passed. A message that was sent keeps its place: its
-    /// sequence must not be skipped.
-    fn expire(&mut self, now: Instant) {
+    /// A new connection is made. One that ended by a panic may have left something half done.
+    pub(super) fn hello(&mut self) -> Hello {
+        self.telling = None;
+        self.window.hello()
+    }
+
+    fn entry(&mut self, body: Body, places: Places) -> (Entry, PublishTicket) {
+        let (teller, ticket) = self.tickets.make();
+        let number = self.entries;
+        self.entries += 1;
+        (Entry::new(body, number, places, teller), ticket)
+    }
+
+    fn fail(&mut self, entry: &mut Entry, kind: PublishErrorKind, outcome: Outcome) {
+        self.failures.add(entry.fail(kind, outcome));
+    }
+
+    /// Tells those whose deadline has passed, and answers the places that this frees. A message
+    /// that was sent keeps its place: its sequence must not be skipped.
+    fn expire(&mut self, now: Instant) -> Places {
+        let mut freed = Places::default();
         if self.deadline.is_none_or(|deadline| now < deadline) {
-            return;
+            return freed;
         }
-        let is_over = |entry: &Entry| entry.deadline.is_some_and(|deadline| now >= deadline);
-        let error = |outcome, entry: &Entry| {
-            let error = PublishError::new(PublishErrorKind::DeadlineElapsed, outcome);
-            Err(error.with_key(&entry.message.idempotency_key))
-        };
-        for mut entry in self.window.give_up_unsent(is_over) {
-            let result = error(Outcome::NotPersisted, &entry);
-            tell(&mut self.failures, &mut entry, result);
+        let is_over = |entry: &Entry| entry.deadline().is_some_and(|deadline| now >= deadline);
+        let given_up = self.window.give_up_unsent(is_over);
+        if !given_up.is_empty() {
+            // Few that stay must not keep the memory of many that go.
+            self.window.unsent_mut().for_each(Entry::keep_alone);
+        }
+        for mut entry in given_up {
+            freed += entry.places;
+            self.fail(&mut entry, PublishErrorKind::DeadlineElapsed, Outcome::NotPersisted);
         }
         for entry in self.window.sent_mut().filter(|entry| is_over(entry)) {
-            let result = error(Outcome::Unknown, entry);
-            tell(&mut self.failures, entry, result);
-            entry.deadline = None;
+            let unheard = entry.fail(PublishErrorKind::DeadlineElapsed, Outcome::Unknown);
+            self.failures.add(unheard);
+            entry.clear_deadline();
         }
-        self.deadline = self.window.iter().filter_map(|entry| entry.deadline).min();
-    }
-}
-
-fn tell(failures: &mut Failures, entry: &mut Entry, fate: Result<PublishReceipt, PublishError>) {
-    let Some(ticket) = entry.ticket.take() else { return };
-    if let Err(Err(error)) = ticket.send(fate) {
-        failures.add(error);
+        self.deadline = self.window.iter().filter_map(Entry::deadline).min();
+        freed
     }
 }
 
 impl Failures {
-    fn add(&mut self, error: PublishError) {
-        if self.told == self.count {
-            self.first = Some(error);
+    fn add(&mut self, errors: impl IntoIterator<Item = PublishError>) {
+        for error in errors {
+            if self.told == self.count {
+                self.first = Some(error);
+            }
+            self.count += 1;
         }
-        self.count += 1;
-    }
-}
-
-/// A message that the topic allows, in its wire form.
-#[derive(Debug)]
-pub(super) struct Checked {
-    message: pb::Message,
-    pub(super) size: usize,
-    given: Option<Duration>,
-    pub(super) deadline: Option<Instant>,
-}
-
-impl Checked {
-    pub(super) fn into_message(self) -> Message {
-        Message::from_wire(self.message, self.given)
     }
 }

@@ -2,6 +2,8 @@
 
 mod batch;
 mod core;
+mod entry;
+mod fates;
 mod schema;
 mod session;
 mod ticket;
@@ -131,13 +133,16 @@ impl Publisher {
     ) -> Result<PublishTicket, EnqueueError> {
         let core = &self.handle.core;
         let checked = core.check(message.into())?;
+        if let Some(place) = core.try_admit(checked.size) {
+            return core.push(checked, place);
+        }
         let admit = core.admit(checked.size);
         let admitted = match checked.deadline {
             Some(deadline) => timeout_at(deadline, admit).await,
             None => Ok(admit.await),
         };
         match admitted {
-            Ok(Ok(permits)) => core.push(checked, permits),
+            Ok(Ok(place)) => core.push(checked, place),
             Ok(Err(_)) => Err(core.closed(Some(checked))),
             Err(_) => {
                 Err(EnqueueError::DeadlineElapsed { message: Box::new(checked.into_message()) })
@@ -159,7 +164,7 @@ impl Publisher {
             return Err(EnqueueError::Blocked { reason, detail, message });
         }
         match core.try_admit(checked.size) {
-            Some(permits) => core.push(checked, permits),
+            Some(place) => core.push(checked, place),
             None if core.is_closed() => Err(core.closed(Some(checked))),
             None => Err(EnqueueError::Full { message: Box::new(checked.into_message()) }),
         }
@@ -185,8 +190,8 @@ impl Publisher {
     /// The publisher has failed or was closed.
     pub async fn reserve(&self, bytes: usize) -> Result<Permit<'_>, EnqueueError> {
         let core = &self.handle.core;
-        let permits = core.admit(bytes).await?;
-        Ok(Permit::new(core, permits, bytes))
+        let place = core.admit(bytes).await?;
+        Ok(Permit::new(core, place, bytes))
     }
 
     /// Waits until the fate of all messages enqueued before is known, and reports the failures

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt as _;
+use pubsub_proto::BatchWriter;
 use pubsub_proto::v1 as pb;
 use pubsub_proto::v1::publish_run::Outcome as RunOutcome;
 use pubsub_proto::v1::publish_stream_request::Frame as Request;
@@ -15,13 +16,14 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::OnRecreated;
-use super::core::{Core, Entry};
-use super::ticket::PublishReceipt;
+use super::core::Core;
+use super::entry::Entry;
+use super::fates::{Fate, Stored};
 use super::window::{Cut, Then, Verdict, Welcome};
-use crate::error::{Cause, Outcome, PublishError, PublishErrorKind, Reason, ServerError};
+use crate::error::{Cause, Outcome, PublishErrorKind, Reason, ServerError};
 use crate::limits;
 use crate::liveness::{Liveness, after};
-use crate::message::{MessageId, duration, time, wire_duration};
+use crate::message::{duration, time, wire_duration};
 use crate::reconnect::{Hopeless, Reconnect};
 use crate::state::ConnectionState;
 use crate::transport::Link;
@@ -201,7 +203,7 @@ fn request(frame: Request) -> pb::PublishStreamRequest {
 }
 
 fn hello(core: &Core) -> pb::PublishStreamRequest {
-    let hello = core.lock().window.hello();
+    let hello = core.lock().hello();
     request(Request::Hello(pb::PublisherHello {
         protocol: pubsub_proto::PROTOCOL_VERSION,
         topic: core.topic().to_owned(),
@@ -271,6 +273,8 @@ struct Session<'a> {
     unanswered: Option<Instant>,
     blocked: bool,
     drain: Option<Draining>,
+    /// Bytes of the last batch: the next one may be as large.
+    batch_bytes: usize,
 }
 
 #[derive(Debug)]
@@ -288,8 +292,8 @@ impl<'a> Session<'a> {
         cut: Cut,
         patience: Duration,
     ) -> Self {
-        let (unanswered, blocked, drain) = (None, false, None);
-        Self { core, reconnect, live, cut, patience, unanswered, blocked, drain }
+        let (unanswered, blocked, drain, batch_bytes) = (None, false, None, 0);
+        Self { core, reconnect, live, cut, patience, unanswered, blocked, drain, batch_bytes }
     }
 
     async fn run(mut self, link: Link<pb::PublishStreamRequest, pb::PublishStreamResponse>) -> End {
@@ -337,7 +341,7 @@ impl<'a> Session<'a> {
             }
             wake = wake.min(end);
         }
-        let queue = self.core.lock();
+        let mut queue = self.core.lock();
         if let Some(drain) = &self.drain {
             if !queue.window.is_waiting() || now >= drain.deadline {
                 let (reason, after) = (drain.reason.clone(), drain.after);
@@ -352,7 +356,9 @@ impl<'a> Session<'a> {
             wake = wake.min(until);
         }
         let batch = !self.blocked && queue.window.has_work(&self.cut, now);
-        Ok((batch || self.live.ping_is_due(now), wake))
+        let send = batch || self.live.ping_is_due(now);
+        queue.set_idle(!send);
+        Ok((send, wake))
     }
 
     fn send(&mut self, permit: mpsc::Permit<'_, pb::PublishStreamRequest>) {
@@ -362,18 +368,20 @@ impl<'a> Session<'a> {
             permit.send(request(Request::Ping(pb::Ping { nonce })));
             return;
         }
-        let (mut messages, mut atomic) = (Vec::new(), None);
         let mut queue = self.core.lock();
-        let take = |entry: &Entry| {
-            atomic = atomic.take().or_else(|| entry.atomic.clone());
-            messages.push(entry.message.encoded());
+        let mut batch = BatchWriter::new(queue.window.next_to_send(), self.batch_bytes);
+        let mut atomic = None;
+        let write = |entry: &Entry, bytes| {
+            atomic = atomic.take().or_else(|| entry.atomic().cloned());
+            entry.body().write(batch.message(bytes));
         };
-        let first = queue.window.next_batch(&self.cut, now, take);
+        let sends = queue.window.next_batch(&self.cut, now, write);
         let resolved_below = queue.window.first();
         drop(queue);
-        if let Some(first_sequence) = first {
+        if sends {
             self.unanswered.get_or_insert(now);
-            let batch = pb::PublishBatch { first_sequence, messages, resolved_below, atomic };
+            let batch = batch.finish(resolved_below, atomic.as_ref());
+            self.batch_bytes = batch.len();
             permit.send(request(Request::Batch(batch)));
         }
     }
@@ -401,17 +409,12 @@ impl<'a> Session<'a> {
     }
 
     fn results(&mut self, results: pb::PublishResults, now: Instant) -> Result<(), End> {
-        let mut queue = self.core.lock();
         for run in results.runs {
             let outcome = run.outcome.ok_or_else(|| broken("a result without an outcome came"))?;
-            let fates = queue.window.results(run.first_sequence, run.count).map_err(broken)?;
-            let entries: Vec<Entry> = fates.collect();
-            for (offset, entry) in (0..).zip(entries) {
-                queue.resolve(entry, |key| fate(self.core, &outcome, offset, key));
-            }
+            let fate = fate(&outcome);
+            self.core.answered(run.first_sequence, run.count, fate).map_err(broken)?;
         }
-        self.unanswered = queue.window.is_waiting().then_some(now);
-        drop(queue);
+        self.unanswered = self.core.lock().window.is_waiting().then_some(now);
         self.reconnect.progress();
         self.core.notify();
         Ok(())
@@ -446,31 +449,26 @@ impl<'a> Session<'a> {
     }
 }
 
-/// The fate of one message of a run.
-fn fate(
-    core: &Core,
-    outcome: &RunOutcome,
-    offset: u64,
-    key: &str,
-) -> Result<PublishReceipt, PublishError> {
-    match outcome {
-        RunOutcome::Stored(stored) => {
-            let topic = Arc::clone(&core.settings.topic);
-            let sequence = stored.sequence.saturating_add(offset);
-            let publish_time: SystemTime = time(stored.publish_time);
-            Ok(PublishReceipt {
-                id: MessageId { topic, epoch: stored.epoch, sequence },
-                duplicate: stored.duplicate,
-                publish_time,
-            })
-        }
+/// The fate of each message of a run.
+fn fate(outcome: &RunOutcome) -> impl Fn(u64, &Entry) -> Fate {
+    let publish_time = match outcome {
+        RunOutcome::Stored(stored) => time(stored.publish_time),
+        RunOutcome::Refused(_) => SystemTime::UNIX_EPOCH,
+    };
+    move |offset, entry| match outcome {
+        RunOutcome::Stored(stored) => Fate::Stored(Stored {
+            epoch: stored.epoch,
+            sequence: stored.sequence.saturating_add(offset),
+            duplicate: stored.duplicate,
+            publish_time,
+        }),
         RunOutcome::Refused(refused) => {
             let reason = Reason::from_wire(refused.reason);
             let expired = reason == Reason::ResultExpired;
             let outcome = if expired { Outcome::Unknown } else { Outcome::NotPersisted };
             let metadata = refused.metadata.clone();
             let error = ServerError::new(reason, refused.detail.clone()).with_metadata(metadata);
-            Err(PublishError::new(PublishErrorKind::Refused(error), outcome).with_key(key))
+            Fate::Failed(entry.error(PublishErrorKind::Refused(error), outcome))
         }
     }
 }

@@ -20,7 +20,7 @@ fn reconnect(core: &Core) -> Reconnect {
 }
 
 fn welcome(core: &Core, now: Instant) -> (Liveness, Cut, Duration) {
-    core.lock().window.hello();
+    core.lock().hello();
     let answer = pb::PublisherWelcome { topic_epoch: 7, ..pb::PublisherWelcome::default() };
     welcomed(core, answer, now).unwrap()
 }
@@ -59,7 +59,7 @@ async fn results_that_the_server_has_forgotten_are_unknown() {
     let permits = core.admit(1).await.unwrap();
     let ticket = core.push(core.check("1".into()).unwrap(), permits).unwrap();
     let (_, cut, _) = welcome(&core, Instant::now());
-    core.lock().window.next_batch(&cut, Instant::now(), |_| {});
+    core.lock().window.next_batch(&cut, Instant::now(), |_, _| {});
     let end = refused(&core, Reason::ResultExpired);
     assert!(matches!(end, End::Lost(_)), "{end:?}");
     let error = ticket.now_or_never().expect("its fate is told").unwrap_err();
@@ -103,7 +103,7 @@ async fn where_nothing_may_overtake_a_lost_message_the_publisher_ends_with_it() 
             tickets.push(core.push(core.check(payload.into()).unwrap(), permits).unwrap());
             if tickets.len() == 1 {
                 let (_, cut, _) = welcome(&core, Instant::now());
-                core.lock().window.next_batch(&cut, Instant::now(), |_| {});
+                core.lock().window.next_batch(&cut, Instant::now(), |_, _| {});
             }
         }
         let end = refused(&core, Reason::ResultExpired);
@@ -115,4 +115,23 @@ async fn where_nothing_may_overtake_a_lost_message_the_publisher_ends_with_it() 
         }
         assert_eq!(outcomes, [Outcome::Unknown, Outcome::NotPersisted]);
     }
+}
+
+#[tokio::test]
+async fn places_are_given_back_with_the_results_and_what_was_reserved_in_vain_at_once() {
+    let core = publisher(|builder| builder.window_messages(2).window_bytes(100));
+    let (_, cut, _) = welcome(&core, Instant::now());
+    for first in [1, 3] {
+        let reserved = core.admit(90).await.unwrap();
+        assert!(core.try_admit(11).is_none());
+        let _one = core.push(core.check(vec![0; 48].into()).unwrap(), reserved).unwrap();
+        assert!(core.try_admit(51).is_none());
+        let _two = core.push(core.check("2".into()).unwrap(), core.try_admit(50).unwrap()).unwrap();
+        assert!(core.try_admit(1).is_none(), "two messages are all that it takes");
+        core.lock().window.next_batch(&cut, Instant::now(), |_, _| {});
+        let stored = RunOutcome::Stored(pb::Stored::default());
+        core.answered(first, 2, fate(&stored)).unwrap();
+    }
+    drop(core.admit_together(2, 1000).await.unwrap());
+    assert!(core.try_admit(1000).is_some());
 }

@@ -3,13 +3,13 @@
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::SystemTime;
 
-use tokio::sync::oneshot;
-
-use super::core::{Core, Permits};
-use crate::error::{EnqueueError, Outcome, PublishError, PublishErrorKind};
+use super::core::{Core, Place};
+use super::fates::Fates;
+use crate::error::{EnqueueError, PublishError};
 use crate::message::{Message, MessageId};
 
 /// A message that is on its way. A future of its fate.
@@ -20,12 +20,14 @@ use crate::message::{Message, MessageId};
 #[derive(Debug)]
 #[must_use = "without awaiting the ticket, nobody learns whether the message was published"]
 pub struct PublishTicket {
-    receiver: oneshot::Receiver<Result<PublishReceipt, PublishError>>,
+    /// Nothing once the fate was told.
+    fates: Option<Arc<Fates>>,
+    index: usize,
 }
 
 impl PublishTicket {
-    pub(super) fn new(receiver: oneshot::Receiver<Result<PublishReceipt, PublishError>>) -> Self {
-        Self { receiver }
+    pub(super) fn new(fates: Arc<Fates>, index: usize) -> Self {
+        Self { fates: Some(fates), index }
     }
 }
 
@@ -33,11 +35,20 @@ impl Future for PublishTicket {
     type Output = Result<PublishReceipt, PublishError>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.receiver).poll(context).map(|result| {
-            // Should not happen: a publisher tells all fates at its end, whatever ends it.
-            let gone = |_| Err(PublishError::new(PublishErrorKind::Closed, Outcome::Unknown));
-            result.unwrap_or_else(gone)
-        })
+        let fates = self.fates.as_ref().expect("a future is not polled after its end");
+        let fate = fates.poll(self.index, context);
+        if fate.is_ready() {
+            self.fates = None;
+        }
+        fate
+    }
+}
+
+impl Drop for PublishTicket {
+    fn drop(&mut self) {
+        if let Some(fates) = &self.fates {
+            fates.give_up(self.index);
+        }
     }
 }
 
@@ -59,13 +70,13 @@ pub struct PublishReceipt {
 #[must_use = "a permit that is dropped gives its place back"]
 pub struct Permit<'a> {
     core: &'a Core,
-    permits: Permits,
+    place: Place<'a>,
     bytes: usize,
 }
 
 impl<'a> Permit<'a> {
-    pub(super) fn new(core: &'a Core, permits: Permits, bytes: usize) -> Self {
-        Self { core, permits, bytes }
+    pub(super) fn new(core: &'a Core, place: Place<'a>, bytes: usize) -> Self {
+        Self { core, place, bytes }
     }
 
     /// Enqueues a message, without waiting.
@@ -81,7 +92,7 @@ impl<'a> Permit<'a> {
             let message = Box::new(checked.into_message());
             return Err(EnqueueError::ExceedsPermit { size, reserved, message });
         }
-        self.core.push(checked, self.permits)
+        self.core.push(checked, self.place)
     }
 }
 

@@ -20,8 +20,8 @@ use crate::liveness::after;
 struct Slot<T> {
     item: T,
     bytes: usize,
-    queued: Instant,
-    first_sent: Option<Instant>,
+    /// When it was queued; once it was sent, when that was for the first time.
+    since: Instant,
     /// How many messages, from this one on, go in one batch of their own. 0: this one goes with
     /// any, or is one of those after the first.
     together: usize,
@@ -98,10 +98,11 @@ pub(super) struct Window<T> {
     epoch: u32,
     /// The sequence of the next message that was never sent.
     next: u64,
-    // Both are bounded by the permits that their items hold.
-    sent: VecDeque<Slot<T>>,
-    unsent: VecDeque<Slot<T>>,
-    /// How many of `sent` have gone out on the present stream, and their bytes.
+    /// Bounded by the places that the items take.
+    slots: VecDeque<Slot<T>>,
+    /// How many of them, the oldest, were sent.
+    sent: usize,
+    /// How many of those have gone out on the present stream, and their bytes.
     on_stream: usize,
     bytes_on_stream: usize,
     boot: Bytes,
@@ -117,8 +118,8 @@ impl<T> Window<T> {
         Self {
             epoch: 0,
             next: 1,
-            sent: VecDeque::new(),
-            unsent: VecDeque::new(),
+            slots: VecDeque::new(),
+            sent: 0,
             on_stream: 0,
             bytes_on_stream: 0,
             boot: Bytes::new(),
@@ -129,28 +130,27 @@ impl<T> Window<T> {
     }
 
     pub(super) fn push(&mut self, item: T, bytes: usize, now: Instant) {
-        let slot = Slot { item, bytes, queued: now, first_sent: None, together: 0 };
-        self.unsent.push_back(slot);
+        self.slots.push_back(Slot { item, bytes, since: now, together: 0 });
     }
 
     /// Messages, with their bytes, that go in one batch of their own, each time they are sent.
     pub(super) fn push_together(&mut self, items: Vec<(T, usize)>, now: Instant) {
-        let first = self.unsent.len();
+        let first = self.slots.len();
         let count = items.len();
         items.into_iter().for_each(|(item, bytes)| self.push(item, bytes, now));
-        if let Some(slot) = self.unsent.get_mut(first) {
+        if let Some(slot) = self.slots.get_mut(first) {
             slot.together = count;
         }
     }
 
     /// The oldest sequence without a result; the next new one if there is none.
     pub(super) fn first(&self) -> u64 {
-        self.next - self.sent.len() as u64
+        self.next - self.sent as u64
     }
 
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
-        self.sent.is_empty() && self.unsent.is_empty()
+        self.slots.is_empty()
     }
 
     /// Whether anything that was sent on this stream has no result yet.
@@ -164,14 +164,13 @@ impl<T> Window<T> {
         self.on_stream = 0;
         self.bytes_on_stream = 0;
         // Deliberate bugs, for tests of tests.
-        if cfg!(pubsub_break = "retry_mints_new_identity") && !self.sent.is_empty() {
+        if cfg!(pubsub_break = "retry_mints_new_identity") && self.sent > 0 {
             self.epoch += 1;
             self.next = 1;
-            self.sent.append(&mut self.unsent);
-            self.unsent = std::mem::take(&mut self.sent);
+            self.sent = 0;
         }
         if cfg!(pubsub_break = "replay_out_of_order") {
-            self.sent.make_contiguous().reverse();
+            self.slots.make_contiguous()[..self.sent].reverse();
         }
         Hello {
             epoch: self.epoch,
@@ -208,10 +207,8 @@ impl<T> Window<T> {
     /// What was sent longer ago than the server remembers must not be sent again: it could be
     /// stored twice.
     fn give_up_older(&mut self, horizon: Duration, last: u64, now: Instant) -> Verdict<T> {
-        let is_old = |slot: &Slot<T>| {
-            slot.first_sent.is_some_and(|sent| now.duration_since(sent) >= horizon)
-        };
-        let old = self.sent.iter().take_while(|slot| is_old(slot)).count();
+        let is_old = |slot: &&Slot<T>| now.duration_since(slot.since) >= horizon;
+        let old = self.slots.iter().take(self.sent).take_while(is_old).count();
         if old == 0 {
             return Verdict { lost: Vec::new(), then: Then::Go };
         }
@@ -219,7 +216,8 @@ impl<T> Window<T> {
             // Without these the next sequence would be a gap.
             return self.start_over(PublishErrorKind::HorizonElapsed);
         }
-        let lost = self.sent.drain(..old);
+        self.sent -= old;
+        let lost = self.slots.drain(..old);
         let lost = lost.map(|slot| (slot.item, PublishErrorKind::HorizonElapsed)).collect();
         Verdict { lost, then: Then::Go }
     }
@@ -251,21 +249,26 @@ impl<T> Window<T> {
         self.next = 1;
         self.on_stream = 0;
         self.bytes_on_stream = 0;
-        let lost = self.sent.drain(..).map(|slot| (slot.item, why.clone())).collect();
+        let sent = self.slots.drain(..std::mem::take(&mut self.sent));
+        let lost = sent.map(|slot| (slot.item, why.clone())).collect();
         Verdict { lost, then: Then::Again }
     }
 
-    /// The next messages to send and the sequence of the first one. `visit` sees each of them.
+    /// The sequence of the next message that is sent on this stream.
+    pub(super) fn next_to_send(&self) -> u64 {
+        self.first() + self.on_stream as u64
+    }
+
+    /// Sends the next messages, if there are any. `visit` sees each of them, and its bytes.
     pub(super) fn next_batch(
         &mut self,
         cut: &Cut,
         now: Instant,
-        mut visit: impl FnMut(&T),
-    ) -> Option<u64> {
+        mut visit: impl FnMut(&T, usize),
+    ) -> bool {
         if self.lingers_until(cut, now).is_some() {
-            return None;
+            return false;
         }
-        let first = self.first() + self.on_stream as u64;
         let (mut count, mut bytes) = (0, 0);
         while let Some(next) = self.peek(cut.allow_new) {
             let fits = count < cut.messages && bytes + next.bytes <= cut.bytes && !next.alone;
@@ -273,7 +276,7 @@ impl<T> Window<T> {
                 break;
             }
             for _ in 0..next.messages {
-                visit(self.advance(now)?);
+                self.advance(now, &mut visit);
             }
             count += next.messages;
             bytes += next.bytes;
@@ -281,22 +284,22 @@ impl<T> Window<T> {
                 break;
             }
         }
-        (count > 0).then_some(first)
+        count > 0
     }
 
     /// The next message for the present stream, or those that go with it: first those sent
     /// before, then new ones.
     fn peek(&self, allow_new: bool) -> Option<Next> {
-        let again = self.on_stream < self.sent.len();
-        let (slots, from) = match again {
-            true => (&self.sent, self.on_stream),
-            false if allow_new => (&self.unsent, 0),
-            false => return None,
-        };
-        let together = slots.get(from)?.together;
-        let messages = together.max(1);
-        let bytes = slots.iter().skip(from).take(messages).map(|slot| slot.bytes).sum();
-        Some(Next { messages, bytes, alone: together > 0 })
+        if self.on_stream == self.sent && !allow_new {
+            return None;
+        }
+        let Slot { bytes, together, .. } = *self.slots.get(self.on_stream)?;
+        if together == 0 {
+            return Some(Next { messages: 1, bytes, alone: false });
+        }
+        let all = self.slots.range(self.on_stream..).take(together);
+        let bytes = all.map(|slot| slot.bytes).sum();
+        Some(Next { messages: together, bytes, alone: true })
     }
 
     /// Whether these may be unanswered, too. If nothing is, they may in any case.
@@ -306,17 +309,16 @@ impl<T> Window<T> {
         messages && bytes || self.on_stream == 0
     }
 
-    fn advance(&mut self, now: Instant) -> Option<&T> {
-        if self.on_stream == self.sent.len() {
-            let mut slot = self.unsent.pop_front()?;
-            slot.first_sent = Some(now);
+    fn advance(&mut self, now: Instant, visit: &mut impl FnMut(&T, usize)) {
+        let Some(slot) = self.slots.get_mut(self.on_stream) else { return };
+        if self.on_stream == self.sent {
+            slot.since = now;
             self.next += 1;
-            self.sent.push_back(slot);
+            self.sent += 1;
         }
-        let slot = self.sent.get(self.on_stream)?;
         self.on_stream += 1;
         self.bytes_on_stream += slot.bytes;
-        Some(&slot.item)
+        visit(&slot.item, slot.bytes);
     }
 
     /// Whether there is something to send now.
@@ -327,13 +329,14 @@ impl<T> Window<T> {
 
     /// Until when new messages wait for company, if they do.
     pub(super) fn lingers_until(&self, cut: &Cut, now: Instant) -> Option<Instant> {
-        if cut.linger.is_zero() || self.on_stream < self.sent.len() || !cut.allow_new {
+        if cut.linger.is_zero() || self.on_stream < self.sent || !cut.allow_new {
             return None;
         }
-        let front = self.unsent.front().filter(|front| front.together == 0)?;
-        let until = after(front.queued, cut.linger);
-        let sizes = self.unsent.iter().take(cut.messages).map(|slot| slot.bytes);
-        let full = self.unsent.len() >= cut.messages || sizes.sum::<usize>() >= cut.bytes;
+        let front = self.slots.get(self.sent).filter(|front| front.together == 0)?;
+        let until = after(front.since, cut.linger);
+        let sizes = self.slots.range(self.sent..).take(cut.messages).map(|slot| slot.bytes);
+        let unsent = self.slots.len() - self.sent;
+        let full = unsent >= cut.messages || sizes.sum::<usize>() >= cut.bytes;
         (!full && now < until).then_some(until)
     }
 
@@ -353,36 +356,42 @@ impl<T> Window<T> {
             ));
         }
         self.on_stream -= count;
-        let bytes = self.sent.iter().take(count).map(|slot| slot.bytes).sum::<usize>();
+        self.sent -= count;
+        let bytes = self.slots.iter().take(count).map(|slot| slot.bytes).sum::<usize>();
         self.bytes_on_stream -= bytes;
-        Ok(self.sent.drain(..count).map(|slot| slot.item))
+        Ok(self.slots.drain(..count).map(|slot| slot.item))
     }
 
     /// Takes out what was never sent and is not wanted any more.
     pub(super) fn give_up_unsent(&mut self, unwanted: impl Fn(&T) -> bool) -> Vec<T> {
-        if !self.unsent.iter().any(|slot| unwanted(&slot.item)) {
+        if !self.slots.range(self.sent..).any(|slot| unwanted(&slot.item)) {
             return Vec::new();
         }
-        let all = std::mem::take(&mut self.unsent);
+        let unsent = self.slots.split_off(self.sent);
         let (given_up, kept): (Vec<_>, Vec<_>) =
-            all.into_iter().partition(|slot| unwanted(&slot.item));
-        self.unsent = kept.into();
+            unsent.into_iter().partition(|slot| unwanted(&slot.item));
+        self.slots.extend(kept);
         given_up.into_iter().map(|slot| slot.item).collect()
     }
 
     pub(super) fn sent_mut(&mut self) -> impl Iterator<Item = &mut T> {
-        self.sent.iter_mut().map(|slot| &mut slot.item)
+        self.slots.range_mut(..self.sent).map(|slot| &mut slot.item)
+    }
+
+    pub(super) fn unsent_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.slots.range_mut(self.sent..).map(|slot| &mut slot.item)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
-        self.sent.iter().chain(&self.unsent).map(|slot| &slot.item)
+        self.slots.iter().map(|slot| &slot.item)
     }
 
     /// Everything, oldest first, and whether it was ever sent.
     pub(super) fn drain(&mut self) -> Vec<(T, bool)> {
         self.on_stream = 0;
         self.bytes_on_stream = 0;
-        let sent = self.sent.drain(..).map(|slot| (slot.item, true));
-        sent.chain(self.unsent.drain(..).map(|slot| (slot.item, false))).collect()
+        let sent = std::mem::take(&mut self.sent);
+        let was_sent = |(index, slot): (usize, Slot<T>)| (slot.item, index < sent);
+        self.slots.drain(..).enumerate().map(was_sent).collect()
     }
 }

@@ -31,8 +31,9 @@ fn window(messages: u32) -> Window<u32> {
 
 fn batch(window: &mut Window<u32>) -> Option<(u64, Vec<u32>)> {
     let mut messages = Vec::new();
-    let first = window.next_batch(&CUT, Instant::now(), |message| messages.push(*message))?;
-    Some((first, messages))
+    let first = window.next_to_send();
+    let sent = window.next_batch(&CUT, Instant::now(), |message, _| messages.push(*message));
+    sent.then_some((first, messages))
 }
 
 fn welcome(last: Option<u64>) -> Welcome {

@@ -9,10 +9,10 @@ use futures_util::future::BoxFuture;
 use super::error::{BrokerError, Problems};
 use super::publisher::{Batch, Inspected};
 use super::{Broker, Topic};
-use crate::envelope::{Content, Label, Stamp};
+use crate::envelope::{Content, Label, Stamp, is_plain};
 use crate::limits;
 use crate::names::TopicName;
-use crate::record::{NewMessage, Timestamp};
+use crate::record::NewMessage;
 use crate::schema::{
     Checker, Compatibility, InvalidSchema, PayloadRules, Problem, SchemaRecord, Violation,
     shortened,
@@ -230,13 +230,17 @@ impl Broker {
         let current = topic.payloads.current();
         let topic = Arc::clone(topic);
         let quick = current.as_ref().is_none_or(|current| current.is_quick(batch.bytes()));
-        let now = self.inner.env.now();
+        let delay = u64::try_from(limits::MAX_DELAY.as_millis()).unwrap_or(u64::MAX);
+        let bounds = Bounds {
+            bytes: topic.config().max_message_bytes,
+            not_before: self.inner.env.now().0.saturating_add(delay),
+        };
         let inspect = move || {
             let checker = current.as_ref().map(|current| current.checker()).transpose()?;
             let rules = current.as_ref().map(|current| current.record.revision).zip(checker);
             for item in &mut batch.items {
                 if let Item::Store(message) = item
-                    && let Err(refusal) = topic.inspect(message, rules, now)
+                    && let Err(refusal) = topic.inspect(message, rules, bounds)
                 {
                     *item = message.refused(refusal);
                 }
@@ -260,22 +264,30 @@ impl Broker {
     }
 }
 
+/// What holds for each message of a batch.
+#[derive(Clone, Copy)]
+struct Bounds {
+    /// The largest one.
+    bytes: u64,
+    /// The latest time for which one can wait.
+    not_before: u64,
+}
+
 impl Topic {
     /// Checks a message, and notes with which schema.
     fn inspect(
         &self,
         message: &mut NewMessage,
         rules: Option<(u32, &Checker)>,
-        now: Timestamp,
+        bounds: Bounds,
     ) -> Result<(), Refusal> {
-        let (size, limit) = (message.body.len() as u64, self.config().max_message_bytes);
+        let (size, limit) = (message.body.len() as u64, bounds.bytes);
         if size > limit {
             let detail = format!("the message has {size} bytes, and the topic allows {limit}");
             return Err(Refusal::new(RefusalReason::TooLarge, detail).with(Fact::Limit(limit)));
         }
-        let latest =
-            now.0.saturating_add(u64::try_from(limits::MAX_DELAY.as_millis()).unwrap_or(u64::MAX));
-        if Label::of(&message.body).not_before().is_some_and(|due| due.0 > latest) {
+        let not_before = || Label::of(&message.body).not_before();
+        if !is_plain(&message.body) && not_before().is_some_and(|due| due.0 > bounds.not_before) {
             let detail = "not_before lies more than 366 days ahead";
             return Err(Refusal::new(RefusalReason::Invalid, detail));
         }

@@ -12,6 +12,7 @@ use super::status::{self, invalid};
 use crate::broker::Start;
 use crate::broker::delivery::{Claim, Nack};
 use crate::broker::session::{self, GapReason, Lease, Leased, Missing, TopicAcks};
+use crate::envelope;
 use crate::filter::Filter;
 use crate::limits;
 use crate::names::{SnapshotName, SubscriptionName, TopicName, TopicPattern};
@@ -189,10 +190,12 @@ pub(super) fn ranges(sequences: &Sequences) -> Vec<v1::SequenceRange> {
 
 // ---- publishing
 
-/// A message to be stored, or why it is refused.
 /// A message as a publisher has encoded it. What it has encoded is what is stored, unless there is
 /// more in it than this server knows of.
 pub(super) fn parse_encoded(encoded: Bytes) -> Item {
+    if envelope::is_plain(&encoded) {
+        return Item::Store(NewMessage { body: encoded, recipients: Vec::new(), key: None });
+    }
     match v1::Message::decode(encoded.clone()) {
         Ok(message) => parse(message, Some(encoded)),
         Err(error) => {

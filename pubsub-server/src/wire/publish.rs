@@ -253,6 +253,8 @@ impl Stream {
     ) -> Result<(), End> {
         match frame.frame {
             Some(Request::Batch(batch)) => {
+                let batch = PublishBatch::decode(batch);
+                let batch = batch.map_err(|error| unreadable(&invalid(error.to_string())))?;
                 let mut inspecting = self.publisher.inspect(parse_batch(batch)?);
                 match (&mut inspecting).now_or_never() {
                     Some(inspected) => self.on_inspected(inspected, frames).await,

@@ -117,7 +117,8 @@ fn bad_publisher_frames_end_the_stream_with_a_reason() {
         }
         let batch = |first_sequence, messages: Vec<Message>| {
             let messages = messages.iter().map(|message| message.encoded()).collect();
-            Frame::Batch(PublishBatch { first_sequence, messages, resolved_below: 0, atomic: None })
+            let batch = PublishBatch { first_sequence, messages, resolved_below: 0, atomic: None };
+            Frame::Batch(batch.encoded())
         };
         let hello = || Frame::Hello(raw::publisher_hello(TOPIC, [7; 16]));
         let one = || vec![raw::message("x")];
