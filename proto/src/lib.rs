@@ -14,7 +14,7 @@ pub mod v1 {
     )]
     tonic::include_proto!("pubsub.v1");
 
-    pub use crate::hot::{PublishBatch, ReceivedMessage};
+    pub use crate::hot::{Deliver, PublishBatch, ReceivedMessage};
 }
 
 mod hot;
