@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ::redb::{ReadableTable, ReadableTableMetadata};
 
+use super::recent::Row;
 use super::rows::{Head, decode, encode, encode_batch, row_length, wide};
 use super::sealing::release;
 use super::state::{State, Topic};
@@ -50,6 +51,8 @@ pub(super) struct Effects {
     pub(super) deleted: BTreeMap<Epoch, u64>,
     /// Topics of which rows may go.
     pub(super) trimmed: BTreeSet<Epoch>,
+    /// Rows of messages, for those who read them at once.
+    pub(super) rows: Vec<Row>,
     /// Bytes of bodies that were stored.
     pub(super) bytes: u64,
     /// Topics and subscriptions that left rows behind.
@@ -406,7 +409,9 @@ impl<'t, 's> Group<'t, 's> {
                 let (row, after) = rest.split_at(row_length(rest));
                 encode_batch(&mut self.row, *topic, base, at, row);
                 self.tables.messages.insert((topic.0, base), self.row.as_slice())?;
-                base += row.len() as u64;
+                let end = base + row.len() as u64;
+                self.effects.rows.push(Row::written(*topic, base, end, at, &self.row));
+                base = end;
                 rest = after;
             }
         }

@@ -7,34 +7,61 @@ use std::sync::Arc;
 use ::redb::{ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable};
 use bytes::Bytes;
 
+use super::recent::{Recent, Row};
 use super::rows::{BatchHeader, Messages, decode, decode_header};
 use super::sealed::Segment;
 use super::shared::{Shared, ViewState};
 use super::tables::{
-    CURSORS, DEPARTED, MESSAGES, Row, SCHEMAS, SUBSCRIPTIONS, TOPICS, Trouble, decoded,
+    CURSORS, DEPARTED, MESSAGES, Row as Bytea, SCHEMAS, SUBSCRIPTIONS, TOPICS, Trouble, decoded,
 };
 use super::writer::explain;
+use crate::limits;
 use crate::record::{
     CursorRecord, Departed, Epoch, StoredMessage, SubscriptionRecord, Timestamp, TopicRecord,
 };
 use crate::storage::{Catalog, CatalogSubscription, ReadError, ReadLimit};
 
-type MessageTable = ReadOnlyTable<(u64, u64), Row>;
+type MessageRange<'a> = ::redb::Range<'a, (u64, u64), Bytea>;
+type MessageTable = ReadOnlyTable<(u64, u64), Bytea>;
 
-/// See [`crate::storage::Storage::read`].
-pub(super) fn read(
+/// How a read begins: with what is in memory.
+pub(super) enum Begun {
+    /// That is all of it.
+    All(Vec<StoredMessage>),
+    /// The rest is on disk.
+    Some(Chunk),
+}
+
+/// See [`crate::storage::Storage::read`]. This does not block.
+pub(super) fn begin(
     shared: &Shared,
     topic: Epoch,
     from: u64,
     limit: ReadLimit,
-) -> Result<Vec<StoredMessage>, ReadError> {
+) -> Result<Begun, ReadError> {
     // The head comes first: whatever is looked up after it holds all that the head promises.
     let until = shared.view(topic).ok_or(ReadError::NoTopic)?.head();
     readable(shared, topic, from)?;
-    let mut chunk = Chunk { topic, next: from, limit, bytes: 0, messages: Vec::new(), full: false };
-    while chunk.next <= until && !chunk.full {
+    let mut chunk = Chunk::new(topic, from, until, limit);
+    while chunk.wants_more() {
         let next = chunk.next;
-        look_up(shared, topic, next, |table, end| chunk.fill(table, until.min(end)))?;
+        match shared.recent.find(topic, next) {
+            Some(row) => chunk.take(&row, until),
+            None => return Ok(Begun::Some(chunk)),
+        }
+        if chunk.next == next && !chunk.full {
+            return Ok(Begun::Some(chunk));
+        }
+    }
+    Ok(Begun::All(chunk.messages))
+}
+
+/// Reads the rest from disk.
+pub(super) fn go_on(shared: &Shared, mut chunk: Chunk) -> Result<Vec<StoredMessage>, ReadError> {
+    while chunk.wants_more() {
+        let (topic, next, until) = (chunk.topic, chunk.next, chunk.until);
+        let recent = &shared.recent;
+        look_up(shared, topic, next, |table, end| chunk.fill(table, until.min(end), recent))?;
     }
     Ok(chunk.messages)
 }
@@ -223,12 +250,33 @@ fn locate(table: &MessageTable, topic: Epoch, sequence: u64) -> Result<BatchHead
     }
 }
 
+/// Keeps a few rows more in memory, for whoever goes on reading, and ends at the first that cannot be
+/// read: they meet it themselves.
+fn read_ahead(topic: Epoch, mut next: u64, rows: MessageRange<'_>, recent: &Recent) {
+    let mut bytes = 0;
+    for entry in rows {
+        let Ok((key, row)) = entry else { return };
+        bytes += row.value().len();
+        let header = decode_header(topic, key.value().1, row.value());
+        let Some(header) = header.ok().filter(|_| bytes <= limits::READ_AHEAD_BYTES) else {
+            return;
+        };
+        match Row::verified(header, row.value()) {
+            Some(row) if header.base >= next => recent.keep_read(row),
+            Some(_) | None => return,
+        }
+        next = header.end();
+    }
+}
+
 /// What is read so far.
 #[derive(Debug)]
-struct Chunk {
+pub(super) struct Chunk {
     topic: Epoch,
     /// The next sequence.
     next: u64,
+    /// The last one that is committed.
+    until: u64,
     limit: ReadLimit,
     bytes: usize,
     messages: Vec<StoredMessage>,
@@ -237,10 +285,28 @@ struct Chunk {
 }
 
 impl Chunk {
+    fn new(topic: Epoch, next: u64, until: u64, limit: ReadLimit) -> Self {
+        Self { topic, next, until, limit, bytes: 0, messages: Vec::new(), full: false }
+    }
+
+    fn wants_more(&self) -> bool {
+        self.next <= self.until && !self.full
+    }
+
+    /// Takes what comes next from a row, up to `until`.
+    fn take(&mut self, row: &Row, until: u64) {
+        for message in row.messages(self.next).take_while(|message| message.sequence <= until) {
+            self.push(message);
+            if self.full {
+                return;
+            }
+        }
+    }
+
     /// Reads on. What cannot be read is an error only if nothing precedes it: whoever goes on from
     /// there meets it again.
-    fn fill(&mut self, table: &MessageTable, until: u64) -> Result<(), Miss> {
-        let filled = self.try_fill(table, until);
+    fn fill(&mut self, table: &MessageTable, until: u64, recent: &Recent) -> Result<(), Miss> {
+        let filled = self.try_fill(table, until, recent);
         if filled.is_err() && !self.messages.is_empty() {
             self.full = true;
             return Ok(());
@@ -248,16 +314,26 @@ impl Chunk {
         filled
     }
 
-    fn try_fill(&mut self, table: &MessageTable, until: u64) -> Result<(), Miss> {
+    fn try_fill(&mut self, table: &MessageTable, until: u64, recent: &Recent) -> Result<(), Miss> {
         let topic = self.topic;
         let base = base_of(table, topic, self.next)?;
-        for entry in table.range((topic.0, base)..=(topic.0, until))? {
+        let mut rows = table.range((topic.0, base)..=(topic.0, until))?;
+        while let Some(entry) = rows.next() {
             let (key, row) = entry?;
             let lost = || Miss::Lost(self.next);
             let header = decode_header(topic, key.value().1, row.value()).map_err(|_| lost())?;
             // Rows follow each other without gaps, or something is missing.
             if !(header.base..header.end()).contains(&self.next) {
                 return Err(lost());
+            }
+            if let Some(row) = Row::verified(header, row.value()) {
+                self.take(&row, until);
+                recent.keep_read(row);
+                if self.full {
+                    read_ahead(topic, self.next, rows, recent);
+                    return Ok(());
+                }
+                continue;
             }
             let mut messages = Messages::new(header, Bytes::copy_from_slice(row.value()));
             messages.skip_to(self.next).ok_or_else(lost)?;

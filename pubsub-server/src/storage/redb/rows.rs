@@ -20,10 +20,10 @@ use ::redb::TableHandle;
 pub(super) const ROW_BYTES: usize = 64_000;
 
 /// count, body bytes, published at, checksum of these
-const BATCH_HEADER_BYTES: usize = 4 + 4 + 8 + 8;
+pub(super) const BATCH_HEADER_BYTES: usize = 4 + 4 + 8 + 8;
 /// body length, recipients length
-const MESSAGE_HEADER_BYTES: usize = 4 + 2;
-const SUM_BYTES: usize = 8;
+pub(super) const MESSAGE_HEADER_BYTES: usize = 4 + 2;
+pub(super) const SUM_BYTES: usize = 8;
 
 pub(super) fn encode<T: Serialize>(record: &T) -> Vec<u8> {
     postcard::to_allocvec(record).expect("records are plain data, which always encodes")
@@ -239,7 +239,7 @@ impl Iterator for Messages {
     }
 }
 
-fn decode_recipients(mut bytes: &[u8]) -> Option<Vec<SubscriptionName>> {
+pub(super) fn decode_recipients(mut bytes: &[u8]) -> Option<Vec<SubscriptionName>> {
     let mut recipients = Vec::new();
     while let Some((length, rest)) = bytes.split_first() {
         let (name, rest) = rest.split_at_checked(usize::from(*length))?;
@@ -249,7 +249,7 @@ fn decode_recipients(mut bytes: &[u8]) -> Option<Vec<SubscriptionName>> {
     Some(recipients)
 }
 
-fn sum_at(topic: Epoch, sequence: u64, bytes: &[u8]) -> u64 {
+pub(super) fn sum_at(topic: Epoch, sequence: u64, bytes: &[u8]) -> u64 {
     let mut key = [0; 16];
     key[..8].copy_from_slice(&topic.0.to_le_bytes());
     key[8..].copy_from_slice(&sequence.to_le_bytes());

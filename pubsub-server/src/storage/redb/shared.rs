@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use ::redb::Database;
 use tokio::sync::watch;
 
+use super::recent::Recent;
 use super::rows::Head;
 use super::sealed::{Cabinet, Segment};
 use crate::record::Epoch;
@@ -18,6 +19,7 @@ pub(super) struct Shared {
     /// `None` once closed. The writer takes the lock for writing only to reopen or close.
     pub(super) database: RwLock<Option<Database>>,
     pub(super) cabinet: Cabinet,
+    pub(super) recent: Recent,
     topics: RwLock<HashMap<Epoch, Arc<TopicView>>>,
     health: watch::Sender<Health>,
 }
@@ -59,6 +61,7 @@ impl Shared {
             path,
             database: RwLock::new(Some(database)),
             cabinet,
+            recent: Recent::default(),
             topics: RwLock::default(),
             health: watch::Sender::new(Health::Ok),
         }

@@ -121,7 +121,8 @@ impl Writer {
         self.watch_space();
         let mut answers = Vec::with_capacity(requests.len());
         match self.try_commit(requests, &mut answers) {
-            Ok(effects) => {
+            Ok(mut effects) => {
+                self.shared.recent.keep_written(std::mem::take(&mut effects.rows));
                 self.show(&effects);
                 self.chores.note(&effects);
                 effects.doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
@@ -256,6 +257,7 @@ impl Writer {
         let mut database = shared.database.write().unwrap_or_else(PoisonError::into_inner);
         // Its error is the one that brought us here.
         drop(database.take().map(Database::close));
+        shared.recent.clear();
         let io = |error: std::io::Error| shared.error(::redb::Error::Io(error));
         self.disk.sync(HOT).map_err(io)?;
         let opened = open_hot(self.disk.as_ref(), self.opening)?;
