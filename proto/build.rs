@@ -25,6 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         // One message has one encoding, so that its hash identifies it.
         .btree_map(".pubsub.v1")
         // Written by hand, with messages as bytes: see src/hot.rs.
+        .extern_path(".pubsub.v1.Deliver", "crate::hot::Deliver")
         .extern_path(".pubsub.v1.PublishBatch", "crate::hot::PublishBatch")
         .extern_path(".pubsub.v1.PublishStreamRequest", "crate::hot::PublishStreamRequest")
         .extern_path(".pubsub.v1.ReceivedMessage", "crate::hot::ReceivedMessage")

@@ -15,7 +15,7 @@ pub mod v1 {
     tonic::include_proto!("pubsub.v1");
 
     pub use crate::hot::{
-        PublishBatch, PublishStreamRequest, ReceivedMessage, publish_stream_request,
+        Deliver, PublishBatch, PublishStreamRequest, ReceivedMessage, publish_stream_request,
     };
 }
 

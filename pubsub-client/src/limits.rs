@@ -18,8 +18,9 @@ pub(crate) const WINDOW_BYTES: usize = 8 * 1024 * 1024;
 /// The largest message that any topic can be set to allow.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
 
-/// Messages that a subscriber may hold unacked.
-pub(crate) const OUTSTANDING_MESSAGES: u32 = 1_000;
+/// Messages that a subscriber may hold unacked: several frames and several batches of acks, so that
+/// some are on their way while others are worked on.
+pub(crate) const OUTSTANDING_MESSAGES: u32 = 5_000;
 /// Bytes of these.
 pub(crate) const OUTSTANDING_BYTES: u64 = 32 * 1024 * 1024;
 /// How many messages more than its credit a server may send before it counts as broken: what it
@@ -27,8 +28,8 @@ pub(crate) const OUTSTANDING_BYTES: u64 = 32 * 1024 * 1024;
 pub(crate) const CREDIT_SLACK: usize = 2_048;
 /// How long an ack waits for company.
 pub(crate) const ACK_LINGER: Duration = Duration::from_millis(10);
-/// How many acks do not wait any longer.
-pub(crate) const ACK_BATCH: usize = 256;
+/// How many acks do not wait any longer; half of the credit does not, either.
+pub(crate) const ACK_BATCH: usize = 1_024;
 /// After how long a message comes again that was dropped without ack or nack: long enough that a
 /// handler that always fails early is no hot loop.
 pub(crate) const RELEASE_DELAY: Duration = Duration::from_secs(1);

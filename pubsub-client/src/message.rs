@@ -6,7 +6,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
 use pubsub_proto::v1 as pb;
 
 /// A message to publish.
@@ -244,14 +244,63 @@ pub struct ReceivedMessage {
 /// A message as it came, decoded.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Received {
-    pub(crate) message: pb::Message,
+    pub(crate) content: Content,
     pub(crate) publish_time: Option<prost_types::Timestamp>,
     pub(crate) attempt: u32,
 }
 
+/// What was published. It is small, since it waits in a queue.
+#[derive(Clone, Debug)]
+pub(crate) enum Content {
+    /// A payload, and nothing else.
+    Plain(Bytes),
+    Full(Box<pb::Message>),
+}
+
+impl Default for Content {
+    fn default() -> Self {
+        Self::Plain(Bytes::new())
+    }
+}
+
+impl Content {
+    pub(crate) fn decode(mut bytes: Bytes) -> Result<Self, prost::DecodeError> {
+        match plain_payload(&bytes) {
+            Some(from) => {
+                bytes.advance(from);
+                Ok(Self::Plain(bytes))
+            }
+            None => prost::Message::decode(bytes).map(|message| Self::Full(Box::new(message))),
+        }
+    }
+
+    pub(crate) fn ordering_key(&self) -> &str {
+        match self {
+            Self::Plain(_) => "",
+            Self::Full(message) => &message.ordering_key,
+        }
+    }
+}
+
+/// Where the payload begins of a message that has one, and nothing behind it or before it.
+fn plain_payload(message: &[u8]) -> Option<usize> {
+    /// The tag of the field.
+    const PAYLOAD: u8 = 1 << 3 | 2;
+    let Some((PAYLOAD, mut rest)) = message.split_first().map(|(tag, rest)| (*tag, rest)) else {
+        return message.is_empty().then_some(0);
+    };
+    let length = prost::encoding::decode_varint(&mut rest).ok()?;
+    (length == rest.len() as u64).then_some(message.len() - rest.len())
+}
+
 impl ReceivedMessage {
     pub(crate) fn from_wire(id: MessageId, received: Received) -> Self {
-        let message = received.message;
+        let message = match received.content {
+            Content::Full(message) => *message,
+            Content::Plain(payload) => {
+                return Self::plain(id, payload, received.publish_time, received.attempt);
+            }
+        };
         Self {
             id,
             payload: message.payload,
@@ -264,6 +313,29 @@ impl ReceivedMessage {
             not_before: message.not_before.and_then(|time| time.try_into().ok()),
             publish_time: time(received.publish_time),
             attempt: received.attempt.max(1),
+        }
+    }
+}
+
+impl ReceivedMessage {
+    fn plain(
+        id: MessageId,
+        payload: Bytes,
+        publish_time: Option<prost_types::Timestamp>,
+        attempt: u32,
+    ) -> Self {
+        Self {
+            id,
+            payload,
+            attributes: BTreeMap::new(),
+            ordering_key: None,
+            content_type: None,
+            schema_revision: None,
+            idempotency_key: None,
+            recipients: Vec::new(),
+            not_before: None,
+            publish_time: time(publish_time),
+            attempt: attempt.max(1),
         }
     }
 }
@@ -307,6 +379,28 @@ mod tests {
         assert_eq!(id.to_string().parse(), Ok(id));
         for bad in ["", "orders", "orders/1", "/1/1", "orders/x/1", "orders/1/0", "orders/1/-1"] {
             assert!(bad.parse::<MessageId>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_payload_alone_is_decoded_as_any_message() {
+        use prost::Message as _;
+        let id = || MessageId { topic: "t".into(), epoch: 1, sequence: 1 };
+        let received =
+            |content| ReceivedMessage::from_wire(id(), Received { content, ..Received::default() });
+        let full = Message::new("p").with_attribute("a", "1").with_ordering_key("k");
+        let messages = [0, 1, 127, 128, 20_000].map(|length| Message::new(vec![7; length]));
+        for message in messages.into_iter().chain([full]) {
+            let encoded = message.into_wire().encode_to_vec();
+            for end in 0..encoded.len().min(300) {
+                // Cut short, with a field behind it, and as it is.
+                for bytes in [&encoded[..end], &[&*encoded, &[0x3a, 0]].concat(), &*encoded] {
+                    let bytes = Bytes::copy_from_slice(bytes);
+                    let any = pb::Message::decode(bytes.clone());
+                    let any = any.map(|message| received(Content::Full(Box::new(message))));
+                    assert_eq!(Content::decode(bytes).map(received), any);
+                }
+            }
         }
     }
 

@@ -22,7 +22,8 @@ pub(crate) struct Label {
 impl Label {
     /// That of a body; an empty one if it is no message.
     pub(crate) fn of(body: &[u8]) -> Self {
-        Self::decode(body).unwrap_or_default()
+        // Most messages have none, and are asked again each time that they are delivered.
+        if has_none(body) { Self::default() } else { Self::decode(body).unwrap_or_default() }
     }
 
     /// The ordering key; none if it is empty.
@@ -48,6 +49,25 @@ pub(crate) fn is_plain(body: &[u8]) -> bool {
     // An empty payload is not written, and a length in as few bytes as it can be.
     let is_short = body.len() == 1 + encoded_len_varint(length) + rest.len();
     tag == PAYLOAD && length > 0 && length == rest.len() as u64 && is_short
+}
+
+/// Whether a body has none of the fields of a label, as far as that is seen at a glance.
+fn has_none(mut body: &[u8]) -> bool {
+    /// With all fields below 16, these are in the first byte, and so is the kind of the field.
+    const LENGTH: u8 = 2;
+    while let Some((tag, rest)) = body.split_first() {
+        let (field, kind) = (tag >> 3, tag & 7);
+        if kind != LENGTH || matches!(field, 3 | 8) || field > 15 {
+            return false;
+        }
+        body = rest;
+        let length = decode_varint(&mut body).ok();
+        match length.and_then(|length| body.get(usize::try_from(length).ok()?..)) {
+            Some(rest) => body = rest,
+            None => return false,
+        }
+    }
+    true
 }
 
 /// The field that filters look at.
@@ -218,6 +238,13 @@ mod tests {
         assert_eq!(label("k").not_before(), Some(Timestamp(7_002)));
         assert_eq!(label("").ordering_key(), None);
         assert_eq!(Label::of(b"no message"), Label::default());
+        for full in [message("k"), message(""), v1::Message { not_before: None, ..message("") }] {
+            let full = v1::Message { schema_revision: 300, ..full }.encode_to_vec();
+            for end in 0..=full.len() {
+                let decoded = Label::decode(&full[..end]).unwrap_or_default();
+                assert_eq!(Label::of(&full[..end]), decoded, "{end}");
+            }
+        }
     }
 
     #[test]

@@ -99,6 +99,16 @@ pub const MIN_EXPIRY: Duration = Duration::from_secs(10);
 /// The default for the bytes of one topic.
 pub const DEFAULT_TOPIC_BYTES: u64 = 10 * 1024 * 1024 * 1024;
 
+/// Bytes of the newest messages that are kept in memory, so that those who receive them as they come
+/// need no disk: some seconds of a fast topic.
+pub const RECENT_BYTES: usize = 24 * 1024 * 1024;
+/// Bytes of messages that were read from disk last and are kept in memory: what subscriptions that
+/// catch up are at, each with a part of a row and what was read ahead.
+pub const READ_BYTES: usize = 8 * 1024 * 1024;
+/// Bytes that are read from disk beyond what was asked for: a frame, so that not each one waits for
+/// another thread.
+pub const READ_AHEAD_BYTES: usize = FRAME_BYTES;
+
 /// Messages that may be out with one session.
 pub const MAX_OUTSTANDING_MESSAGES: u32 = 10_000;
 /// Bytes that may be out with one session.

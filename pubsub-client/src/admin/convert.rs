@@ -10,7 +10,7 @@ use super::types::{
 };
 use crate::error::AdminError;
 use crate::message::{
-    MessageId, Received, ReceivedMessage, duration, non_empty, time, wire_duration,
+    Content, MessageId, Received, ReceivedMessage, duration, non_empty, time, wire_duration,
 };
 use crate::subscriber::{
     kind_from_wire, kind_to_wire, policy_from_wire, policy_to_wire, start_to_wire,
@@ -89,7 +89,7 @@ pub(super) fn dead_letter(letter: pb::DeadLetter) -> Result<DeadLetter, AdminErr
     };
     let (copy, origin) = (id(letter.id)?, id(letter.origin)?);
     let received = Received {
-        message: letter.message.unwrap_or_default(),
+        content: Content::Full(Box::new(letter.message.unwrap_or_default())),
         publish_time: letter.publish_time,
         attempt: 0,
     };

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
+use super::ascending::Ascending;
 use super::order::Lane;
 
 /// A message that the server has delivered.
@@ -18,15 +19,24 @@ pub(super) struct Item<M> {
 /// without looking through a lane that has to wait.
 #[derive(Debug)]
 pub(super) struct Buffer<M> {
-    items: BTreeMap<u64, Item<M>>,
+    items: Ascending<Item<M>>,
+    /// How many are of the lane that a whole topic is. It needs no queue: where there is one, all of
+    /// them are in it.
+    in_order: usize,
+    /// Those of the other lanes.
     lanes: BTreeMap<Lane, BTreeSet<u64>>,
-    /// The messages that no other of their lane comes before.
+    /// The messages that no other of these comes before.
     heads: BTreeSet<u64>,
 }
 
 impl<M> Buffer<M> {
     pub(super) fn new() -> Self {
-        Self { items: BTreeMap::new(), lanes: BTreeMap::new(), heads: BTreeSet::new() }
+        Self {
+            items: Ascending::new(),
+            in_order: 0,
+            lanes: BTreeMap::new(),
+            heads: BTreeSet::new(),
+        }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -38,26 +48,45 @@ impl<M> Buffer<M> {
     }
 
     pub(super) fn contains(&self, sequence: u64) -> bool {
-        self.items.contains_key(&sequence)
+        self.items.contains(sequence)
+    }
+
+    pub(super) fn first(&self) -> Option<u64> {
+        self.items.first().map(|(sequence, _)| sequence)
     }
 
     pub(super) fn sequences(&self) -> impl Iterator<Item = u64> {
-        self.items.keys().copied()
+        self.items.keys()
     }
 
     pub(super) fn bytes(&self) -> u64 {
-        self.items.values().map(|item| item.bytes).sum()
+        self.items.iter().map(|(_, item)| item.bytes).sum()
     }
 
     /// The first message of a lane that is open; all are that have no lane.
     pub(super) fn next(&self, is_open: impl Fn(Option<&Lane>) -> bool) -> Option<u64> {
-        let lane = |sequence| self.items.get(&sequence).and_then(|item| item.lane.as_ref());
-        self.heads.iter().copied().find(|sequence| is_open(lane(*sequence)))
+        let lane = |sequence| self.items.get(sequence).and_then(|item| item.lane.as_ref());
+        let in_order = self.first_in_order().filter(|_| is_open(Some(&Lane::Topic)));
+        let other = self.heads.iter().copied().find(|sequence| is_open(lane(*sequence)));
+        in_order.into_iter().chain(other).min()
+    }
+
+    fn first_in_order(&self) -> Option<u64> {
+        if self.in_order == 0 {
+            return None;
+        }
+        if self.in_order == self.items.len() {
+            return self.first();
+        }
+        let mut items = self.items.iter();
+        items.find(|(_, item)| item.lane == Some(Lane::Topic)).map(|(sequence, _)| sequence)
     }
 
     pub(super) fn insert(&mut self, sequence: u64, item: Item<M>) {
         self.remove(sequence);
-        if let Some(lane) = &item.lane {
+        if item.lane == Some(Lane::Topic) {
+            self.in_order += 1;
+        } else if let Some(lane) = &item.lane {
             let queue = self.lanes.entry(lane.clone()).or_default();
             match queue.first() {
                 Some(first) if *first < sequence => {}
@@ -74,7 +103,11 @@ impl<M> Buffer<M> {
     }
 
     pub(super) fn remove(&mut self, sequence: u64) -> Option<Item<M>> {
-        let item = self.items.remove(&sequence)?;
+        let item = self.items.remove(sequence)?;
+        if item.lane == Some(Lane::Topic) {
+            self.in_order -= 1;
+            return Some(item);
+        }
         self.heads.remove(&sequence);
         if let Some(lane) = &item.lane
             && let Some(queue) = self.lanes.get_mut(lane)
@@ -89,16 +122,22 @@ impl<M> Buffer<M> {
     }
 
     pub(super) fn remove_all(&mut self, range: RangeInclusive<u64>) {
-        let gone: Vec<u64> = self.items.range(range).map(|(sequence, _)| *sequence).collect();
-        for sequence in gone {
+        for sequence in self.items.keys_in(range).collect::<Vec<_>>() {
             self.remove(sequence);
         }
     }
 
     /// Removes what is in a lane from there on.
     pub(super) fn take_back(&mut self, lane: &Lane, from: u64) {
-        let queue = self.lanes.get(lane).into_iter().flat_map(|queue| queue.range(from..));
-        for sequence in queue.copied().collect::<Vec<_>>() {
+        let is_in = |sequence: &u64| {
+            self.items.get(*sequence).is_some_and(|item| item.lane.as_ref() == Some(lane))
+        };
+        let gone: Vec<u64> = match self.lanes.get(lane) {
+            Some(queue) => queue.range(from..).copied().collect(),
+            None if self.in_order == 0 => Vec::new(),
+            None => self.items.keys_in(from..=u64::MAX).filter(is_in).collect(),
+        };
+        for sequence in gone {
             self.remove(sequence);
         }
     }
@@ -115,7 +154,15 @@ mod tests {
     use super::*;
     use crate::subscriber::order::Order;
 
-    const KEYS: [&str; 3] = ["", "a", "b"];
+    /// Those of a topic that has no order, of two keys, and of one that has.
+    fn lane(number: usize) -> Option<Lane> {
+        match number {
+            0 => None,
+            1 => Order::Key.lane("a"),
+            2 => Order::Key.lane("b"),
+            _ => Order::Topic.lane(""),
+        }
+    }
 
     #[derive(Clone, Debug)]
     enum Step {
@@ -127,17 +174,16 @@ mod tests {
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
-            6 => (1..40_u64, 0..3_usize).prop_map(|(sequence, key)| Step::Insert(sequence, key)),
+            6 => (1..40_u64, 0..4_usize).prop_map(|(sequence, key)| Step::Insert(sequence, key)),
             3 => (1..40_u64).prop_map(Step::Remove),
             1 => (1..40_u64, 0..5_u64).prop_map(|(first, more)| Step::RemoveAll(first, more)),
-            1 => (0..3_usize, 1..40_u64).prop_map(|(key, from)| Step::TakeBack(key, from)),
+            1 => (0..4_usize, 1..40_u64).prop_map(|(key, from)| Step::TakeBack(key, from)),
         ]
     }
 
     proptest! {
         #[test]
         fn the_next_is_the_first_in_an_open_lane(steps in prop::collection::vec(step(), 1..60)) {
-            let lane = |key: usize| Order::Key.lane(KEYS[key]);
             let mut buffer = Buffer::new();
             let mut model = BTreeMap::new();
             for step in steps {
@@ -162,7 +208,7 @@ mod tests {
                         }
                     }
                 }
-                for open in 0..3 {
+                for open in 0..4 {
                     let is_open =
                         |of: Option<&Lane>| of.is_none_or(|of| Some(of) == lane(open).as_ref());
                     let first = model.iter().find(|(_, key)| [0, open].contains(key));
@@ -173,6 +219,7 @@ mod tests {
             }
             buffer.remove_all(0..=u64::MAX);
             prop_assert!(buffer.is_empty() && buffer.lanes.is_empty() && buffer.heads.is_empty());
+            prop_assert_eq!(buffer.in_order, 0);
         }
     }
 }

@@ -3,7 +3,6 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use prost::Message as _;
 use pubsub_proto::v1 as pb;
 use pubsub_proto::v1::subscribe_request::Frame;
 
@@ -17,7 +16,7 @@ use super::resume::TopicBatch;
 use super::topic::{Joined, Missing, Position};
 use super::{Gap, GapReason};
 use crate::limits;
-use crate::message::{Received, wire_duration};
+use crate::message::{Content, Received, wire_duration};
 
 pub(super) fn request(frame: Frame) -> pb::SubscribeRequest {
     pb::SubscribeRequest { frame: Some(frame) }
@@ -189,9 +188,9 @@ pub(super) fn item(
     let pb::ReceivedMessage { sequence, message, publish_time, attempt } = received;
     let message = message.unwrap_or_default();
     let bytes = message.len() as u64;
-    let message = pb::Message::decode(message)?;
-    let lane = order.lane(&message.ordering_key);
-    let message = Received { message, publish_time, attempt };
+    let content = Content::decode(message)?;
+    let lane = order.lane(content.ordering_key());
+    let message = Received { content, publish_time, attempt };
     Ok((sequence, Item { attempt, bytes, lane, message }))
 }
 

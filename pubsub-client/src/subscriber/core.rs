@@ -1,7 +1,7 @@
 //! What the application and the session task share.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -40,6 +40,8 @@ pub(crate) struct Core {
     pub(super) wake: Notify,
     /// Wakes all who wait for a condition.
     changed: Notify,
+    /// How many do.
+    waiting: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -114,6 +116,7 @@ impl Core {
             inner: Mutex::new(inner),
             wake: Notify::new(),
             changed: Notify::new(),
+            waiting: AtomicUsize::new(0),
         })
     }
 
@@ -151,7 +154,7 @@ impl Core {
         // Before the handler that gets it can kill the process.
         inner.urgent |= inner.resume.reports_started();
         self.after_change(inner, before);
-        self.changed.notify_waiters();
+        self.tell_waiting();
         Poll::Ready(Some(Ok(self.event(shown))))
     }
 
@@ -244,11 +247,16 @@ impl Core {
         result
     }
 
+    /// How many acks do not wait for company any longer: with a small credit, there may be none.
+    pub(super) fn ack_batch(&self) -> usize {
+        limits::ACK_BATCH.min(self.settings.max_messages as usize / 2).max(1)
+    }
+
     /// Wakes the session if it has something new to think about: not for each ack.
     fn after_change(&self, inner: MutexGuard<'_, Inner>, before: usize) {
         let queued = inner.resume.queued();
         let first = before == 0 && queued > 0;
-        if first || queued >= limits::ACK_BATCH || inner.urgent || inner.stop.is_some() {
+        if first || queued >= self.ack_batch() || inner.urgent || inner.stop.is_some() {
             self.wake.notify_one();
         }
     }
@@ -289,6 +297,7 @@ impl Core {
     }
 
     pub(super) async fn wait_until(&self, condition: impl Fn(&Self) -> bool) {
+        let _counted = Waiting::of(&self.waiting);
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
@@ -298,6 +307,14 @@ impl Core {
                 return;
             }
             changed.await;
+        }
+    }
+
+    /// Something has changed that may be waited for. For each message, and so for nothing where
+    /// nobody waits: who comes later looks first.
+    fn tell_waiting(&self) {
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            self.changed.notify_waiters();
         }
     }
 
@@ -314,7 +331,7 @@ impl Core {
             }
         }
         self.wake.notify_one();
-        self.changed.notify_waiters();
+        self.tell_waiting();
     }
 
     // For the session.
@@ -345,7 +362,7 @@ impl Core {
         if let Some(consumer) = inner.consumer.take() {
             consumer.wake();
         }
-        self.changed.notify_waiters();
+        self.tell_waiting();
     }
 
     /// The server has taken the subscriber in: as the active consumer, or to stand by.
@@ -372,6 +389,22 @@ impl Core {
             self.arrived(&mut inner, Settled::default());
         }
         self.state.set(ConnectionState::Closed { cause: cause.map(Arc::new) });
+    }
+}
+
+/// Someone waits for a condition, and may stop at any time.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn of(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -44,9 +44,9 @@ impl Delivery {
 
     /// Acks the message: it was processed, and is never to be delivered again.
     ///
-    /// Does not block. Acks are sent together, at the latest after 10 ms or 256 of them, and
-    /// sent again after a reconnect until the server has confirmed them. If the process dies
-    /// before, the message comes again.
+    /// Does not block. Acks are sent together, at the latest after 10 ms or 1,024 of them, or
+    /// when they are half of what may be unacked; and sent again after a reconnect until the server
+    /// has confirmed them. If the process dies before, the message comes again.
     pub fn ack(self) {
         self.acker.ack();
     }

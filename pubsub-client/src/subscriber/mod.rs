@@ -1,5 +1,6 @@
 //! Receiving.
 
+mod ascending;
 mod buffer;
 mod builder;
 mod convert;
@@ -16,6 +17,7 @@ mod resume_competing_model;
 #[cfg(test)]
 mod resume_model;
 mod run;
+mod runs;
 mod session;
 mod stop;
 mod topic;

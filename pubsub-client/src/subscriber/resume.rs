@@ -404,13 +404,17 @@ impl<M> Resume<M> {
         now: Instant,
         allowed: impl Fn(&Arc<str>, &Lane) -> bool,
     ) -> Option<Shown<M>> {
-        let after = self.ready.range((Excluded(self.served), Unbounded));
-        let mut turns = after.chain(self.ready.range(..=self.served));
-        let (key, turn) = turns.find_map(|key| {
+        let turn = |key: &TopicKey| {
             let topic = self.topics.get(key)?;
             let turn = topic.next(|lane| allowed(&topic.name, lane))?;
             (!self.is_preceded(*key)).then_some((*key, turn))
-        })?;
+        };
+        let (key, turn) = if self.ready.len() == 1 {
+            self.ready.first().and_then(turn)?
+        } else {
+            let after = self.ready.range((Excluded(self.served), Unbounded));
+            after.chain(self.ready.range(..=self.served)).find_map(turn)?
+        };
         let topic = self.topics.get_mut(&key)?;
         self.showings += 1;
         let showing = self.showings;
@@ -443,10 +447,12 @@ impl<M> Resume<M> {
         let Some(topic) = self.topics.get_mut(&handle.topic).filter(|topic| !topic.left) else {
             return Acked::Stale;
         };
-        let news = topic.ack(handle.sequence);
+        let (news, was_next) = topic.ack(handle.sequence);
         let done = topic.done.contains(handle.sequence);
         self.queued += usize::from(news);
-        self.refresh(handle.topic);
+        if was_next {
+            self.refresh(handle.topic);
+        }
         if done { Acked::Done } else { Acked::Queued }
     }
 

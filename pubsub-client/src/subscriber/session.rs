@@ -281,7 +281,7 @@ impl Session<'_> {
         let mut send = self.live.ping_is_due(now);
         if queued > 0 {
             let due = *self.ack_due.get_or_insert(now + limits::ACK_LINGER);
-            send |= queued >= limits::ACK_BATCH || inner.urgent || now >= due;
+            send |= queued >= self.core.ack_batch() || inner.urgent || now >= due;
             wake = if now >= due { wake } else { wake.min(due) };
         }
         if let Some(stop) = &inner.stop {
@@ -446,12 +446,13 @@ impl Session<'_> {
 
     fn deliver(&mut self, deliver: pb::Deliver) -> Result<(), End> {
         let pb::Deliver { topic, first_delivery, generation, messages } = deliver;
-        let mut inner = self.core.lock();
-        let order = inner.resume.order();
+        let order = self.core.lock().resume.order();
+        // Not under the lock, which the application wants for each message.
         let messages = messages.into_iter().map(|message| convert::item(order, message));
         let messages = messages.collect::<Result<Vec<_>, _>>();
         let messages = messages.map_err(|error| Broken(format!("a message: {error}")))?;
         let messages = messages.into_iter();
+        let mut inner = self.core.lock();
         let shown = inner.resume.deliver(topic, first_delivery, generation, messages)?;
         // A topic with nothing out gets a message beyond the credit.
         let (held, topics) = inner.resume.held();

@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 
 use rangemap::RangeInclusiveSet;
 
+use super::ascending::Ascending;
 use super::buffer::{Buffer, Item};
 use super::dedup::Dedup;
 use super::nacks::{Nacked, Nacks};
 use super::order::{Lane, Order};
+use super::runs::Runs;
 
 /// Names one topic with one epoch and one position generation, for the life of the subscriber.
 /// A seek or a recreated topic makes a new key, so that older handles name nothing any more.
@@ -147,7 +149,7 @@ pub(super) struct Topic<M> {
     // All of these are bounded by the credit that the server keeps to, and that the session
     // checks.
     buffered: Buffer<M>,
-    outstanding: BTreeMap<u64, Outstanding>,
+    outstanding: Ascending<Outstanding>,
     gaps: BTreeMap<u64, Missing>,
     /// The message that the server cannot read, and whether the application was told.
     damaged: Option<(u64, bool)>,
@@ -155,11 +157,11 @@ pub(super) struct Topic<M> {
     /// Gaps that the application knows of, and the server does not know that yet.
     missed: RangeInclusiveSet<u64>,
     missed_to_send: RangeInclusiveSet<u64>,
-    acked: RangeInclusiveSet<u64>,
-    acks_to_send: RangeInclusiveSet<u64>,
+    acked: Runs,
+    acks_to_send: Runs,
     nacks: Nacks,
     /// Handed out since the server was told what is. Empty if it does not want to know.
-    started_to_send: RangeInclusiveSet<u64>,
+    started_to_send: Runs,
 }
 
 impl<M> Topic<M> {
@@ -183,16 +185,16 @@ impl<M> Topic<M> {
             left: false,
             done: Dedup::new(joined.floor),
             buffered: Buffer::new(),
-            outstanding: BTreeMap::new(),
+            outstanding: Ascending::new(),
             gaps: BTreeMap::new(),
             damaged: None,
             announced: RangeInclusiveSet::new(),
             missed: RangeInclusiveSet::new(),
             missed_to_send: RangeInclusiveSet::new(),
-            acked: RangeInclusiveSet::new(),
-            acks_to_send: RangeInclusiveSet::new(),
+            acked: Runs::default(),
+            acks_to_send: Runs::default(),
             nacks: Nacks::default(),
-            started_to_send: RangeInclusiveSet::new(),
+            started_to_send: Runs::default(),
         }
     }
 
@@ -223,7 +225,7 @@ impl<M> Topic<M> {
         // A range that ends before it begins is a mistake of the server's, and names nothing.
         for range in ranges.iter().filter(|range| !range.is_empty()) {
             self.buffered.remove_all(range.clone());
-            self.outstanding.retain(|sequence, _| !range.contains(sequence));
+            self.outstanding.retain(|sequence, _| !range.contains(&sequence));
         }
     }
 
@@ -254,14 +256,13 @@ impl<M> Topic<M> {
             self.acked.clear();
         }
         let mut held = RangeInclusiveSet::new();
-        for sequence in self.buffered.sequences().chain(self.outstanding.keys().copied()) {
+        for sequence in self.buffered.sequences().chain(self.outstanding.keys()) {
             // A deliberate bug, for tests of tests.
             let last = sequence + u64::from(cfg!(pubsub_break = "resume_off_by_one"));
             held.insert(sequence..=last);
         }
-        let outstanding: u64 = self.outstanding.values().map(|out| out.bytes).sum();
-        let hands =
-            self.outstanding.keys().filter(|_| started).map(|sequence| *sequence..=*sequence);
+        let outstanding: u64 = self.outstanding.iter().map(|(_, out)| out.bytes).sum();
+        let hands = self.outstanding.keys().filter(|_| started).map(|sequence| sequence..=sequence);
         let started: RangeInclusiveSet<u64> = hands.collect();
         Position {
             name: Arc::clone(&self.name),
@@ -269,7 +270,7 @@ impl<M> Topic<M> {
             cursor_generation: self.cursor_generation,
             held: held.into_iter().collect(),
             held_bytes: self.buffered.bytes() + outstanding,
-            acked: self.acked.iter().cloned().collect(),
+            acked: self.acked.all().iter().cloned().collect(),
             nacked: self.nacks.send_all(),
             missed: self.missed.iter().cloned().collect(),
             last_received: self.last_received,
@@ -289,7 +290,7 @@ impl<M> Topic<M> {
         self.buffered.take_back(lane, from);
         let stays =
             |sequence: u64, out: &Outstanding| sequence < from || out.lane.as_ref() != Some(lane);
-        self.outstanding.retain(|sequence, out| stays(*sequence, out));
+        self.outstanding.retain(stays);
         if *lane == Lane::Topic {
             self.read = self.read.min(from.saturating_sub(1));
             self.passed = self.passed.min(from.saturating_sub(1));
@@ -318,9 +319,9 @@ impl<M> Topic<M> {
             self.queue_ack(sequence);
             return false;
         }
-        let known = self.acked.contains(&sequence)
+        let known = self.acked.contains(sequence)
             || self.buffered.contains(sequence)
-            || self.outstanding.contains_key(&sequence);
+            || self.outstanding.contains(sequence);
         if !known {
             self.buffered.insert(sequence, item);
         }
@@ -331,9 +332,9 @@ impl<M> Topic<M> {
     /// reads past the same place again, and does not know what has arrived here nevertheless.
     pub(super) fn receive_gap(&mut self, missing: &Missing) -> bool {
         let mut known = self.announced.clone();
-        known.extend(self.acked.iter().cloned());
+        known.extend(self.acked.all().iter().cloned());
         known.extend(self.done.ranges());
-        let held = self.buffered.sequences().chain(self.outstanding.keys().copied());
+        let held = self.buffered.sequences().chain(self.outstanding.keys());
         known.extend(held.map(|sequence| sequence..=sequence));
         let news: Vec<_> = known.gaps(&missing.range).collect();
         for range in &news {
@@ -375,7 +376,7 @@ impl<M> Topic<M> {
             lane.is_none_or(|lane| !self.nacks.silence(lane) && allowed(lane))
         };
         let whole = self.order.lane("");
-        let first = self.buffered.sequences().next();
+        let first = self.buffered.first();
         if is_open(whole.as_ref()) {
             // Where the topic has an order, a gap has its place in it.
             let comes_first =
@@ -402,8 +403,8 @@ impl<M> Topic<M> {
 
     /// The server is to be told that this is in the application's hands.
     pub(super) fn report(&mut self, sequence: u64) {
-        if self.outstanding.contains_key(&sequence) {
-            self.started_to_send.insert(sequence..=sequence);
+        if self.outstanding.contains(sequence) {
+            self.started_to_send.insert(sequence);
         }
     }
 
@@ -445,21 +446,22 @@ impl<M> Topic<M> {
     }
 
     /// The application has processed a message. It does not matter which showing of it, nor
-    /// whether the server has taken it back meanwhile. Says whether that is news.
-    pub(super) fn ack(&mut self, sequence: u64) -> bool {
-        self.outstanding.remove(&sequence);
-        self.buffered.remove(sequence);
+    /// whether the server has taken it back meanwhile. Says whether that is news, and whether
+    /// something else may be the next to be shown now.
+    pub(super) fn ack(&mut self, sequence: u64) -> (bool, bool) {
+        self.outstanding.remove(sequence);
+        let was_next = self.buffered.remove(sequence).is_some() || self.nacks.has_unsent();
         self.nacks.remove_unsent(sequence);
-        if self.left || self.done.contains(sequence) || self.acked.contains(&sequence) {
-            return false;
+        if self.left || self.done.contains(sequence) || self.acked.contains(sequence) {
+            return (false, was_next);
         }
         self.queue_ack(sequence);
-        true
+        (true, was_next)
     }
 
     /// All messages in the application's hands up to this one.
     pub(super) fn outstanding_up_to(&self, sequence: u64) -> Vec<u64> {
-        self.outstanding.range(..=sequence).map(|(sequence, _)| *sequence).collect()
+        self.outstanding.keys_in(0..=sequence).collect()
     }
 
     /// The messages that the application has held for longer than `limit`, and for how long.
@@ -470,23 +472,23 @@ impl<M> Topic<M> {
     ) -> impl Iterator<Item = (u64, &Outstanding, Duration)> {
         self.outstanding.iter().filter_map(move |(sequence, out)| {
             let held_for = now.saturating_duration_since(out.since);
-            (held_for > limit).then_some((*sequence, out, held_for))
+            (held_for > limit).then_some((sequence, out, held_for))
         })
     }
 
     fn queue_ack(&mut self, sequence: u64) {
-        self.acked.insert(sequence..=sequence);
-        self.acks_to_send.insert(sequence..=sequence);
+        self.acked.insert(sequence);
+        self.acks_to_send.insert(sequence);
     }
 
     /// The application hands a message back. Only the handle of the present showing can: what
     /// the server took back is not the older handle's any more. Says whether it could.
     pub(super) fn nack(&mut self, sequence: u64, nacked: Nacked) -> bool {
-        let current = self.outstanding.get(&sequence).map(|out| out.showing);
+        let current = self.outstanding.get(sequence).map(|out| out.showing);
         if self.left || current != Some(nacked.showing) {
             return false;
         }
-        let lane = self.outstanding.remove(&sequence).and_then(|out| out.lane);
+        let lane = self.outstanding.remove(sequence).and_then(|out| out.lane);
         self.nacks.insert(sequence, nacked, lane);
         true
     }
@@ -494,11 +496,11 @@ impl<M> Topic<M> {
     /// What is to be sent and was not yet on this stream.
     pub(super) fn unsent(&mut self) -> Unsent {
         Unsent {
-            acks: std::mem::take(&mut self.acks_to_send).into_iter().collect(),
+            acks: self.acks_to_send.take(),
             nacks: self.nacks.send(),
             missed: std::mem::take(&mut self.missed_to_send).into_iter().collect(),
             // What is settled already is no news; the server knows that it does not hold it.
-            started: std::mem::take(&mut self.started_to_send).into_iter().collect(),
+            started: self.started_to_send.take(),
         }
     }
 
@@ -554,8 +556,7 @@ impl<M> Topic<M> {
     }
 
     pub(super) fn unconfirmed(&self) -> u64 {
-        let acks = self.acked.iter().map(|range| range.end() - range.start() + 1).sum::<u64>();
-        acks.saturating_add(self.nacks.len() as u64)
+        self.acked.count().saturating_add(self.nacks.len() as u64)
     }
 
     /// Whether everything up to the head was shown, or is not for this consumer.

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use tokio::time::Instant;
 
+use super::ascending::Ascending;
 use super::timed::Timed;
 use super::{Claim, Cursor, LOST, Moment, Nack, Out, Rewound, backoff};
 use crate::limits;
@@ -17,7 +18,7 @@ use crate::record::{Sequences, StoredMessage};
 #[derive(Debug)]
 pub struct Exclusive {
     pub(super) cursor: Cursor,
-    held: BTreeMap<u64, u32>,
+    held: Ascending<u32>,
     held_bytes: u64,
     started: Timed,
     /// Passed over, and to be shown when they are due.
@@ -40,7 +41,7 @@ impl Exclusive {
         let next = cursor.floor() + 1;
         Self {
             cursor,
-            held: BTreeMap::new(),
+            held: Ascending::new(),
             held_bytes: 0,
             started: Timed::default(),
             delayed: Timed::default(),
@@ -60,7 +61,7 @@ impl Exclusive {
 
     /// Whether the consumer holds this message.
     pub fn holds(&self, sequence: u64) -> bool {
-        self.held.contains_key(&sequence)
+        self.held.contains(sequence)
     }
 
     /// What is with the consumer.
@@ -98,7 +99,7 @@ impl Exclusive {
             self.suspect_at = Some(now.at);
         }
         for sequence in claim.started.iter().flat_map(Clone::clone) {
-            if self.held.contains_key(&sequence) {
+            if self.held.contains(sequence) {
                 self.started.insert(sequence, before.at(sequence).unwrap_or(now.at));
             }
         }
@@ -143,7 +144,7 @@ impl Exclusive {
 
     /// The consumer is lost.
     pub fn crash(&mut self, now: Moment) {
-        let held = self.held.keys().copied();
+        let held = self.held.keys();
         for sequence in held.filter(|held| self.started.contains(*held)).collect::<Vec<_>>() {
             let nack = self.failure(sequence, LOST);
             self.fail(&nack, now);
@@ -161,8 +162,8 @@ impl Exclusive {
     /// The consumer has these in its handlers.
     pub fn start(&mut self, started: &Sequences, now: Instant) {
         for range in started.iter() {
-            for (sequence, _) in self.held.range(range.clone()) {
-                self.started.insert(*sequence, now);
+            for sequence in self.held.keys_in(range.clone()) {
+                self.started.insert(sequence, now);
             }
         }
     }
@@ -262,7 +263,7 @@ impl Exclusive {
 
     /// The suspects that are with the consumer.
     fn suspects_out(&self) -> impl Iterator<Item = u64> {
-        self.cursor.suspects().iter().copied().filter(|suspect| self.held.contains_key(suspect))
+        self.cursor.suspects().iter().copied().filter(|suspect| self.held.contains(*suspect))
     }
 
     /// All messages up to here were sent in this session, or are not for it.
@@ -292,7 +293,7 @@ impl Exclusive {
     fn skip_settled(&mut self) {
         loop {
             let next = self.cursor.after_done(self.next);
-            let held = self.held.contains_key(&next);
+            let held = self.held.contains(next);
             if next == self.next && !held {
                 return;
             }
@@ -309,7 +310,7 @@ impl Exclusive {
         due: Option<Instant>,
     ) -> Option<u32> {
         let sequence = message.sequence;
-        let known = self.cursor.is_done(sequence) || self.held.contains_key(&sequence);
+        let known = self.cursor.is_done(sequence) || self.held.contains(sequence);
         let was_delayed = self.delayed.contains(sequence);
         if known || sequence < self.next && !was_delayed {
             return None;
@@ -369,10 +370,8 @@ impl Exclusive {
         for range in settled.iter() {
             self.delayed.remove_all(range.clone());
             self.started.remove_all(range.clone());
-            let held = self.held.range(range.clone()).map(|(sequence, _)| *sequence);
-            for sequence in held.collect::<Vec<_>>() {
-                self.held_bytes -= u64::from(self.held.remove(&sequence).unwrap_or(0));
-            }
+            let held_bytes = &mut self.held_bytes;
+            self.held.remove_all(range.clone(), |_, bytes| *held_bytes -= u64::from(bytes));
             self.not_before.retain(|sequence, _| !range.contains(sequence));
         }
     }
@@ -392,7 +391,7 @@ impl Exclusive {
         }
         // Nobody can have more than this in hand, and what fails has to be remembered.
         let most = u64::from(limits::MAX_OUTSTANDING_MESSAGES) + limits::MAX_DELAYED as u64;
-        if !self.held.contains_key(&sequence) && self.cursor.undone_to(sequence) > most {
+        if !self.held.contains(sequence) && self.cursor.undone_to(sequence) > most {
             return false;
         }
         let failures = self.cursor.fail(nack, now.wall);
@@ -403,9 +402,9 @@ impl Exclusive {
 
     /// Everything from `from` on that is not done is shown again.
     fn rewind(&mut self, from: u64) -> Rewound {
-        let taken_back = self.held.split_off(&from);
         self.started.remove_all(from..=u64::MAX);
-        self.held_bytes -= taken_back.values().map(|bytes| u64::from(*bytes)).sum::<u64>();
+        let held_bytes = &mut self.held_bytes;
+        self.held.remove_all(from..=u64::MAX, |_, bytes| *held_bytes -= u64::from(bytes));
         self.next = self.next.min(from).max(self.cursor.floor() + 1);
         self.base = 0;
         self.generation += 1;
@@ -431,7 +430,7 @@ impl Exclusive {
         }
         self.next = self.next.max(first);
         self.delayed.remove_all(..first);
-        let held = self.held.range(from..=to).map(|(sequence, _)| *sequence);
+        let held = self.held.keys_in(from..=to);
         self.cursor.missing(&(from..=to), held)
     }
 }

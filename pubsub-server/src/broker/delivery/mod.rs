@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use crate::limits;
 use crate::record::{CursorRecord, Release, Sequences, SubscriptionKind, Timestamp};
 
+mod ascending;
 mod competing;
 #[cfg(test)]
 mod competing_tests;

@@ -6,6 +6,7 @@ use ::redb::{Database, ReadableTable};
 use bytes::Bytes;
 
 use super::batch::Batch;
+use super::recent::Row;
 use super::rows::{Head, decode, encode, encode_batch, row_length};
 use super::sealing::release;
 use super::state::{State, Topic};
@@ -42,6 +43,8 @@ pub(super) struct Effects {
     pub(super) deleted: BTreeMap<Epoch, u64>,
     /// Topics of which rows may go.
     pub(super) trimmed: BTreeSet<Epoch>,
+    /// Rows of messages, for those who read them at once.
+    pub(super) rows: Vec<Row>,
     /// Bytes of bodies that were stored.
     pub(super) bytes: u64,
     /// Topics and subscriptions that left rows behind.
@@ -371,8 +374,10 @@ impl<'t, 's> Group<'t, 's> {
             while !rest.is_empty() {
                 let (row, after) = rest.split_at(row_length(rest));
                 let encoded = Bytes::from(encode_batch(*topic, base, at, row));
+                let end = base + row.len() as u64;
+                self.effects.rows.push(Row::written(*topic, base, end, at, encoded.clone()));
                 self.batch.rows.push((*topic, base, encoded));
-                base += row.len() as u64;
+                base = end;
                 rest = after;
             }
         }

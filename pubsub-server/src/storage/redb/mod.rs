@@ -11,13 +11,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use futures_util::FutureExt;
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, ready};
 use tokio::sync::watch;
 
 use self::directory::Directory;
 use self::disk::Disk;
 use self::open::{Opened, Opening};
 use self::queue::{Queue, Request};
+use self::reader::Begun;
 use self::shared::Shared;
 use self::writer::Writer;
 use super::{
@@ -38,6 +39,7 @@ mod open;
 mod power_cuts;
 mod queue;
 mod reader;
+mod recent;
 mod rows;
 mod sealed;
 mod sealing;
@@ -255,8 +257,14 @@ impl Storage for Redb {
         from: u64,
         limit: ReadLimit,
     ) -> BoxFuture<'_, Result<Vec<StoredMessage>, ReadError>> {
-        let read = self.blocking(move |shared| reader::read(shared, topic, from, limit));
-        read.map(|result| result?).boxed()
+        match reader::begin(&self.shared, topic, from, limit) {
+            Err(error) => ready(Err(error)).boxed(),
+            Ok(Begun::All(messages)) => ready(Ok(messages)).boxed(),
+            Ok(Begun::Some(chunk)) => {
+                let read = self.blocking(move |shared| reader::go_on(shared, chunk));
+                read.map(|result| result?).boxed()
+            }
+        }
     }
 
     fn find(&self, topic: Epoch, time: Timestamp) -> BoxFuture<'_, Result<u64, ReadError>> {

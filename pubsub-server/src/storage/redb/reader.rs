@@ -7,43 +7,72 @@ use std::sync::Arc;
 use ::redb::{ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable};
 use bytes::Bytes;
 
+use super::recent::{Recent, Row};
 use super::rows::{BatchHeader, Messages, decode, decode_header};
 use super::sealed::Segment;
 use super::shared::{Shared, ViewState};
 use super::tables::{
-    CURSORS, DEPARTED, MESSAGES, Row, SCHEMAS, SUBSCRIPTIONS, TOPICS, Trouble, decoded,
+    CURSORS, DEPARTED, MESSAGES, Row as Bytea, SCHEMAS, SUBSCRIPTIONS, TOPICS, Trouble, decoded,
 };
 use super::writer::explain;
+use crate::limits;
 use crate::record::{
     CursorRecord, Departed, Epoch, StoredMessage, SubscriptionRecord, Timestamp, TopicRecord,
 };
 use crate::storage::{Catalog, CatalogSubscription, ReadError, ReadLimit};
 
-type MessageTable = ReadOnlyTable<(u64, u64), Row>;
+type MessageRange<'a> = ::redb::Range<'a, (u64, u64), Bytea>;
+type MessageTable = ReadOnlyTable<(u64, u64), Bytea>;
 
-/// See [`crate::storage::Storage::read`].
-pub(super) fn read(
+/// How a read begins: with what is in memory.
+pub(super) enum Begun {
+    /// That is all of it.
+    All(Vec<StoredMessage>),
+    /// The rest is on disk.
+    Some(Chunk),
+}
+
+/// See [`crate::storage::Storage::read`]. This does not block.
+pub(super) fn begin(
     shared: &Shared,
     topic: Epoch,
     from: u64,
     limit: ReadLimit,
-) -> Result<Vec<StoredMessage>, ReadError> {
+) -> Result<Begun, ReadError> {
     // The head comes first: whatever is looked up after it holds all that the head promises.
     let until = shared.view(topic).ok_or(ReadError::NoTopic)?.head();
     readable(shared, topic, from)?;
-    let mut chunk = Chunk { topic, next: from, limit, bytes: 0, messages: Vec::new(), full: false };
-    while chunk.next <= until && !chunk.full {
+    let mut chunk = Chunk::new(topic, from, until, limit);
+    while chunk.wants_more() {
         let next = chunk.next;
+        let row = shared.recent.find(topic, next).or_else(|| shared.tail.row(topic, next));
+        match row {
+            Some(row) => chunk.take(&row, until),
+            None => return Ok(Begun::Some(chunk)),
+        }
+        if chunk.next == next && !chunk.full {
+            return Ok(Begun::Some(chunk));
+        }
+    }
+    Ok(Begun::All(chunk.messages))
+}
+
+/// Reads the rest from disk, but for what is in the log only.
+pub(super) fn go_on(shared: &Shared, mut chunk: Chunk) -> Result<Vec<StoredMessage>, ReadError> {
+    while chunk.wants_more() {
+        let (topic, next, until) = (chunk.topic, chunk.next, chunk.until);
         let first = shared.tail.first(topic);
-        if let Some((header, row)) = shared.tail.row(topic, next) {
-            chunk
-                .take_or_end(header, row, until)
-                .map_err(|_| ReadError::DataLoss { sequence: next })?;
+        if let Some(row) = shared.tail.row(topic, next) {
+            chunk.take(&row, until);
+            if chunk.next == next && !chunk.full {
+                return chunk.or(ReadError::DataLoss { sequence: next });
+            }
             continue;
         }
         // What has left the tail since is in the hot file.
         let until = first.map_or(until, |first| until.min(first.max(next + 1) - 1));
-        look_up(shared, topic, next, |table, end| chunk.fill(table, until.min(end)))?;
+        let recent = &shared.recent;
+        look_up(shared, topic, next, |table, end| chunk.fill(table, until.min(end), recent))?;
     }
     Ok(chunk.messages)
 }
@@ -56,8 +85,8 @@ pub(super) fn find(shared: &Shared, topic: Epoch, time: Timestamp) -> Result<u64
     // All messages of a row have one time, and times never decrease.
     while low < high {
         let middle = low + (high - low) / 2;
-        if let Some((header, _)) = shared.tail.row(topic, middle) {
-            (low, high) = narrow(&header, time, low, high);
+        if let Some(row) = shared.tail.row(topic, middle) {
+            (low, high) = row.narrow(time, (low, high));
             continue;
         }
         let header = match look_up(shared, topic, middle, |table, _| locate(table, topic, middle)) {
@@ -68,14 +97,9 @@ pub(super) fn find(shared: &Shared, topic: Epoch, time: Timestamp) -> Result<u64
             }
             header => header?,
         };
-        (low, high) = narrow(&header, time, low, high);
+        (low, high) = header.narrow(time, (low, high));
     }
     Ok(low.min(head + 1))
-}
-
-/// What remains of a range to be searched for a time.
-fn narrow(header: &BatchHeader, time: Timestamp, low: u64, high: u64) -> (u64, u64) {
-    if header.at >= time { (low, header.base.max(low)) } else { (header.end(), high) }
 }
 
 /// See [`crate::storage::Storage::catalog`].
@@ -245,12 +269,33 @@ fn locate(table: &MessageTable, topic: Epoch, sequence: u64) -> Result<BatchHead
     }
 }
 
+/// Keeps a few rows more in memory, for whoever goes on reading, and ends at the first that cannot be
+/// read: they meet it themselves.
+fn read_ahead(topic: Epoch, mut next: u64, rows: MessageRange<'_>, recent: &Recent) {
+    let mut bytes = 0;
+    for entry in rows {
+        let Ok((key, row)) = entry else { return };
+        bytes += row.value().len();
+        let header = decode_header(topic, key.value().1, row.value());
+        let Some(header) = header.ok().filter(|_| bytes <= limits::READ_AHEAD_BYTES) else {
+            return;
+        };
+        match Row::verified(header, row.value()) {
+            Some(row) if header.base >= next => recent.keep_read(row),
+            Some(_) | None => return,
+        }
+        next = header.end();
+    }
+}
+
 /// What is read so far.
 #[derive(Debug)]
-struct Chunk {
+pub(super) struct Chunk {
     topic: Epoch,
     /// The next sequence.
     next: u64,
+    /// The last one that is committed.
+    until: u64,
     limit: ReadLimit,
     bytes: usize,
     messages: Vec<StoredMessage>,
@@ -259,31 +304,45 @@ struct Chunk {
 }
 
 impl Chunk {
+    fn new(topic: Epoch, next: u64, until: u64, limit: ReadLimit) -> Self {
+        Self { topic, next, until, limit, bytes: 0, messages: Vec::new(), full: false }
+    }
+
+    /// What was read, or the error if that is nothing.
+    fn or(self, error: ReadError) -> Result<Vec<StoredMessage>, ReadError> {
+        if self.messages.is_empty() { Err(error) } else { Ok(self.messages) }
+    }
+
+    fn wants_more(&self) -> bool {
+        self.next <= self.until && !self.full
+    }
+
+    /// Takes what comes next from a row, up to `until`.
+    fn take(&mut self, row: &Row, until: u64) {
+        for message in row.messages(self.next).take_while(|message| message.sequence <= until) {
+            self.push(message);
+            if self.full {
+                return;
+            }
+        }
+    }
+
     /// Reads on. What cannot be read is an error only if nothing precedes it: whoever goes on from
     /// there meets it again.
-    fn fill(&mut self, table: &MessageTable, until: u64) -> Result<(), Miss> {
-        let filled = self.try_fill(table, until);
-        self.or_end(filled)
-    }
-
-    /// Reads on in one row, likewise.
-    fn take_or_end(&mut self, header: BatchHeader, row: Bytes, until: u64) -> Result<(), Miss> {
-        let taken = self.take(header, row, until);
-        self.or_end(taken)
-    }
-
-    fn or_end(&mut self, result: Result<(), Miss>) -> Result<(), Miss> {
-        if result.is_err() && !self.messages.is_empty() {
+    fn fill(&mut self, table: &MessageTable, until: u64, recent: &Recent) -> Result<(), Miss> {
+        let filled = self.try_fill(table, until, recent);
+        if filled.is_err() && !self.messages.is_empty() {
             self.full = true;
             return Ok(());
         }
-        result
+        filled
     }
 
-    fn try_fill(&mut self, table: &MessageTable, until: u64) -> Result<(), Miss> {
+    fn try_fill(&mut self, table: &MessageTable, until: u64, recent: &Recent) -> Result<(), Miss> {
         let topic = self.topic;
         let base = base_of(table, topic, self.next)?;
-        for entry in table.range((topic.0, base)..=(topic.0, until))? {
+        let mut rows = table.range((topic.0, base)..=(topic.0, until))?;
+        while let Some(entry) = rows.next() {
             let (key, row) = entry?;
             let lost = || Miss::Lost(self.next);
             let header = decode_header(topic, key.value().1, row.value()).map_err(|_| lost())?;
@@ -291,27 +350,27 @@ impl Chunk {
             if !(header.base..header.end()).contains(&self.next) {
                 return Err(lost());
             }
-            self.take(header, Bytes::copy_from_slice(row.value()), until)?;
-            if self.full {
-                return Ok(());
+            if let Some(row) = Row::verified(header, row.value()) {
+                self.take(&row, until);
+                recent.keep_read(row);
+                if self.full {
+                    read_ahead(topic, self.next, rows, recent);
+                    return Ok(());
+                }
+                continue;
+            }
+            let mut messages = Messages::new(header, Bytes::copy_from_slice(row.value()));
+            messages.skip_to(self.next).ok_or_else(lost)?;
+            for message in messages.take_while(|message| {
+                message.as_ref().map_or(true, |message| message.sequence <= until)
+            }) {
+                self.push(message.map_err(Miss::Lost)?);
+                if self.full {
+                    return Ok(());
+                }
             }
         }
         if self.next <= until { Err(Miss::Lost(self.next)) } else { Ok(()) }
-    }
-
-    /// Reads on in the row that holds the next sequence.
-    fn take(&mut self, header: BatchHeader, row: Bytes, until: u64) -> Result<(), Miss> {
-        let mut messages = Messages::new(header, row);
-        messages.skip_to(self.next).ok_or(Miss::Lost(self.next))?;
-        for message in messages
-            .take_while(|message| message.as_ref().map_or(true, |each| each.sequence <= until))
-        {
-            self.push(message.map_err(Miss::Lost)?);
-            if self.full {
-                break;
-            }
-        }
-        Ok(())
     }
 
     fn push(&mut self, message: StoredMessage) {

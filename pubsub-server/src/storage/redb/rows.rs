@@ -20,10 +20,10 @@ use ::redb::TableHandle;
 pub(super) const ROW_BYTES: usize = 64_000;
 
 /// count, body bytes, published at, checksum of these
-const BATCH_HEADER_BYTES: usize = 4 + 4 + 8 + 8;
+pub(super) const BATCH_HEADER_BYTES: usize = 4 + 4 + 8 + 8;
 /// body length, recipients length
-const MESSAGE_HEADER_BYTES: usize = 4 + 2;
-const SUM_BYTES: usize = 8;
+pub(super) const MESSAGE_HEADER_BYTES: usize = 4 + 2;
+pub(super) const SUM_BYTES: usize = 8;
 
 pub(super) fn encode<T: Serialize>(record: &T) -> Vec<u8> {
     postcard::to_allocvec(record).expect("records are plain data, which always encodes")
@@ -129,6 +129,11 @@ pub(super) struct BatchHeader {
 }
 
 impl BatchHeader {
+    /// What remains of a range that is searched for the first message at or after a time.
+    pub(super) fn narrow(&self, time: Timestamp, (low, high): (u64, u64)) -> (u64, u64) {
+        if self.at >= time { (low, self.base.max(low)) } else { (self.end(), high) }
+    }
+
     /// The sequence after the last one.
     pub(super) fn end(&self) -> u64 {
         self.base.saturating_add(u64::from(self.count))
@@ -240,7 +245,7 @@ impl Iterator for Messages {
     }
 }
 
-fn decode_recipients(mut bytes: &[u8]) -> Option<Vec<SubscriptionName>> {
+pub(super) fn decode_recipients(mut bytes: &[u8]) -> Option<Vec<SubscriptionName>> {
     let mut recipients = Vec::new();
     while let Some((length, rest)) = bytes.split_first() {
         let (name, rest) = rest.split_at_checked(usize::from(*length))?;
@@ -250,7 +255,7 @@ fn decode_recipients(mut bytes: &[u8]) -> Option<Vec<SubscriptionName>> {
     Some(recipients)
 }
 
-fn sum_at(topic: Epoch, sequence: u64, bytes: &[u8]) -> u64 {
+pub(super) fn sum_at(topic: Epoch, sequence: u64, bytes: &[u8]) -> u64 {
     let mut key = [0; 16];
     key[..8].copy_from_slice(&topic.0.to_le_bytes());
     key[8..].copy_from_slice(&sequence.to_le_bytes());

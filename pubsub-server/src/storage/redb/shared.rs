@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use ::redb::Database;
 use tokio::sync::watch;
 
+use super::recent::Recent;
 use super::rows::Head;
 use super::sealed::{Cabinet, Segment};
 use super::tail::Tail;
@@ -20,6 +21,7 @@ pub(super) struct Shared {
     pub(super) database: RwLock<Option<Database>>,
     pub(super) cabinet: Cabinet,
     pub(super) tail: Tail,
+    pub(super) recent: Recent,
     topics: RwLock<HashMap<Epoch, Arc<TopicView>>>,
     health: watch::Sender<Health>,
 }
@@ -62,6 +64,7 @@ impl Shared {
             database: RwLock::new(Some(database)),
             cabinet,
             tail: Tail::default(),
+            recent: Recent::default(),
             topics: RwLock::default(),
             health: watch::Sender::new(Health::Ok),
         }

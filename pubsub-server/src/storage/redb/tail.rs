@@ -6,7 +6,8 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use bytes::Bytes;
 
 use super::batch::Batch;
-use super::rows::{BatchHeader, decode_header};
+use super::recent::Row;
+use super::rows::decode_header;
 use crate::record::{CursorRecord, Epoch};
 
 /// Bounded by the log, which holds it as well. A row leaves when it is in the hot file: whoever does
@@ -47,11 +48,12 @@ impl Tail {
     }
 
     /// The row that holds a sequence.
-    pub(super) fn row(&self, topic: Epoch, sequence: u64) -> Option<(BatchHeader, Bytes)> {
+    pub(super) fn row(&self, topic: Epoch, sequence: u64) -> Option<Row> {
         let content = self.content();
         let ((_, base), row) = content.rows.range((topic, 0)..=(topic, sequence)).next_back()?;
         let header = decode_header(topic, *base, row).ok()?;
-        (header.end() > sequence).then(|| (header, row.clone()))
+        let row = || Row::written(topic, *base, header.end(), header.at, row.clone());
+        (header.end() > sequence).then(row)
     }
 
     /// The first sequence of a topic.

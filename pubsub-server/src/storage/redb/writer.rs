@@ -126,7 +126,8 @@ impl Writer {
         self.watch_space();
         let mut answers = Vec::with_capacity(requests.len());
         match self.try_commit(requests, &mut answers) {
-            Ok(effects) => {
+            Ok(mut effects) => {
+                self.shared.recent.keep_written(std::mem::take(&mut effects.rows));
                 self.show(&effects);
                 self.chores.note(&effects);
                 effects.doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
@@ -339,6 +340,7 @@ impl Writer {
         // Its error is the one that brought us here.
         self.state.close_stored();
         drop(database.take().map(Database::close));
+        shared.recent.clear();
         let io = |error: std::io::Error| shared.error(::redb::Error::Io(error));
         self.disk.sync(HOT).and_then(|()| self.disk.sync(LOG)).map_err(io)?;
         let opened = open_hot(self.disk.as_ref(), self.opening)?;
