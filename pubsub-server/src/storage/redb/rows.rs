@@ -3,11 +3,14 @@
 //! Records that people read and extend are postcard; what is written in every commit has a fixed
 //! layout; messages have one that is read without copying them.
 
+use std::sync::LazyLock;
+
 use bytes::{Buf, BufMut, Bytes};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-use super::tables::{Damaged, MESSAGES, checksum};
+use super::tables::{Damaged, MESSAGES};
 use crate::names::SubscriptionName;
 use crate::record::{Epoch, NewMessage, StoredMessage, Timestamp, Uuid};
 use crate::storage::admission::KeyRow;
@@ -259,7 +262,9 @@ pub(super) fn sum_at(topic: Epoch, sequence: u64, bytes: &[u8]) -> u64 {
     let mut key = [0; 16];
     key[..8].copy_from_slice(&topic.0.to_le_bytes());
     key[8..].copy_from_slice(&sequence.to_le_bytes());
-    checksum(MESSAGES.name(), &key, bytes)
+    // As every checksum, but that the name of the table is not hashed for each message.
+    static TABLE: LazyLock<u64> = LazyLock::new(|| xxh3_64(MESSAGES.name().as_bytes()));
+    xxh3_64_with_seed(bytes, xxh3_64_with_seed(&key, *TABLE))
 }
 
 fn length(length: usize) -> u32 {
