@@ -221,13 +221,20 @@ impl Competing {
         let claimed = claim.held.iter().flat_map(Clone::clone);
         let count = claim.held.iter().map(|range| range.end() - range.start() + 1).sum::<u64>();
         let each = u32::try_from(claim.held_bytes / count.max(1)).unwrap_or(u32::MAX);
+        let mut refused = false;
         for sequence in claimed {
             let others = self.held.get(&sequence).map(|held| held.holder != holder);
             // No more than could be out before, whatever is claimed.
             let too_many = others.is_none() && self.is_full();
-            let another =
-                others == Some(true) || others.is_none() && self.would_overtake(sequence, holder);
-            if sequence > head || self.cursor.is_done(sequence) || another || too_many {
+            // One that was taken back may have been so with those after it, of which the key is not
+            // known: its consumer has not heard of any of them.
+            let unknown = self.order == Order::Key && sequence >= self.next;
+            let overtakes = unknown && refused || self.would_overtake(sequence, holder);
+            let another = others == Some(true) || others.is_none() && overtakes;
+            if sequence > head || self.cursor.is_done(sequence) {
+                dropped.insert(sequence..=sequence);
+            } else if another || too_many {
+                refused = true;
                 dropped.insert(sequence..=sequence);
             } else if others.is_none() {
                 let known = self.unwait(sequence).or_else(|| self.undelay(sequence));

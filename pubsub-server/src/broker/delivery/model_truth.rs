@@ -380,10 +380,15 @@ impl Truth {
         }
         let mut dropped = Set::new();
         let started = numbers(&claim.started);
+        let mut refused = false;
         for n in held {
             let fact = self.at(n);
             let is_another_s = fact.holder.is_some_and(|other| other != holder);
-            if fact.kept.done || is_another_s || fact.is_open() && self.would_overtake(holder, n) {
+            let unknown = self.kind == SubscriptionKind::KeyOrdered && !fact.read;
+            let overtakes = unknown && refused || self.would_overtake(holder, n);
+            let another = is_another_s || fact.is_open() && overtakes;
+            if fact.kept.done || another {
+                refused |= !fact.kept.done;
                 dropped.insert(n);
                 continue;
             }
