@@ -216,25 +216,19 @@ impl Competing {
     }
 
     fn hold(&mut self, holder: Holder, claim: &Claim) -> Sequences {
-        let head = self.cursor.head();
-        let mut dropped = Sequences::new();
+        let (mut dropped, mut refused) = (Sequences::new(), false);
         let claimed = claim.held.iter().flat_map(Clone::clone);
         let count = claim.held.iter().map(|range| range.end() - range.start() + 1).sum::<u64>();
         let each = u32::try_from(claim.held_bytes / count.max(1)).unwrap_or(u32::MAX);
-        let mut refused = false;
         for sequence in claimed {
             let others = self.held.get(&sequence).map(|held| held.holder != holder);
             // No more than could be out before, whatever is claimed.
             let too_many = others.is_none() && self.is_full();
-            // One that was taken back may have been so with those after it, of which the key is not
-            // known: its consumer has not heard of any of them.
-            let unknown = self.order == Order::Key && sequence >= self.next;
-            let overtakes = unknown && refused || self.would_overtake(sequence, holder);
+            let overtakes = self.would_overtake(sequence, holder, refused);
             let another = others == Some(true) || others.is_none() && overtakes;
-            if sequence > head || self.cursor.is_done(sequence) {
-                dropped.insert(sequence..=sequence);
-            } else if another || too_many {
-                refused = true;
+            let done = sequence > self.cursor.head() || self.cursor.is_done(sequence);
+            refused |= !done && (another || too_many);
+            if done || another || too_many {
                 dropped.insert(sequence..=sequence);
             } else if others.is_none() {
                 let known = self.unwait(sequence).or_else(|| self.undelay(sequence));
@@ -248,10 +242,11 @@ impl Competing {
 
     /// Whether a message must not go to a consumer that claims to have it: one of the same key that
     /// comes first waits, or is another's. It was taken back from the consumer before.
-    fn would_overtake(&self, sequence: u64, holder: Holder) -> bool {
-        // Of what was not looked at the key is unknown. Only from before a restart somebody can have
-        // it; or from a place that it has lost, of which it has not heard.
-        if self.order == Order::Key && sequence >= self.next && sequence > self.withheld {
+    fn would_overtake(&self, sequence: u64, holder: Holder, refused: bool) -> bool {
+        // Of what was not looked at the key is unknown. Only from before a restart can somebody have
+        // it, unless it was taken back, unheard, with one before it that is refused.
+        let is_unknown = self.order == Order::Key && sequence >= self.next;
+        if is_unknown && (refused || sequence > self.withheld) {
             return true;
         }
         let key = self.waiting.get(&sequence).and_then(|waiting| waiting.key.as_ref());
