@@ -81,6 +81,24 @@ fn what_was_not_looked_at_is_claimed_after_a_restart_or_not_at_all() {
 }
 
 #[test]
+fn what_was_taken_back_with_one_that_is_refused_is_refused_too() {
+    let now = Instant::now();
+    let mut delivery = Competing::new(Cursor::new(CursorRecord::default(), 10, None), Order::Key);
+    let claim = Claim { held: set([3, 9]), ..Claim::default() };
+    delivery.withhold();
+    assert_eq!(delivery.attach(holder(1), &claim, true, at(now)), Sequences::new());
+    for sequence in 1..=3 {
+        delivery.route(&message(sequence), Terms { key: key(sequence), due: None }, true, one);
+    }
+    assert!(key(1) == key(3) && key(3) == key(9));
+    let rewound = delivery.nack(holder(1), &[nack(3, 0)], at(now)).unwrap();
+    assert_eq!(rewound.taken_back, set([3, 9]));
+    // It has not heard of it. 3 waits behind 1 and goes to whoever gets that, and 9, of which the
+    // key is not known yet, must not stay behind.
+    assert_eq!(delivery.attach(holder(1), &claim, true, at(now)), set([3, 9]));
+}
+
+#[test]
 fn consumers_cannot_claim_more_than_there_can_be() {
     let most = limits::MAX_UNSETTLED as u64;
     let mut delivery =
