@@ -134,6 +134,15 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn what_goes_from_the_middle_makes_room() {
+        let mut map = Ascending::new();
+        (0..100).for_each(|key| assert_eq!(map.insert(key, key), None));
+        (1..99).for_each(|key| assert_eq!(map.remove(key), Some(key)));
+        assert!(map.iter().eq([(0, &0), (99, &99)]) && map.len() == 2);
+        assert!(map.places.len() <= 4 + SLACK);
+    }
+
     proptest! {
         #[test]
         fn it_is_a_map(

@@ -131,6 +131,17 @@ mod tests {
         all
     }
 
+    #[test]
+    fn what_goes_from_the_middle_makes_room() {
+        let mut map = Ascending::new();
+        (0..100).for_each(|key| assert_eq!(map.insert(key, key), None));
+        (1..99).for_each(|key| {
+            map.remove_all(key..=key, |gone, value| assert_eq!((gone, value), (key, key)))
+        });
+        assert!(map.iter().eq([(0, &0), (99, &99)]) && map.len() == 2);
+        assert!(map.places.len() <= 4 + SLACK);
+    }
+
     proptest! {
         #[test]
         fn it_is_a_map(
