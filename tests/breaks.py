@@ -28,6 +28,7 @@ END_TO_END = ["-p", "pubsub-tests", "--test", "it"]
 # What is broken, the promise, and the tests that guard it, quickest first.
 BREAKS = {
     "commit_without_sync": ("P1", [SERVER + ["storage"]]),
+    "blob_without_sync": ("P1", [SERVER + ["storage"]]),
     "ack_before_commit": ("P1", [SERVER + ["storage"]]),
     "notify_before_commit": ("P1", [SERVER + ["storage"]]),
     "dedup_in_second_transaction": ("P3", [SERVER + ["storage"]]),

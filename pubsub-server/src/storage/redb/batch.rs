@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use ::redb::ReadableTableMetadata;
 use bytes::{Buf, BufMut, Bytes};
 
-use super::rows::{self, decode_header, encode, wide};
+use super::blobs::{Blob, Place};
+use super::rows::{self, decode_header, decode_place, encode, wide};
 use super::state::State;
 use super::tables::{Damaged, META_CLOCK, Tables, Trouble, put};
 use crate::record::{CursorRecord, Epoch, Uuid};
@@ -27,8 +28,12 @@ const CURSOR: u8 = 4;
 /// Rows to be written. Those of heads and publishers are in the state, which is where they change.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
-    /// Messages by topic and first sequence.
+    /// Messages by topic and first sequence, or where they are.
     pub(super) rows: Vec<(Epoch, u64, Bytes)>,
+    /// Messages for blob files. They are written before the rest of the commit.
+    pub(super) outside: Vec<(Place, Bytes)>,
+    /// Blob files that have grown, by topic.
+    pub(super) blobs: BTreeSet<(Epoch, u64)>,
     /// Topics whose heads have changed.
     pub(super) heads: BTreeSet<Epoch>,
     pub(super) publishers: BTreeSet<(Epoch, Uuid)>,
@@ -49,6 +54,7 @@ impl Batch {
     /// Adds what was stored after it.
     pub(super) fn extend(&mut self, later: Self) {
         self.rows.extend(later.rows);
+        self.blobs.extend(later.blobs);
         self.heads.extend(later.heads);
         self.publishers.extend(later.publishers);
         self.keys.extend(later.keys);
@@ -73,6 +79,7 @@ impl Batch {
     /// Forgets what belongs to a topic.
     pub(super) fn drop_topic(&mut self, topic: Epoch) {
         self.heads.remove(&topic);
+        self.blobs.retain(|(of, _)| *of != topic);
         self.publishers.retain(|(of, _)| *of != topic);
         self.keys.retain(|(of, _), _| *of != topic);
     }
@@ -90,6 +97,12 @@ impl Batch {
         for topic in &self.heads {
             if let Some(head) = state.topics.get(topic).and_then(|topic| topic.head.as_ref()) {
                 put(tables.heads.open()?, topic.0, encode(head))?;
+            }
+        }
+        for (topic, file) in &self.blobs {
+            // It may have been trimmed, and be gone.
+            if let Some(blob) = state.blob(*topic, *file) {
+                put(tables.blobs.open()?, (topic.0, *file), encode(&blob.stored()))?;
             }
         }
         for (topic, id) in &self.publishers {
@@ -188,7 +201,7 @@ impl State {
                 ROW => {
                     let base = record.try_get_u64_le().ok()?;
                     let row = row_of(&mut record)?;
-                    self.replay_row(topic, base, &row)?;
+                    batch.blobs.extend(self.replay_row(topic, base, &row)?);
                     batch.heads.insert(topic);
                     batch.rows.push((topic, base, row));
                 }
@@ -213,18 +226,26 @@ impl State {
         Some(())
     }
 
-    /// Moves the head of a topic as the row has moved it; a damaged one stays unknown.
-    fn replay_row(&mut self, topic: Epoch, base: u64, row: &[u8]) -> Option<()> {
+    /// Moves the head of a topic as the row has moved it; a damaged one stays unknown. Answers the
+    /// blob file that it has let grow, if that is so.
+    #[expect(clippy::option_option, reason = "no blob is no damage")]
+    fn replay_row(&mut self, topic: Epoch, base: u64, row: &[u8]) -> Option<Option<(Epoch, u64)>> {
         let header = decode_header(topic, base, row).ok()?;
+        let place = header.outside.then(|| decode_place(&header, row)).transpose().ok()?;
+        if let Some(Place { file, offset, length }) = place {
+            let blob = Blob::found(file, header.end() - 1, offset + u64::from(length));
+            self.topics.get_mut(&topic)?.note_blob(blob);
+        }
         if let Some(head) = self.topics.get_mut(&topic)?.head.as_mut() {
             if base != head.head + 1 {
                 return None;
             }
             head.head = header.end() - 1;
             head.bytes += u64::from(header.bytes);
+            head.outside += header.outside_bytes();
             head.last_at = header.at;
         }
-        Some(())
+        Some(place.map(|place| (topic, place.file)))
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use ::redb::{Key, ReadableTable, ReadableTableMetadata, Table, Value};
 
+use super::blobs::{Doomed, Sizes};
 use super::group::Effects;
 use super::rows::{self, Head, ROW_BYTES, decode_header, encode};
 use super::sealing::release;
@@ -24,6 +25,8 @@ const PIECE_ROWS: usize = 1_000;
 const PIECE_BYTES: usize = 4 * 1024 * 1024;
 /// How often all publishers are looked at, in milliseconds.
 const SWEEP_EVERY: u64 = 10 * 60 * 1000;
+/// How often blob files are looked at, in milliseconds.
+const REST_EVERY: u64 = 10_000;
 
 /// What there is to do.
 #[derive(Debug, Default)]
@@ -37,6 +40,7 @@ pub(super) struct Chores {
     /// Where the sweep of publishers goes on.
     sweep: Option<(u64, u128)>,
     next_sweep: Age,
+    next_rest: Age,
     /// No key expires earlier.
     next_expiry: Age,
 }
@@ -73,6 +77,25 @@ impl Writer {
             || self.collect_garbage()
             || self.expire_keys(age)
             || self.sweep(age)
+            || self.rest(age)
+    }
+
+    /// Blob files that have not grown for a while grow no more: they go as soon as they are trimmed.
+    fn rest(&mut self, age: Age) -> bool {
+        if self.chores.next_rest > age {
+            return false;
+        }
+        self.chores.next_rest = age.after(REST_EVERY);
+        let trims = self.chores.trims.len();
+        for (epoch, topic) in &mut self.state.topics {
+            let Some(blob) = topic.blobs.last_mut().filter(|blob| blob.grows) else { continue };
+            blob.grows = blob.seen != blob.length;
+            blob.seen = blob.length;
+            if !blob.grows {
+                self.chores.trims.insert(*epoch);
+            }
+        }
+        self.chores.trims.len() > trims
     }
 
     /// Removes rows of which all messages are trimmed or sealed.
@@ -81,13 +104,14 @@ impl Writer {
             // What is being copied has to stay: its bytes would be counted off twice.
             let copying = self.sealing.is_copying(epoch);
             let topic = self.state.topics.get(&epoch);
-            let surplus = topic.is_some_and(|topic| has_surplus(topic, copying));
+            let sizes = self.opening.blobs;
+            let surplus = topic.is_some_and(|topic| has_surplus(topic, copying, sizes));
             let piece = surplus
                 .then(|| self.transact(|tables, state| trim_piece(tables, state, epoch, copying)));
             if let Some(doomed) = piece.flatten() {
                 failpoint::pass("collected");
                 self.show_topic(epoch);
-                doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
+                doomed.iter().for_each(|file| self.shared.forget(*file));
                 self.sealing.doomed.extend(doomed);
                 return true;
             }
@@ -140,11 +164,12 @@ impl Writer {
 }
 
 /// Whether the hot file or a sealed one may hold what nobody reads there.
-fn has_surplus(topic: &Topic, copying: bool) -> bool {
+fn has_surplus(topic: &Topic, copying: bool, sizes: Sizes) -> bool {
     let Some(head) = topic.head else { return false };
     let sealed = Head { sealed_below: topic.hot_from(), ..head };
     head.collected < surplus_below(&sealed, copying)
         || topic.segments.first().is_some_and(|segment| segment.last < head.first)
+        || topic.blobs.first().is_some_and(|blob| blob.is_trimmed(head.first, sizes))
 }
 
 /// Rows below this sequence can go.
@@ -159,7 +184,7 @@ fn trim_piece(
     state: &mut State,
     epoch: Epoch,
     copying: bool,
-) -> Result<Option<Vec<u64>>, Trouble> {
+) -> Result<Option<Vec<Doomed>>, Trouble> {
     let Some(topic) = state.topics.get(&epoch) else {
         return Ok(None);
     };
@@ -171,14 +196,21 @@ fn trim_piece(
     let trimmed = topic.segments.partition_point(|segment| segment.last < head.first);
     let (trimmed, kept) = topic.segments.split_at(trimmed);
     let (trimmed, kept) = (trimmed.to_vec(), Arc::new(kept.to_vec()));
+    let emptied = topic.blobs.iter().take_while(|blob| blob.is_trimmed(head.first, state.sizes));
+    let emptied: Vec<_> = emptied.map(|blob| blob.file).collect();
     let mut doomed = Vec::new();
     for segment in &trimmed {
         head.bytes = head.bytes.saturating_sub(segment.bytes);
+        head.outside = head.outside.saturating_sub(segment.outside);
         doomed.extend(release(tables, state, epoch, segment)?);
+    }
+    for file in &emptied {
+        tables.blobs.open()?.remove((epoch.0, *file))?;
+        doomed.push(Doomed::Blob(*file));
     }
     let below = surplus_below(&head, copying);
     let removed = trim_rows(tables, epoch, &mut head, below)?;
-    if removed == 0 && trimmed.is_empty() {
+    if removed == 0 && doomed.is_empty() && trimmed.is_empty() {
         return Ok(None);
     }
     put(tables.heads.open()?, epoch.0, encode(&head))?;
@@ -186,6 +218,7 @@ fn trim_piece(
     if let Some(topic) = state.topics.get_mut(&epoch) {
         topic.head = Some(head);
         topic.segments = kept;
+        topic.blobs.drain(..emptied.len());
     }
     Ok(Some(doomed))
 }
@@ -208,6 +241,7 @@ fn trim_rows(
                 // Those of sealed rows count with their segment.
                 if header.end() > head.sealed_below {
                     head.bytes = head.bytes.saturating_sub(u64::from(header.bytes));
+                    head.outside = head.outside.saturating_sub(header.outside_bytes());
                 }
                 head.collected = header.end();
             }

@@ -140,7 +140,7 @@ impl StorageBackend for HotFile {
     }
 }
 
-/// The log.
+/// The log or a blob file.
 #[derive(Debug)]
 struct PlainFile(File);
 

@@ -29,10 +29,10 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
     /// Makes a new empty database, replacing a file of that name.
     fn create(&self, name: &str, builder: &Builder) -> Result<Database, DatabaseError>;
 
-    /// Opens the log for reading and writing.
+    /// Opens the log or a blob file for reading and writing.
     fn open_log(&self, name: &str) -> io::Result<Box<dyn LogFile>>;
 
-    /// Makes a new empty log, replacing a file of that name.
+    /// Makes a new empty file for a log or for blobs, replacing a file of that name.
     fn create_log(&self, name: &str) -> io::Result<Box<dyn LogFile>>;
 
     /// Opens a database that is never written again.
@@ -73,7 +73,7 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
 }
 
 /// A file of plain bytes.
-pub(super) trait LogFile: fmt::Debug + Send {
+pub(super) trait LogFile: fmt::Debug + Send + Sync {
     /// Its length.
     fn len(&self) -> io::Result<u64>;
 

@@ -6,8 +6,11 @@ use ::redb::{Database, ReadableTable};
 use bytes::Bytes;
 
 use super::batch::Batch;
+use super::blobs::Doomed;
 use super::recent::Row;
-use super::rows::{Head, decode, encode, encode_batch, row_length};
+use super::rows::{
+    BatchHeader, Head, decode, decode_header, encode, encode_batch, encode_place, row_length,
+};
 use super::sealing::release;
 use super::state::{State, Topic};
 use super::tables::{GARBAGE_SUBSCRIPTION, GARBAGE_TOPIC, Tables, Trouble, decoded, get, put};
@@ -45,12 +48,12 @@ pub(super) struct Effects {
     pub(super) trimmed: BTreeSet<Epoch>,
     /// Rows of messages, for those who read them at once.
     pub(super) rows: Vec<Row>,
-    /// Bytes of bodies that were stored.
+    /// Bytes of bodies that were stored in tables.
     pub(super) bytes: u64,
     /// Topics and subscriptions that left rows behind.
     pub(super) garbage: bool,
-    /// Sealed files that nothing refers to any more.
-    pub(super) doomed: Vec<u64>,
+    /// Files that nothing refers to any more.
+    pub(super) doomed: Vec<Doomed>,
     /// Whether there is anything to commit.
     pub(super) dirty: bool,
 }
@@ -282,13 +285,17 @@ impl<'t, 's> Group<'t, 's> {
     /// Makes a topic disappear at once; its rows go later, in pieces.
     fn delete_topic(&mut self, topic: Epoch) -> Result<(), Trouble> {
         self.depart(topic)?;
-        let Some(Topic { segments, head, .. }) = self.state.drop_topic(topic) else {
+        let Some(Topic { segments, blobs, head, .. }) = self.state.drop_topic(topic) else {
             return Ok(());
         };
         let tables = opened(&mut self.tables);
         for segment in segments.iter() {
             let doomed = release(tables, self.state, topic, segment)?;
             self.effects.doomed.extend(doomed);
+        }
+        for blob in blobs {
+            tables.blobs.open()?.remove((topic.0, blob.file))?;
+            self.effects.doomed.push(Doomed::Blob(blob.file));
         }
         tables.topics.open()?.remove(topic.0)?;
         tables.heads.open()?.remove(topic.0)?;
@@ -364,24 +371,41 @@ impl<'t, 's> Group<'t, 's> {
     }
 
     fn encode_messages(&mut self) -> Result<(), Trouble> {
-        for (topic, messages) in &self.messages {
-            let Some(head) = self.state.head(*topic)? else {
+        for (topic, messages) in std::mem::take(&mut self.messages) {
+            let Some(Head { head, last_at, .. }) = self.state.head(topic)?.copied() else {
                 continue;
             };
-            let at = head.last_at;
-            let mut base = head.head + 1 - messages.len() as u64;
+            let bytes = messages.iter().map(|message| message.body.len() as u64).sum();
+            let outside = self.state.appends(topic, bytes);
+            let mut base = head + 1 - messages.len() as u64;
             let mut rest = messages.as_slice();
             while !rest.is_empty() {
                 let (row, after) = rest.split_at(row_length(rest));
-                let encoded = Bytes::from(encode_batch(*topic, base, at, row));
-                let end = base + row.len() as u64;
-                self.effects.rows.push(Row::written(*topic, base, end, at, encoded.clone()));
-                self.batch.rows.push((*topic, base, encoded));
-                base = end;
+                let encoded = Bytes::from(encode_batch(topic, base, last_at, row));
+                let header = decode_header(topic, base, &encoded)?;
+                self.effects.rows.push(Row::of(header, encoded.clone()));
+                let stored = if outside { self.append_outside(header, encoded)? } else { encoded };
+                self.batch.rows.push((topic, base, stored));
+                base = header.end();
                 rest = after;
             }
         }
         Ok(())
+    }
+
+    /// Lets a row go to a blob file. Answers what takes its place.
+    fn append_outside(&mut self, header: BatchHeader, row: Bytes) -> Result<Bytes, Trouble> {
+        let topic = header.topic;
+        let Some(place) = self.state.place(topic, header.end() - 1, row.len()) else {
+            return Ok(row);
+        };
+        if let Some(head) = self.state.head(topic)? {
+            head.outside += u64::from(header.bytes);
+        }
+        self.effects.bytes = self.effects.bytes.saturating_sub(header.bytes.into());
+        self.batch.outside.push((place, row));
+        self.batch.blobs.insert((topic, place.file));
+        Ok(encode_place(header, place).into())
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! `docs/format.md` describes the files. The way of a write: [`Redb`] puts a request into the
 //! `queue`; the `writer` takes what has queued, applies it as a `group`, and commits the `batch` that
-//! comes out to the `log`, or with what else is in the log to the tables; it shows the new heads in
-//! `shared`, and answers. The `reader` starts from there, and looks into the `tail` of the log first.
+//! comes out to the `log`, or with what else is in the log to the tables, and large rows before that to
+//! `blobs`; it shows the new heads in `shared`, and answers. The `reader` starts from there, and looks into the `tail` of the log first.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -29,6 +29,7 @@ use crate::env::SharedEnv;
 use crate::record::{Epoch, StoredMessage, Timestamp, Uuid};
 
 mod batch;
+mod blobs;
 mod chores;
 mod directory;
 mod disk;
@@ -64,6 +65,14 @@ const HOT_BYTES: u64 = 256 * 1024 * 1024;
 const FILE_BYTES: u64 = 64 * 1024 * 1024;
 /// The log: all of it is read when the store is opened, and what it holds is in memory as well.
 const LOG_BYTES: usize = 8 * 1024 * 1024;
+
+/// When messages are appended to files of their own.
+const BLOBS: blobs::Sizes = blobs::Sizes {
+    topic: 4 * 1024 * 1024,
+    commit: 64 * 1024,
+    file: 32 * 1024 * 1024,
+    trimmed: 4 * 1024 * 1024,
+};
 
 /// How a store is opened.
 #[derive(Clone, Debug)]
@@ -119,6 +128,7 @@ impl Redb {
             hot_bytes: HOT_BYTES,
             file_bytes: FILE_BYTES,
             log_bytes: LOG_BYTES,
+            blobs: BLOBS,
             inline: options.inline,
         };
         Self::open_on(Arc::new(directory), options.env, opening)

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use ::redb::{Builder, Database, ReadableDatabase, ReadableTable, TableError};
 use tokio::time::Instant;
 
+use super::blobs::{self, Sizes};
 use super::disk::{Disk, HOT, LOG, TEMPORARY};
 use super::log::{self, Log, Mark};
 use super::rows::{decode_uuid, encode, encode_uuid};
-use super::sealed::{self, Cabinet};
+use super::sealed;
 use super::shared::{Shared, explain as explain_redb};
 use super::state::{State, stored_now};
 use super::tables::{
@@ -34,6 +35,8 @@ pub(super) struct Opening {
     pub(super) file_bytes: u64,
     /// The size of the log, if it is made.
     pub(super) log_bytes: usize,
+    /// What goes to blob files.
+    pub(super) blobs: Sizes,
     /// Everything happens where it is called.
     pub(super) inline: bool,
 }
@@ -60,8 +63,9 @@ pub(super) fn open(
         disk.remove(name).map_err(io)?;
     }
     if !names.iter().any(|name| name == HOT) {
-        if names.iter().any(|name| sealed::number(name).is_some()) {
-            let detail = format!("there are sealed files, but no {HOT}");
+        let holds = |name: &String| sealed::number(name).or(blobs::number(name)).is_some();
+        if names.iter().any(holds) {
+            let detail = format!("there are files with messages, but no {HOT}");
             return Err(StorageError::Corrupt { path, detail });
         }
         // Whoever finds the hot file finds the log, too.
@@ -86,28 +90,32 @@ pub(super) fn open(
         tracing::warn!(%error, "there is no room for the ballast");
     }
     let boot = env.uuid();
-    let (database, started) = match start(disk.as_ref(), &database, &env, boot) {
+    let sizes = opening.blobs;
+    let (database, started) = match start(disk.as_ref(), &database, (&env, boot), sizes) {
         Err(trouble) if is_full(&trouble) => {
             // The ballast is for this too: positions can be stored, and what is trimmed makes room.
             disk.set_ballast(false).map_err(io)?;
             drop(database);
             let database = open_hot(disk.as_ref(), opening)?;
-            let started = start(disk.as_ref(), &database, &env, boot);
+            let started = start(disk.as_ref(), &database, (&env, boot), sizes);
             (database, started)
         }
         started => (database, started),
     };
     let (state, log, boots) = started.map_err(|trouble| explain(&path, trouble))?;
-    let cabinet = Cabinet::new(Arc::clone(&disk));
-    state.files().for_each(|(file, digest)| cabinet.register(file, digest));
+    let shared = Arc::new(Shared::new(path.clone(), database, &disk));
+    state.files().for_each(|(file, digest)| shared.cabinet.register(file, digest));
     let known: HashSet<u64> = state.files().map(|(file, _)| file).collect();
+    let blobs: HashSet<u64> = state.blobs().collect();
     for name in &names {
         // It was not registered, or is not used any more: the server stopped in between.
-        if sealed::number(name).is_some_and(|file| !known.contains(&file)) {
+        if sealed::number(name).is_some_and(|file| !known.contains(&file))
+            || blobs::number(name).is_some_and(|file| !blobs.contains(&file))
+        {
             disk.remove(name).map_err(io)?;
         }
     }
-    let shared = Arc::new(Shared::new(path, database, cabinet));
+    shared.blobs.reset(blobs);
     let writer = Writer::new(Arc::clone(&shared), disk, env, opening, (state, log));
     Ok(Opened { shared, writer, boot, boots })
 }
@@ -170,14 +178,14 @@ fn check_format(path: &str, database: &Database) -> Result<(), StorageError> {
 fn start(
     disk: &dyn Disk,
     database: &Database,
-    env: &SharedEnv,
-    boot: Uuid,
+    (env, boot): (&SharedEnv, Uuid),
+    sizes: Sizes,
 ) -> Result<(State, Log, HashSet<Uuid>), Trouble> {
     let txn = database.begin_write()?;
     let mut tables = Tables::of(&txn);
     let (ordinal, boots) = enter(&mut tables, boot)?;
     let clock = Clock::resume(Now::default(), env.now(), Instant::now());
-    let (mut state, mut log) = State::load(&mut tables, disk, ordinal, clock)?;
+    let (mut state, mut log) = State::load(&mut tables, disk, (ordinal, clock), sizes)?;
     let stored = stored_now(&mut tables, &state.pending)?;
     state.clock = Clock::resume(stored, env.now(), Instant::now());
     state.settle(&mut tables, log.mark())?;

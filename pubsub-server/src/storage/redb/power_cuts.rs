@@ -12,7 +12,7 @@ use futures_util::FutureExt;
 
 use super::queue::Request;
 use super::simulation::{SimDisk, open};
-use super::{Committer, Redb, sealed};
+use super::{Committer, Redb, blobs, sealed};
 use crate::env::SharedEnv;
 use crate::record::{CursorRecord, Epoch, NewMessage};
 use crate::storage::testing::{
@@ -45,14 +45,15 @@ fn acknowledged_writes_survive_power_cuts() {
         let other = scope.spawn(move || run(first + half..first + stores));
         [run(first..first + half), other.join().expect("the seed is above")].into_iter().sum()
     });
-    let Tally { cuts, acked, unknown, found, sealed, half_sealed } = tally;
+    let Tally { cuts, acked, unknown, found, sealed, half_sealed, blobs } = tally;
     println!(
         "{cuts} cuts, {acked} messages acknowledged, {unknown} outcomes unknown of which {found} \
-         had been stored, {sealed} sealed files, {half_sealed} cuts while sealing"
+         had been stored, {sealed} sealed files, {half_sealed} cuts while sealing, {blobs} with \
+         blob files"
     );
     // A run without trouble says nothing.
     assert!(acked > cuts && unknown > cuts / 10 && found > 0 && found < unknown);
-    assert!(sealed > stores / 10 && half_sealed > cuts / 1000);
+    assert!(sealed > stores / 10 && half_sealed > cuts / 1000 && blobs > cuts / 10);
 }
 
 /// What happened.
@@ -65,6 +66,8 @@ struct Tally {
     found: u64,
     sealed: u64,
     half_sealed: u64,
+    /// Cuts with messages in blob files.
+    blobs: u64,
 }
 
 impl std::iter::Sum for Tally {
@@ -76,6 +79,7 @@ impl std::iter::Sum for Tally {
             found: sum.found + tally.found,
             sealed: sum.sealed + tally.sealed,
             half_sealed: sum.half_sealed + tally.half_sealed,
+            blobs: sum.blobs + tally.blobs,
         })
     }
 }
@@ -170,6 +174,8 @@ impl World {
         );
         let files = names.iter().filter(|name| sealed::number(name).is_some()).count() as u64;
         self.tally.sealed = self.tally.sealed.max(files);
+        let blobs = names.iter().any(|name| blobs::number(name).is_some());
+        self.tally.blobs += u64::from(blobs);
         self.disk = self.disk.after_cut(&mut self.random);
         self.tally.cuts += 1;
     }

@@ -2,13 +2,14 @@
 //! that is open keeps redb from using freed pages again.
 
 use std::collections::{HashMap, HashSet};
+use std::io::ErrorKind;
 use std::sync::Arc;
 
 use ::redb::{ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable};
 use bytes::Bytes;
 
-use super::recent::{Recent, Row};
-use super::rows::{BatchHeader, Messages, decode, decode_header};
+use super::recent::Row;
+use super::rows::{BatchHeader, Messages, decode, decode_header, decode_place};
 use super::sealed::Segment;
 use super::shared::{Shared, ViewState};
 use super::tables::{
@@ -45,7 +46,10 @@ pub(super) fn begin(
     let mut chunk = Chunk::new(topic, from, until, limit);
     while chunk.wants_more() {
         let next = chunk.next;
-        let row = shared.recent.find(topic, next).or_else(|| shared.tail.row(topic, next));
+        let row = shared.recent.find(topic, next).or_else(|| {
+            let (header, row) = shared.tail.row(topic, next)?;
+            (!header.outside).then(|| Row::of(header, row))
+        });
         match row {
             Some(row) => chunk.take(&row, until),
             None => return Ok(Begun::Some(chunk)),
@@ -62,8 +66,10 @@ pub(super) fn go_on(shared: &Shared, mut chunk: Chunk) -> Result<Vec<StoredMessa
     while chunk.wants_more() {
         let (topic, next, until) = (chunk.topic, chunk.next, chunk.until);
         let first = shared.tail.first(topic);
-        if let Some(row) = shared.tail.row(topic, next) {
-            chunk.take(&row, until);
+        if let Some((header, row)) = shared.tail.row(topic, next) {
+            if let Ok(row) = whole(shared, &header, row) {
+                chunk.take(&Row::of(header, row), until);
+            }
             if chunk.next == next && !chunk.full {
                 return chunk.or(ReadError::DataLoss { sequence: next });
             }
@@ -71,8 +77,7 @@ pub(super) fn go_on(shared: &Shared, mut chunk: Chunk) -> Result<Vec<StoredMessa
         }
         // What has left the tail since is in the hot file.
         let until = first.map_or(until, |first| until.min(first.max(next + 1) - 1));
-        let recent = &shared.recent;
-        look_up(shared, topic, next, |table, end| chunk.fill(table, until.min(end), recent))?;
+        look_up(shared, topic, next, |table, end| chunk.fill(table, until.min(end), shared))?;
     }
     Ok(chunk.messages)
 }
@@ -85,8 +90,8 @@ pub(super) fn find(shared: &Shared, topic: Epoch, time: Timestamp) -> Result<u64
     // All messages of a row have one time, and times never decrease.
     while low < high {
         let middle = low + (high - low) / 2;
-        if let Some(row) = shared.tail.row(topic, middle) {
-            (low, high) = row.narrow(time, (low, high));
+        if let Some((header, _)) = shared.tail.row(topic, middle) {
+            (low, high) = header.narrow(time, (low, high));
             continue;
         }
         let header = match look_up(shared, topic, middle, |table, _| locate(table, topic, middle)) {
@@ -269,19 +274,33 @@ fn locate(table: &MessageTable, topic: Epoch, sequence: u64) -> Result<BatchHead
     }
 }
 
+/// A row as it was stored, from the blob file that has it if it only says where that is. There is no
+/// trouble if the file does not hold it.
+fn whole(shared: &Shared, header: &BatchHeader, row: Bytes) -> Result<Bytes, Option<Trouble>> {
+    if !header.outside {
+        return Ok(row);
+    }
+    let place = decode_place(header, &row).map_err(|_| None)?;
+    shared.blobs.read(place).map_err(|error| {
+        let is_missing = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::UnexpectedEof);
+        (!is_missing).then(|| ::redb::Error::Io(error).into())
+    })
+}
+
 /// Keeps a few rows more in memory, for whoever goes on reading, and ends at the first that cannot be
 /// read: they meet it themselves.
-fn read_ahead(topic: Epoch, mut next: u64, rows: MessageRange<'_>, recent: &Recent) {
+fn read_ahead(topic: Epoch, mut next: u64, rows: MessageRange<'_>, shared: &Shared) {
     let mut bytes = 0;
     for entry in rows {
         let Ok((key, row)) = entry else { return };
-        bytes += row.value().len();
-        let header = decode_header(topic, key.value().1, row.value());
-        let Some(header) = header.ok().filter(|_| bytes <= limits::READ_AHEAD_BYTES) else {
+        let Ok(header) = decode_header(topic, key.value().1, row.value()) else { return };
+        bytes += header.bytes as usize;
+        if bytes > limits::READ_AHEAD_BYTES {
             return;
-        };
-        match Row::verified(header, row.value()) {
-            Some(row) if header.base >= next => recent.keep_read(row),
+        }
+        let row = whole(shared, &header, Bytes::copy_from_slice(row.value())).ok();
+        match row.and_then(|row| Row::verified(header, &row)) {
+            Some(row) if header.base >= next => shared.recent.keep_read(row),
             Some(_) | None => return,
         }
         next = header.end();
@@ -329,8 +348,8 @@ impl Chunk {
 
     /// Reads on. What cannot be read is an error only if nothing precedes it: whoever goes on from
     /// there meets it again.
-    fn fill(&mut self, table: &MessageTable, until: u64, recent: &Recent) -> Result<(), Miss> {
-        let filled = self.try_fill(table, until, recent);
+    fn fill(&mut self, table: &MessageTable, until: u64, shared: &Shared) -> Result<(), Miss> {
+        let filled = self.try_fill(table, until, shared);
         if filled.is_err() && !self.messages.is_empty() {
             self.full = true;
             return Ok(());
@@ -338,7 +357,7 @@ impl Chunk {
         filled
     }
 
-    fn try_fill(&mut self, table: &MessageTable, until: u64, recent: &Recent) -> Result<(), Miss> {
+    fn try_fill(&mut self, table: &MessageTable, until: u64, shared: &Shared) -> Result<(), Miss> {
         let topic = self.topic;
         let base = base_of(table, topic, self.next)?;
         let mut rows = table.range((topic.0, base)..=(topic.0, until))?;
@@ -350,16 +369,18 @@ impl Chunk {
             if !(header.base..header.end()).contains(&self.next) {
                 return Err(lost());
             }
-            if let Some(row) = Row::verified(header, row.value()) {
+            let row = whole(shared, &header, Bytes::copy_from_slice(row.value()));
+            let row = row.map_err(|trouble| trouble.map_or_else(lost, Miss::Trouble))?;
+            if let Some(row) = Row::verified(header, &row) {
                 self.take(&row, until);
-                recent.keep_read(row);
+                shared.recent.keep_read(row);
                 if self.full {
-                    read_ahead(topic, self.next, rows, recent);
+                    read_ahead(topic, self.next, rows, shared);
                     return Ok(());
                 }
                 continue;
             }
-            let mut messages = Messages::new(header, Bytes::copy_from_slice(row.value()));
+            let mut messages = Messages::new(header, row);
             messages.skip_to(self.next).ok_or_else(lost)?;
             for message in messages.take_while(|message| {
                 message.as_ref().map_or(true, |message| message.sequence <= until)

@@ -29,16 +29,16 @@ pub(super) struct Row {
 
 impl Row {
     /// One that was encoded here.
-    pub(super) fn written(topic: Epoch, base: u64, end: u64, at: Timestamp, bytes: Bytes) -> Self {
-        Self { topic, base, end, at, bytes }
+    pub(super) fn of(header: BatchHeader, bytes: Bytes) -> Self {
+        let BatchHeader { topic, base, at, .. } = header;
+        Self { topic, base, end: header.end(), at, bytes }
     }
 
     /// One that was read, if no message of it is damaged.
-    pub(super) fn verified(header: BatchHeader, bytes: &[u8]) -> Option<Self> {
-        let BatchHeader { topic, base, at, .. } = header;
-        let end = header.end();
+    pub(super) fn verified(header: BatchHeader, bytes: &Bytes) -> Option<Self> {
+        let topic = header.topic;
         let mut place = BATCH_HEADER_BYTES;
-        for sequence in base..end {
+        for sequence in header.base..header.end() {
             let message = Message::at(bytes, place)?;
             let mut sum = bytes.get(message.end..message.end + SUM_BYTES)?;
             if sum.get_u64_le() != sum_at(topic, sequence, bytes.get(place..message.end)?) {
@@ -47,7 +47,7 @@ impl Row {
             decode_recipients(bytes.get(message.recipients..message.body)?)?;
             place = message.end + SUM_BYTES;
         }
-        Some(Self::written(topic, base, end, at, Bytes::copy_from_slice(bytes)))
+        Some(Self::of(header, bytes.clone()))
     }
 
     /// Its messages from a sequence on.
@@ -69,11 +69,6 @@ impl Row {
                     body: self.bytes.slice(message.body..message.end),
                 })
             })
-    }
-
-    /// What remains of a range that is searched for the first message at or after a time.
-    pub(super) fn narrow(&self, time: Timestamp, (low, high): (u64, u64)) -> (u64, u64) {
-        if self.at >= time { (low, self.base.max(low)) } else { (self.end, high) }
     }
 
     fn size(&self) -> usize {
@@ -191,7 +186,7 @@ mod tests {
 
     const TOPIC: Epoch = Epoch(7);
 
-    fn encoded(base: u64, count: usize, size: usize) -> Vec<u8> {
+    fn encoded(base: u64, count: usize, size: usize) -> Bytes {
         let message = |number: usize| NewMessage {
             body: vec![7; size].into(),
             recipients: (0..number % 3)
@@ -200,7 +195,7 @@ mod tests {
             key: None,
         };
         let messages: Vec<_> = (0..count).map(message).collect();
-        encode_batch(TOPIC, base, Timestamp(5), &messages)
+        encode_batch(TOPIC, base, Timestamp(5), &messages).into()
     }
 
     fn row(base: u64, count: usize, size: usize) -> Row {
@@ -212,7 +207,7 @@ mod tests {
     fn a_row_has_the_messages_that_were_written() {
         let bytes = encoded(10, 5, 100);
         let header = decode_header(TOPIC, 10, &bytes).unwrap();
-        let expected = super::super::rows::Messages::new(header, Bytes::from(bytes.clone()));
+        let expected = super::super::rows::Messages::new(header, bytes.clone());
         let expected: Vec<_> = expected.map(Result::unwrap).collect();
         let row = row(10, 5, 100);
         for from in 8..16 {
@@ -226,10 +221,10 @@ mod tests {
         let bytes = encoded(10, 3, 20);
         let header = decode_header(TOPIC, 10, &bytes).unwrap();
         for place in BATCH_HEADER_BYTES..bytes.len() {
-            let mut damaged = bytes.clone();
+            let mut damaged = bytes.to_vec();
             damaged[place] ^= 1;
-            assert!(Row::verified(header, &damaged).is_none(), "{place}");
-            assert!(Row::verified(header, &bytes[..place]).is_none(), "{place}");
+            assert!(Row::verified(header, &damaged.into()).is_none(), "{place}");
+            assert!(Row::verified(header, &bytes.slice(..place)).is_none(), "{place}");
         }
     }
 

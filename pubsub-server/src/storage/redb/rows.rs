@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
+use super::blobs::Place;
 use super::tables::{Damaged, MESSAGES};
 use crate::names::SubscriptionName;
 use crate::record::{Epoch, NewMessage, StoredMessage, Timestamp, Uuid};
@@ -27,6 +28,10 @@ pub(super) const BATCH_HEADER_BYTES: usize = 4 + 4 + 8 + 8;
 /// body length, recipients length
 pub(super) const MESSAGE_HEADER_BYTES: usize = 4 + 2;
 pub(super) const SUM_BYTES: usize = 8;
+/// file, offset, length, checksum of all before
+const PLACE_BYTES: usize = 8 + 8 + 4 + SUM_BYTES;
+/// In the count of a row: the messages are in a blob file.
+const OUTSIDE: u32 = 1 << 31;
 
 pub(super) fn encode<T: Serialize>(record: &T) -> Vec<u8> {
     postcard::to_allocvec(record).expect("records are plain data, which always encodes")
@@ -65,6 +70,8 @@ pub(super) struct Head {
     pub(super) sealed_below: u64,
     /// Bytes of the bodies of all rows, here and in sealed files.
     pub(super) bytes: u64,
+    /// Those of them that are in blob files.
+    pub(super) outside: u64,
     /// When the last message was stored.
     pub(super) last_at: Timestamp,
 }
@@ -81,6 +88,7 @@ impl Head {
             && self.first <= self.head + 1
             && self.sealed_below <= self.head + 1
             && self.collected <= self.first.max(self.sealed_below)
+            && self.outside <= self.bytes
     }
 }
 
@@ -129,12 +137,19 @@ pub(super) struct BatchHeader {
     pub(super) count: u32,
     pub(super) bytes: u32,
     pub(super) at: Timestamp,
+    /// Whether the messages are in a blob file, and the row says where.
+    pub(super) outside: bool,
 }
 
 impl BatchHeader {
     /// What remains of a range that is searched for the first message at or after a time.
     pub(super) fn narrow(&self, time: Timestamp, (low, high): (u64, u64)) -> (u64, u64) {
         if self.at >= time { (low, self.base.max(low)) } else { (self.end(), high) }
+    }
+
+    /// Bytes of the bodies that are in a blob file.
+    pub(super) fn outside_bytes(&self) -> u64 {
+        if self.outside { self.bytes.into() } else { 0 }
     }
 
     /// The sequence after the last one.
@@ -152,11 +167,9 @@ pub(super) fn encode_batch(
 ) -> Vec<u8> {
     let size: usize = messages.iter().map(encoded_len).sum();
     let mut row = Vec::with_capacity(BATCH_HEADER_BYTES + size);
-    let bytes: usize = messages.iter().map(|message| message.body.len()).sum();
-    row.put_u32_le(length(messages.len()));
-    row.put_u32_le(length(bytes));
-    row.put_u64_le(at.0);
-    row.put_u64_le(sum_at(topic, base, &row));
+    let bytes = length(messages.iter().map(|message| message.body.len()).sum());
+    let count = length(messages.len());
+    put_header(&mut row, &BatchHeader { topic, base, count, bytes, at, outside: false });
     for (message, sequence) in messages.iter().zip(base..) {
         let start = row.len();
         let recipients: usize = message.recipients.iter().map(|name| 1 + name.as_str().len()).sum();
@@ -173,6 +186,47 @@ pub(super) fn encode_batch(
     row
 }
 
+/// Encodes a row whose messages are in a blob file.
+pub(super) fn encode_place(header: BatchHeader, place: Place) -> Vec<u8> {
+    let mut row = Vec::with_capacity(BATCH_HEADER_BYTES + PLACE_BYTES);
+    put_header(&mut row, &BatchHeader { outside: true, ..header });
+    row.put_u64_le(place.file);
+    row.put_u64_le(place.offset);
+    row.put_u32_le(place.length);
+    let sum = sum_at(header.topic, header.base, &row);
+    row.put_u64_le(sum);
+    row
+}
+
+fn put_header(row: &mut Vec<u8>, header: &BatchHeader) {
+    let BatchHeader { topic, base, count, bytes, at, outside } = *header;
+    row.put_u32_le(if outside { count | OUTSIDE } else { count });
+    row.put_u32_le(bytes);
+    row.put_u64_le(at.0);
+    row.put_u64_le(sum_at(topic, base, row));
+}
+
+/// Where the messages of a row are whose header was read, if they are outside.
+pub(super) fn decode_place(header: &BatchHeader, row: &[u8]) -> Result<Place, Damaged> {
+    let place = || {
+        let (summed, sum) = row.split_last_chunk::<SUM_BYTES>()?;
+        if u64::from_le_bytes(*sum) != sum_at(header.topic, header.base, summed) {
+            return None;
+        }
+        let mut fields = summed.get(BATCH_HEADER_BYTES..)?;
+        let (file, offset) = (fields.try_get_u64_le().ok()?, fields.try_get_u64_le().ok()?);
+        let length = fields.try_get_u32_le().ok()?;
+        fields.is_empty().then_some(Place { file, offset, length })
+    };
+    place().ok_or_else(|| Damaged::in_table(MESSAGES.name()))
+}
+
+/// What bodies take up in a table, if some of them are outside: a row of 64,000 bytes leaves less than
+/// a hundred behind.
+pub(super) fn weight(bytes: u64, outside: u64) -> u64 {
+    bytes.saturating_sub(outside) + outside / 512
+}
+
 /// Reads and verifies the header of a row.
 pub(super) fn decode_header(topic: Epoch, base: u64, row: &[u8]) -> Result<BatchHeader, Damaged> {
     let header = || {
@@ -183,7 +237,8 @@ pub(super) fn decode_header(topic: Epoch, base: u64, row: &[u8]) -> Result<Batch
         }
         let (count, bytes) = (header.get_u32_le(), header.get_u32_le());
         let at = Timestamp(header.get_u64_le());
-        (count > 0).then_some(BatchHeader { topic, base, count, bytes, at })
+        let (count, outside) = (count & !OUTSIDE, count & OUTSIDE != 0);
+        (count > 0).then_some(BatchHeader { topic, base, count, bytes, at, outside })
     };
     header().ok_or_else(|| Damaged::in_table(MESSAGES.name()))
 }
@@ -269,4 +324,30 @@ pub(super) fn sum_at(topic: Epoch, sequence: u64, bytes: &[u8]) -> u64 {
 
 fn length(length: usize) -> u32 {
     u32::try_from(length).expect("limits bound a commit")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_says_where_its_messages_are_or_nothing() {
+        let (topic, base) = (Epoch(7), 10);
+        let inside = encode_batch(topic, base, Timestamp(5), &[]);
+        assert!(decode_header(topic, base, &inside).is_err(), "a row has messages");
+        let header =
+            BatchHeader { topic, base, count: 3, bytes: 60, at: Timestamp(5), outside: false };
+        let place = Place { file: 1, offset: 1 << 40, length: 100 };
+        let row = encode_place(header, place);
+        let found = decode_header(topic, base, &row).unwrap();
+        assert_eq!((found.outside, found.outside_bytes()), (true, 60));
+        assert_eq!((found.end(), found.at), (13, Timestamp(5)));
+        assert_eq!(decode_place(&found, &row), Ok(place));
+        for bit in 0..8 * row.len() {
+            let mut damaged = row.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode_place(&found, &damaged).is_err(), "{bit}");
+        }
+        assert!(decode_header(Epoch(8), base, &row).is_err());
+    }
 }

@@ -30,6 +30,8 @@ pub(super) struct Segment {
     pub(super) last: u64,
     /// Bytes of the bodies.
     pub(super) bytes: u64,
+    /// Those of them that are in blob files.
+    pub(super) outside: u64,
     pub(super) file: u64,
 }
 
@@ -38,16 +40,19 @@ pub(super) struct Segment {
 pub(super) struct SegmentRow {
     pub(super) last: u64,
     pub(super) bytes: u64,
+    pub(super) outside: u64,
     pub(super) file: u64,
 }
 
 impl SegmentRow {
     pub(super) fn of(segment: &Segment) -> Self {
-        Self { last: segment.last, bytes: segment.bytes, file: segment.file }
+        let Segment { last, bytes, outside, file, .. } = *segment;
+        Self { last, bytes, outside, file }
     }
 
     pub(super) fn starting_at(self, first: u64) -> Segment {
-        Segment { first, last: self.last, bytes: self.bytes, file: self.file }
+        let Self { last, bytes, outside, file } = self;
+        Segment { first, last, bytes, outside, file }
     }
 }
 

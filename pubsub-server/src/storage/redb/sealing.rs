@@ -14,8 +14,9 @@ use std::time::Duration;
 
 use ::redb::{Builder, Database, ReadableDatabase};
 
+use super::blobs::Doomed;
 use super::disk::{Digest, Disk, Space, TEMPORARY};
-use super::rows::{decode_header, encode};
+use super::rows::{decode_header, encode, weight};
 use super::sealed::{self, Segment, SegmentRow};
 use super::shared::Shared;
 use super::state::{State, Topic};
@@ -48,12 +49,12 @@ const RETRY_AFTER: u64 = 10_000;
 pub(super) struct Sealing {
     job: Option<Job>,
     /// Files that nothing refers to any more.
-    pub(super) doomed: Vec<u64>,
+    pub(super) doomed: Vec<Doomed>,
     /// Topics of which nothing could be copied: they stay in the hot file.
     stuck: HashSet<Epoch>,
     /// Topics that are being copied.
     copying: HashSet<Epoch>,
-    /// Bytes of messages in the hot file, or more.
+    /// Bytes of messages in the hot file, or more; see [`weight`].
     pub(super) hot_bytes: u64,
     /// The number of the next file. None is used twice in a run: a reader may still have the file
     /// open that had it before.
@@ -138,9 +139,9 @@ impl Writer {
         let disk = Arc::clone(&self.disk);
         if let Some(file) = self.sealing.doomed.pop() {
             self.start(move || {
-                if let Err(error) = disk.remove(&sealed::name(file)) {
+                if let Err(error) = disk.remove(&file.name()) {
                     // The next start tries again.
-                    tracing::warn!(%error, "a sealed file cannot be removed");
+                    tracing::warn!(%error, ?file, "a file cannot be removed");
                 }
                 Done::Removed
             });
@@ -276,7 +277,7 @@ impl Writer {
             // Nothing in it is of interest any more, or the commit has failed: then only the store
             // that was opened again knows, or the next start.
             if !self.failed && self.state.files().all(|(file, _)| file != sealed.file) {
-                self.sealing.doomed.push(sealed.file);
+                self.sealing.doomed.push(Doomed::Sealed(sealed.file));
             }
             return;
         };
@@ -348,7 +349,7 @@ fn copy_range(
     let mut segment: Option<Segment> = None;
     loop {
         let next = segment.map_or(range.from, |segment| segment.last + 1);
-        let copied = segment.map_or(0, |segment| segment.bytes);
+        let copied = segment.map_or(0, |segment| weight(segment.bytes, segment.outside));
         if next > range.last || copied >= range.bytes {
             return Ok(segment);
         }
@@ -361,10 +362,11 @@ fn copy_range(
         for (base, row) in &rows {
             let header = decode_header(range.topic, *base, row)?;
             table.insert((range.topic.0, *base), row.as_slice())?;
-            let fresh = Segment { first: *base, last: 0, bytes: 0, file };
+            let fresh = Segment { first: *base, last: 0, bytes: 0, outside: 0, file };
             let grown = segment.get_or_insert(fresh);
             grown.last = header.end() - 1;
             grown.bytes += u64::from(header.bytes);
+            grown.outside += header.outside_bytes();
         }
         drop(table);
         txn.commit()?;
@@ -411,11 +413,11 @@ pub(super) fn release(
     state: &mut State,
     topic: Epoch,
     segment: &Segment,
-) -> Result<Option<u64>, Trouble> {
+) -> Result<Option<Doomed>, Trouble> {
     tables.segments.open()?.remove((topic.0, segment.first))?;
     if !state.release_file(segment.file) {
         return Ok(None);
     }
     tables.files.open()?.remove(segment.file)?;
-    Ok(Some(segment.file))
+    Ok(Some(Doomed::Sealed(segment.file)))
 }

@@ -6,6 +6,8 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use ::redb::Database;
 use tokio::sync::watch;
 
+use super::blobs::{Blobs, Doomed};
+use super::disk::Disk;
 use super::recent::Recent;
 use super::rows::Head;
 use super::sealed::{Cabinet, Segment};
@@ -20,6 +22,7 @@ pub(super) struct Shared {
     /// `None` once closed. The writer takes the lock for writing only to reopen or close.
     pub(super) database: RwLock<Option<Database>>,
     pub(super) cabinet: Cabinet,
+    pub(super) blobs: Blobs,
     pub(super) tail: Tail,
     pub(super) recent: Recent,
     topics: RwLock<HashMap<Epoch, Arc<TopicView>>>,
@@ -58,11 +61,12 @@ impl TopicView {
 }
 
 impl Shared {
-    pub(super) fn new(path: String, database: Database, cabinet: Cabinet) -> Self {
+    pub(super) fn new(path: String, database: Database, disk: &Arc<dyn Disk>) -> Self {
         Self {
             path,
             database: RwLock::new(Some(database)),
-            cabinet,
+            cabinet: Cabinet::new(Arc::clone(disk)),
+            blobs: Blobs::new(Arc::clone(disk)),
             tail: Tail::default(),
             recent: Recent::default(),
             topics: RwLock::default(),
@@ -73,6 +77,14 @@ impl Shared {
     /// The database; the lock is held for one bounded piece of work.
     pub(super) fn database(&self) -> RwLockReadGuard<'_, Option<Database>> {
         self.database.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets a file that nothing refers to any more.
+    pub(super) fn forget(&self, doomed: Doomed) {
+        match doomed {
+            Doomed::Sealed(file) => self.cabinet.forget(file),
+            Doomed::Blob(file) => self.blobs.forget(file),
+        }
     }
 
     pub(super) fn view(&self, topic: Epoch) -> Option<Arc<TopicView>> {

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use ::redb::{BackendError, Builder, Database, DatabaseError, ReadOnlyDatabase, StorageBackend};
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::blobs::Sizes;
 use super::disk::{Digest, Disk, LogFile, Space, failed_sync};
 use super::open::Opening;
 use super::{CACHE_BYTES, Redb, log};
@@ -518,6 +519,7 @@ pub(super) const OPENING: Opening = Opening {
     hot_bytes: 6_000,
     file_bytes: 3_000,
     log_bytes: 10 * log::BLOCK,
+    blobs: Sizes { topic: 1_500, commit: 500, file: 6_000, trimmed: 2_000 },
     inline: true,
 };
 

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use ::redb::{Database, ReadableTable, ReadableTableMetadata};
 
 use super::batch::Batch;
+use super::blobs::{Blob, BlobRow, Place, Sizes};
 use super::disk::{Digest, Disk};
 use super::log::{Log, Mark};
 use super::queue::Request;
-use super::rows::{self, Head};
+use super::rows::{self, Head, weight};
 use super::sealed::{Segment, SegmentRow};
 use super::stored::Stored;
 use super::tables::{Damaged, META_CLOCK, META_LOG, Tables, Trouble, decoded, get, put};
@@ -38,6 +39,10 @@ pub(super) struct State {
     stored: Stored,
     /// The registered sealed files, and how many segments each holds.
     files: BTreeMap<u64, (Digest, usize)>,
+    pub(super) sizes: Sizes,
+    /// The number of the next blob file. None is used twice in a run: a reader may still have the
+    /// file open that had it before.
+    pub(super) next_blob: u64,
 }
 
 /// One topic.
@@ -49,6 +54,8 @@ pub(super) struct Topic {
     pub(super) head: Option<Head>,
     /// Its sealed files, ascending.
     pub(super) segments: Arc<Vec<Segment>>,
+    /// Its blob files, ascending.
+    pub(super) blobs: Vec<Blob>,
 }
 
 impl State {
@@ -56,18 +63,24 @@ impl State {
     pub(super) fn load(
         tables: &mut Tables<'_>,
         disk: &dyn Disk,
-        boot: u64,
-        clock: Clock,
+        (boot, clock): (u64, Clock),
+        sizes: Sizes,
     ) -> Result<(Self, Log), Trouble> {
-        let mut state = Self::of_tables(tables, boot, clock)?;
+        let mut state = Self::of_tables(tables, boot, clock, sizes)?;
         let (log, records) = Log::open(disk, stored_mark(tables)?)?;
         for record in records {
             state.replay(record)?;
         }
+        state.next_blob = state.blobs().map(|file| file + 1).max().unwrap_or(1);
         Ok((state, log))
     }
 
-    fn of_tables(tables: &mut Tables<'_>, boot: u64, clock: Clock) -> Result<Self, Trouble> {
+    fn of_tables(
+        tables: &mut Tables<'_>,
+        boot: u64,
+        clock: Clock,
+        sizes: Sizes,
+    ) -> Result<Self, Trouble> {
         let mut state = Self {
             boot,
             clock,
@@ -79,6 +92,8 @@ impl State {
             pending: Batch::default(),
             stored: Stored::default(),
             files: BTreeMap::new(),
+            sizes,
+            next_blob: 1,
         };
         for entry in tables.files.open()?.iter()? {
             let (file, row) = entry?;
@@ -197,6 +212,44 @@ impl State {
         self.topics.remove(&topic)
     }
 
+    /// The blob files of all topics.
+    pub(super) fn blobs(&self) -> impl Iterator<Item = u64> {
+        self.topics.values().flat_map(|topic| &topic.blobs).map(|blob| blob.file)
+    }
+
+    /// A blob file of a topic.
+    pub(super) fn blob(&self, topic: Epoch, file: u64) -> Option<Blob> {
+        self.topics.get(&topic)?.blobs.iter().rev().find(|blob| blob.file == file).copied()
+    }
+
+    /// Whether a commit that has so many bytes for a topic takes them to blob files.
+    pub(super) fn appends(&self, topic: Epoch, bytes: u64) -> bool {
+        let Some(topic) = self.topics.get(&topic) else { return false };
+        let grows = topic.blobs.last().is_some_and(|blob| blob.grows);
+        bytes >= self.sizes.commit && (grows || topic.hot_bytes() >= self.sizes.topic)
+    }
+
+    /// Finds a place for a row of a topic that ends with a message.
+    pub(super) fn place(&mut self, topic: Epoch, last: u64, length: usize) -> Option<Place> {
+        let length = u32::try_from(length).ok()?;
+        let blobs = &mut self.topics.get_mut(&topic)?.blobs;
+        let grown = |blob: &&mut Blob| blob.grows && blob.length < self.sizes.file;
+        let blob = match blobs.last_mut().filter(grown) {
+            Some(blob) => blob,
+            None => {
+                // The one before it grows no more.
+                blobs.last_mut().into_iter().for_each(|blob| blob.grows = false);
+                let file = self.next_blob;
+                self.next_blob += 1;
+                blobs.push(Blob { file, last, length: 0, grows: true, seen: 0 });
+                blobs.last_mut()?
+            }
+        };
+        let place = Place { file: blob.file, offset: blob.length, length };
+        (blob.last, blob.length) = (last, blob.length + u64::from(length));
+        Some(place)
+    }
+
     /// The registered sealed files.
     pub(super) fn files(&self) -> impl Iterator<Item = (u64, Digest)> {
         self.files.iter().map(|(file, (digest, _))| (*file, *digest))
@@ -245,7 +298,8 @@ impl Topic {
     /// A new one.
     pub(super) fn new(record: &TopicRecord) -> Self {
         let window = clock::millis(record.config.idempotency_window);
-        Self { window, head: Some(Head::new()), segments: Arc::default() }
+        let (head, segments) = (Some(Head::new()), Arc::default());
+        Self { window, head, segments, blobs: Vec::new() }
     }
 
     /// Takes over other settings.
@@ -271,7 +325,23 @@ impl Topic {
             let row: SegmentRow = decoded::<(u64, u64), _>("segments", &key, row, rows::decode)?;
             segments.push(row.starting_at(key.1));
         }
-        Ok(Self { head, segments: Arc::new(segments), ..Self::new(record) })
+        let mut blobs = Vec::new();
+        for entry in tables.blobs.open()?.range((epoch, 0)..=(epoch, u64::MAX))? {
+            let (key, row) = entry?;
+            let (key, row) = (key.value(), row.value());
+            let BlobRow { last, length } =
+                decoded::<(u64, u64), _>("blobs", &key, row, rows::decode)?;
+            blobs.push(Blob::found(key.1, last, length));
+        }
+        Ok(Self { head, segments: Arc::new(segments), blobs, ..Self::new(record) })
+    }
+
+    /// Takes over what is known of a blob file.
+    pub(super) fn note_blob(&mut self, blob: Blob) {
+        match self.blobs.last_mut().filter(|last| last.file == blob.file) {
+            Some(last) => *last = blob,
+            None => self.blobs.push(blob),
+        }
     }
 
     /// The first message that is not in a sealed file.
@@ -280,10 +350,12 @@ impl Topic {
         self.segments.last().map_or(below, |segment| below.max(segment.last + 1))
     }
 
-    /// Bytes of bodies in the hot file, beside those that are in sealed files too.
+    /// Bytes of bodies in the hot file, beside those that are in sealed files too; see [`weight`].
     pub(super) fn hot_bytes(&self) -> u64 {
-        let sealed = self.segments.iter().map(|segment| segment.bytes).sum();
-        self.head.map_or(0, |head| head.bytes.saturating_sub(sealed))
+        let Some(head) = self.head else { return 0 };
+        let sealed = |of: fn(&Segment) -> u64| self.segments.iter().map(of).sum();
+        let bytes = head.bytes.saturating_sub(sealed(|segment| segment.bytes));
+        weight(bytes, head.outside.saturating_sub(sealed(|segment| segment.outside)))
     }
 }
 

@@ -12,7 +12,7 @@ use ::redb::{
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// The version of the format. A server reads exactly one.
-pub(super) const FORMAT: u32 = 3;
+pub(super) const FORMAT: u32 = 4;
 
 /// Rows are bytes; their encodings are in [`super::rows`].
 pub(super) type Row = &'static [u8];
@@ -50,6 +50,8 @@ pub(super) const GARBAGE: TableDefinition<'_, (u8, u64), Row> = TableDefinition:
 pub(super) const SEGMENTS: TableDefinition<'_, (u64, u64), Row> = TableDefinition::new("segments");
 /// Sealed file -> its length and the hash of its bytes.
 pub(super) const FILES: TableDefinition<'_, u64, Row> = TableDefinition::new("files");
+/// (topic, blob file) -> its last message and its length.
+pub(super) const BLOBS: TableDefinition<'_, (u64, u64), Row> = TableDefinition::new("blobs");
 
 /// Names in [`META`].
 pub(super) const META_FORMAT: &str = "format";
@@ -81,6 +83,7 @@ pub(super) struct Tables<'t> {
     pub(super) garbage: Lazy<'t, (u8, u64)>,
     pub(super) segments: Lazy<'t, (u64, u64)>,
     pub(super) files: Lazy<'t, u64>,
+    pub(super) blobs: Lazy<'t, (u64, u64)>,
 }
 
 /// A table that may not be open yet.
@@ -129,6 +132,7 @@ impl<'t> Tables<'t> {
             garbage: Lazy::new(txn, GARBAGE),
             segments: Lazy::new(txn, SEGMENTS),
             files: Lazy::new(txn, FILES),
+            blobs: Lazy::new(txn, BLOBS),
         }
     }
 
@@ -149,6 +153,7 @@ impl<'t> Tables<'t> {
         self.garbage.open()?;
         self.segments.open()?;
         self.files.open()?;
+        self.blobs.open()?;
         Ok(())
     }
 }

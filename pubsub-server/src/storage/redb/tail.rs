@@ -6,8 +6,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use bytes::Bytes;
 
 use super::batch::Batch;
-use super::recent::Row;
-use super::rows::decode_header;
+use super::rows::{BatchHeader, decode_header};
 use crate::record::{CursorRecord, Epoch};
 
 /// Bounded by the log, which holds it as well. A row leaves when it is in the hot file: whoever does
@@ -47,13 +46,12 @@ impl Tail {
         drop(old);
     }
 
-    /// The row that holds a sequence.
-    pub(super) fn row(&self, topic: Epoch, sequence: u64) -> Option<Row> {
+    /// The row that holds a sequence, or says where it is.
+    pub(super) fn row(&self, topic: Epoch, sequence: u64) -> Option<(BatchHeader, Bytes)> {
         let content = self.content();
         let ((_, base), row) = content.rows.range((topic, 0)..=(topic, sequence)).next_back()?;
         let header = decode_header(topic, *base, row).ok()?;
-        let row = || Row::written(topic, *base, header.end(), header.at, row.clone());
-        (header.end() > sequence).then(row)
+        (header.end() > sequence).then(|| (header, row.clone()))
     }
 
     /// The first sequence of a topic.

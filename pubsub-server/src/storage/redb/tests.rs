@@ -8,15 +8,15 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::{fs, io, thread};
 
-use ::redb::{Database, ReadableDatabase, ReadableTable};
+use ::redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata};
 use futures_util::FutureExt;
 
 use super::directory::Directory;
 use super::disk::{Disk, HOT, LOG};
 use super::open::Opening;
 use super::simulation::{self, SimDisk};
-use super::tables::{FORMAT, HEADS, META, META_FORMAT, put};
-use super::{CACHE_BYTES, Options, Redb, log, sealed};
+use super::tables::{BLOBS, FORMAT, HEADS, META, META_FORMAT, put};
+use super::{Committer, Options, Redb, blobs, log, sealed};
 use crate::env::SharedEnv;
 use crate::limits;
 use crate::record::{CursorRecord, Epoch, NewMessage, StoredMessage};
@@ -30,6 +30,9 @@ use crate::storage::{
 };
 
 const T: u64 = 7;
+
+/// Everything goes to tables.
+const NO_BLOBS: blobs::Sizes = blobs::Sizes { commit: u64::MAX, ..simulation::OPENING.blobs };
 
 fn env() -> SharedEnv {
     TestEnv::new(1)
@@ -108,7 +111,9 @@ fn what_is_durable_is_kept_also_if_its_commit_says_that_the_disk_is_full() {
         disk.fill_after_syncs(syncs);
         let mut stored = 0;
         for i in 0..40 {
-            stored += u64::from(matches!(publish(&engine, T, vec![i; 300]), Ok(Ok(_))));
+            // Some go to blob files.
+            let size = if i % 4 == 0 { 700 } else { 300 };
+            stored += u64::from(matches!(publish(&engine, T, vec![i; size]), Ok(Ok(_))));
         }
         let filled = disk.was_filled();
         let read_all = |engine: &Redb| {
@@ -167,12 +172,11 @@ fn a_full_disk_refuses_publishes_and_nothing_else() {
 fn publishes_are_refused_before_the_disk_is_full() {
     let disk = SimDisk::new();
     let opening = Opening {
-        cache_bytes: CACHE_BYTES,
         watermark: Some(1 << 20),
         hot_bytes: 1 << 20,
         file_bytes: 1 << 20,
         log_bytes: 1 << 20,
-        inline: true,
+        ..simulation::OPENING
     };
     let engine = Redb::open_on(Arc::new(disk.clone()), env(), opening).unwrap();
     apply(&engine, Change::CreateTopic(topic("t", T))).unwrap();
@@ -241,6 +245,11 @@ fn room_is_given_back_by_the_commit_and_not_by_whoever_waits_for_it() {
     assert_eq!(Arc::strong_count(&room), 1);
 }
 
+/// The numbers of the blob files.
+fn blob_files(disk: &SimDisk) -> BTreeSet<u64> {
+    disk.names().iter().filter_map(|name| blobs::number(name)).collect()
+}
+
 /// The numbers of the sealed files.
 fn sealed_files(disk: &SimDisk) -> BTreeSet<u64> {
     disk.names().iter().filter_map(|name| sealed::number(name)).collect()
@@ -249,7 +258,12 @@ fn sealed_files(disk: &SimDisk) -> BTreeSet<u64> {
 #[test]
 fn nothing_is_sealed_without_room_for_a_file_above_what_is_kept_free() {
     let disk = SimDisk::new();
-    let opening = Opening { watermark: Some(1 << 20), file_bytes: 1 << 20, ..simulation::OPENING };
+    let opening = Opening {
+        watermark: Some(1 << 20),
+        file_bytes: 1 << 20,
+        blobs: NO_BLOBS,
+        ..simulation::OPENING
+    };
     let open = || Redb::open_on(Arc::new(disk.clone()), env(), opening).unwrap();
     let engine = open();
     apply(&engine, Change::CreateTopic(topic("t", T))).unwrap();
@@ -327,12 +341,14 @@ fn filled() -> (SimDisk, BTreeMap<u64, Vec<StoredMessage>>) {
     apply(&engine, floor(5)).unwrap();
     let mut random = Random(9);
     for i in 0..60u8 {
-        publish(&engine, T, vec![i; 100 + random.index(300)]).unwrap().unwrap();
+        let large = if i % 5 == 0 { 500 } else { 0 };
+        publish(&engine, T, vec![i; large + 100 + random.index(300)]).unwrap().unwrap();
         publish(&engine, 8, vec![i; 10 + random.index(50)]).unwrap().unwrap();
     }
     let held = [T, 8].map(|topic| (topic, read(&engine, topic, 1).unwrap())).into();
     close(&engine);
     assert!(disk.names().iter().filter(|name| sealed::number(name).is_some()).count() >= 3);
+    assert!(blob_files(&disk).len() >= 2);
     (disk, held)
 }
 
@@ -461,6 +477,148 @@ fn sealed_files_go_when_they_are_trimmed_or_their_topic_is_deleted() {
     assert_eq!(sequences(&read(&engine, T, last).unwrap()), [last]);
     let stats = engine.stats(Epoch(T)).unwrap();
     assert_eq!(stats.bytes, held[&T].last().unwrap().body.len() as u64);
+}
+
+/// A message that goes to a blob file of `T` once there is enough before it.
+fn publish_large(engine: &Redb, number: u8) {
+    publish(engine, T, vec![number; 600]).unwrap().unwrap();
+}
+
+#[test]
+fn what_is_in_a_blob_file_is_found_in_memory_on_disk_and_after_a_kill() {
+    let disk = SimDisk::new();
+    let mut engine = simulated(&disk);
+    let mut held = BTreeMap::from([(T, Vec::new())]);
+    for number in 0..40 {
+        if number % 3 == 0 {
+            publish(&engine, T, vec![number; 450]).unwrap().unwrap();
+        } else {
+            publish_large(&engine, number);
+        }
+        held.get_mut(&T).unwrap().extend(read(&engine, T, u64::from(number) + 1).unwrap());
+        engine.shared.recent.clear();
+        assert!(agrees(&engine, &held));
+        let one = read(&engine, T, u64::from(number) + 1).unwrap();
+        assert_eq!(one[..], held[&T][usize::from(number)..]);
+        if number % 7 == 0 {
+            // Before what the log holds is moved, or after.
+            engine = simulation::open(&disk.copy(), env()).unwrap();
+            assert!(agrees(&engine, &held));
+            engine = simulation::open(&disk, env()).unwrap();
+        }
+    }
+    assert!(blob_files(&disk).len() > 3 && !sealed_files(&disk).is_empty(), "{:?}", disk.names());
+    let stored: u64 = held[&T].iter().map(|message| message.body.len() as u64).sum();
+    assert_eq!(engine.stats(Epoch(T)).unwrap().bytes, stored);
+}
+
+#[test]
+fn blob_files_go_when_they_are_trimmed_or_their_topic_is_deleted() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    let mut used = BTreeSet::new();
+    for epoch in T..T + 3 {
+        for number in 0..20 {
+            publish(&engine, epoch, vec![number; 600]).unwrap().unwrap();
+        }
+        let new = blob_files(&disk);
+        assert!(new.len() >= 2 && new.is_disjoint(&used), "{new:?} after {used:?}");
+        used.extend(&new);
+        apply(&engine, Change::Trim { topic: Epoch(epoch), below: 15 }).unwrap();
+        (0..9).for_each(|number| apply(&engine, floor(number)).unwrap());
+        let left = blob_files(&disk);
+        assert_eq!(left, BTreeSet::from([*new.last().unwrap()]));
+        assert_eq!(sequences(&read(&engine, epoch, 15).unwrap()), [15, 16, 17, 18, 19, 20]);
+        apply(&engine, Change::DeleteTopic(Epoch(epoch))).unwrap();
+        apply(&engine, Change::CreateTopic(topic("t", epoch + 1))).unwrap();
+        (0..9).for_each(|number| apply(&engine, floor(number)).unwrap());
+        assert_eq!(blob_files(&disk), BTreeSet::new());
+    }
+    close(&engine);
+    let database = disk.open(HOT, &::redb::Builder::new()).unwrap().unwrap();
+    let rows = database.begin_read().unwrap().open_table(BLOBS).unwrap();
+    assert!(rows.is_empty().unwrap());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_blob_file_stays_while_it_is_small_and_grows() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    let trimmed = |count: u8, below: u64| {
+        (0..count).for_each(|number| publish_large(&engine, number));
+        apply(&engine, Change::Trim { topic: Epoch(T), below }).unwrap();
+        (0..9).for_each(|number| apply(&engine, floor(number)).unwrap());
+        blob_files(&disk)
+    };
+    // The first two are below the size of a topic that has any, the others below that of a file.
+    assert_eq!(trimmed(4, 5), BTreeSet::from([1]));
+    // Soon it is large enough to be replaced by another one.
+    assert_eq!(trimmed(2, 7), BTreeSet::new());
+    assert_eq!(trimmed(4, 11), BTreeSet::from([2]));
+    for expected in [BTreeSet::from([2]), BTreeSet::new()] {
+        tokio::time::advance(Duration::from_secs(11)).await;
+        assert_eq!(trimmed(0, 11), expected);
+    }
+    publish_large(&engine, 6);
+    assert_eq!(sequences(&read(&engine, T, 11).unwrap()), [11]);
+}
+
+#[test]
+fn what_is_in_blob_files_needs_no_sealing() {
+    let disk = SimDisk::new();
+    let mut engine = simulated(&disk);
+    for number in 0..40 {
+        publish_large(&engine, number);
+        if number % 5 == 0 {
+            // What is moved from the log counts as before.
+            let restarted = simulation::open(&disk.copy(), env()).unwrap();
+            assert_eq!(hot_bytes(&restarted), hot_bytes(&engine));
+            drop((restarted, engine));
+            engine = simulation::open(&disk, env()).unwrap();
+        }
+    }
+    assert!(hot_bytes(&engine) < 2_000, "{}", hot_bytes(&engine));
+    assert_eq!(sealed_files(&disk), BTreeSet::new());
+}
+
+/// What the messages of `T` take up in the hot file.
+fn hot_bytes(engine: &Redb) -> u64 {
+    let Committer::Inline(writer) = &engine.committer else { unreachable!() };
+    let writer = writer.lock().unwrap();
+    writer.as_ref().unwrap().state.topics[&Epoch(T)].hot_bytes()
+}
+
+#[test]
+fn a_blob_file_of_a_commit_that_has_failed_goes_and_its_number_is_not_used_again() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    (0..2).for_each(|number| publish_large(&engine, number));
+    disk.set_free_pages(0);
+    assert_eq!(publish(&engine, T, vec![3; 600]).unwrap_err(), CommitError::Unknown);
+    assert_eq!(blob_files(&disk), BTreeSet::new());
+    disk.set_free_pages(1_000);
+    thread::sleep(Duration::from_millis(1_100));
+    publish_large(&engine, 4);
+    assert_eq!(blob_files(&disk), BTreeSet::from([2]));
+    assert_eq!(sequences(&read(&engine, T, 1).unwrap()), [1, 2, 3]);
+}
+
+#[test]
+fn a_blob_file_that_is_damaged_or_missing_costs_its_messages_only() {
+    let (disk, held) = filled();
+    let file = *blob_files(&disk).first().unwrap();
+    disk.edit(&blobs::name(file), |bytes| bytes[100] ^= 1);
+    let engine = simulation::open(&disk, env()).unwrap();
+    assert!(!agrees(&engine, &held));
+    disk.edit(&blobs::name(file), |bytes| bytes[100] ^= 1);
+    let engine = simulation::open(&disk, env()).unwrap();
+    assert!(agrees(&engine, &held));
+    disk.remove(&blobs::name(file)).unwrap();
+    let engine = simulation::open(&disk, env()).unwrap();
+    assert!(!agrees(&engine, &held));
+    publish_large(&engine, 1);
+    let last = held[&T].len() as u64 + 1;
+    assert_eq!(sequences(&read(&engine, T, last).unwrap()), [last]);
 }
 
 /// Publishes of `publisher(1, 1, 1)` to `T` with a key each, numbered from 1.
@@ -669,7 +827,13 @@ fn another_format_is_refused() {
 fn leftovers_of_a_stop_are_removed() {
     let directory = tempfile::tempdir().unwrap();
     drop(open(directory.path()).unwrap());
-    let leftovers = [sealed::name(77), format!("{}.tmp", sealed::name(78)), format!("{HOT}.tmp")];
+    let leftovers = [
+        sealed::name(77),
+        blobs::name(77),
+        format!("{}.tmp", sealed::name(78)),
+        format!("{}.tmp", blobs::name(78)),
+        format!("{HOT}.tmp"),
+    ];
     for name in &leftovers {
         fs::write(directory.path().join(name), "x").unwrap();
     }
@@ -680,9 +844,12 @@ fn leftovers_of_a_stop_are_removed() {
     }
     assert!(directory.path().join("notes.txt").exists());
     fs::remove_file(directory.path().join(HOT)).unwrap();
-    fs::write(directory.path().join(sealed::name(1)), "x").unwrap();
-    let error = open(directory.path()).unwrap_err();
-    assert!(matches!(error, StorageError::Corrupt { .. }), "messages without their hot file");
+    for name in [sealed::name(1), blobs::name(1)] {
+        fs::write(directory.path().join(&name), "x").unwrap();
+        let error = open(directory.path()).unwrap_err();
+        assert!(matches!(error, StorageError::Corrupt { .. }), "messages without their hot file");
+        fs::remove_file(directory.path().join(&name)).unwrap();
+    }
 }
 
 #[test]
@@ -710,12 +877,13 @@ fn old_boots_leave_the_ledger() {
 async fn readers_follow_messages_into_sealed_files() {
     let directory = tempfile::tempdir().unwrap();
     let opening = Opening {
-        cache_bytes: CACHE_BYTES,
         watermark: Some(0),
         hot_bytes: 200_000,
         file_bytes: 100_000,
         log_bytes: 100_000,
+        blobs: NO_BLOBS,
         inline: false,
+        ..simulation::OPENING
     };
     let disk = Arc::new(Directory::lock(directory.path(), env().now()).unwrap());
     let engine = Arc::new(Redb::open_on(Arc::clone(&disk) as _, env(), opening).unwrap());

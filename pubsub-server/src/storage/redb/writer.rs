@@ -1,5 +1,6 @@
 //! The committer: one owner of all writes.
 
+use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use ::redb::{Database, WriteTransaction};
 use tokio::time::Instant;
 
 use super::batch::Batch;
+use super::blobs::{self, Sizes};
 use super::chores::Chores;
 use super::disk::{Disk, HOT, LOG, Space};
 use super::group::{Effects, Group};
@@ -130,7 +132,7 @@ impl Writer {
                 self.shared.recent.keep_written(std::mem::take(&mut effects.rows));
                 self.show(&effects);
                 self.chores.note(&effects);
-                effects.doomed.iter().for_each(|file| self.shared.cabinet.forget(*file));
+                effects.doomed.iter().for_each(|file| self.shared.forget(*file));
                 self.sealing.doomed.extend(&effects.doomed);
                 self.sealing.hot_bytes += effects.bytes;
                 answers.into_iter().for_each(Answer::keep);
@@ -154,9 +156,10 @@ impl Writer {
         let guard = shared.database();
         let database = opened(&guard)?;
         if requests.iter().all(|request| self.state.can_log(request)) {
-            let (effects, batch) = self.apply(database, None, requests, answers)?;
+            let (effects, mut batch) = self.apply(database, None, requests, answers)?;
             if !batch.is_empty() {
                 self.break_early(&effects, answers);
+                self.write_outside(&mut batch)?;
                 self.commit_log(database, batch)?;
             }
             return Ok(effects);
@@ -164,11 +167,12 @@ impl Writer {
         let txn = begin(database)?;
         let mut tables = Tables::of(&txn);
         let settled = self.state.settle(&mut tables, self.log.mark())?;
-        let (effects, batch) = self.apply(database, Some(&mut tables), requests, answers)?;
+        let (effects, mut batch) = self.apply(database, Some(&mut tables), requests, answers)?;
         if batch.is_empty() && !settled {
             return Ok(effects);
         }
         self.break_early(&effects, answers);
+        self.write_outside(&mut batch)?;
         batch.write(&mut tables, &mut self.state)?;
         drop(tables);
         failpoint::pass("committing");
@@ -207,6 +211,12 @@ impl Writer {
         if cfg!(pubsub_break = "notify_before_commit") {
             self.show(effects);
         }
+    }
+
+    /// Writes what goes to blob files, before anything says that it is there.
+    fn write_outside(&self, batch: &mut Batch) -> Result<(), Trouble> {
+        let outside = std::mem::take(&mut batch.outside);
+        Ok(self.shared.blobs.write(&outside).map_err(::redb::Error::Io)?)
     }
 
     /// Commits by way of the log; if there is no room in it, by moving all of it to the hot file.
@@ -345,8 +355,11 @@ impl Writer {
         self.disk.sync(HOT).and_then(|()| self.disk.sync(LOG)).map_err(io)?;
         let opened = open_hot(self.disk.as_ref(), self.opening)?;
         let (clock, boot) = (self.state.clock, self.state.boot);
-        let loaded = load(self.disk.as_ref(), &opened, boot, clock);
+        let next_blob = self.state.next_blob;
+        let loaded = load(self.disk.as_ref(), &opened, (boot, clock), self.opening.blobs);
         (self.state, self.log) = loaded.map_err(|trouble| self.explain(trouble))?;
+        self.state.next_blob = self.state.next_blob.max(next_blob);
+        self.remove_unknown_blobs();
         self.shared.tail.replace(&self.state.pending);
         self.chores = Chores::after_open(&self.state);
         *database = Some(opened);
@@ -355,6 +368,18 @@ impl Writer {
         self.state.files().for_each(|(file, digest)| self.shared.cabinet.register(file, digest));
         self.show_all();
         Ok(())
+    }
+
+    /// Removes what the commit that failed has written outside, and nobody will know of.
+    fn remove_unknown_blobs(&self) {
+        let known: HashSet<u64> = self.state.blobs().collect();
+        for name in self.disk.list().unwrap_or_default() {
+            if blobs::number(&name).is_some_and(|file| !known.contains(&file)) {
+                // The next start tries again.
+                let _ = self.disk.remove(&name);
+            }
+        }
+        self.shared.blobs.reset(known);
     }
 
     /// How much is kept free for what is no publish.
@@ -439,12 +464,12 @@ pub(super) fn explain(path: &str, trouble: Trouble) -> StorageError {
 fn load(
     disk: &dyn Disk,
     database: &Database,
-    boot: u64,
-    clock: Clock,
+    run: (u64, Clock),
+    sizes: Sizes,
 ) -> Result<(State, Log), Trouble> {
     let txn = database.begin_write()?;
     let mut tables = Tables::of(&txn);
-    let loaded = State::load(&mut tables, disk, boot, clock)?;
+    let loaded = State::load(&mut tables, disk, run, sizes)?;
     drop(tables);
     txn.abort()?;
     Ok(loaded)
