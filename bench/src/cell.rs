@@ -239,7 +239,7 @@ impl Cell<'_> {
         let count = if work == "latency" { "3000" } else { &count };
         let seconds = if work == "rate" { RATE_SECONDS } else { &seconds };
         // As large a window in bytes as ours, too.
-        let in_flight = (8 * 1024 * 1024 / size).min(5_000);
+        let in_flight = (8 * 1024 * 1024 / size).min(20_000);
         command.args(["drive", system, work, "--address", &server.address, "--count", count]);
         command.args(["--size", &size.to_string(), "--publishers", &publishers.to_string()]);
         command.args(["--seconds", seconds, "--in-flight", &in_flight.to_string()]).args(more);

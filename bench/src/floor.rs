@@ -219,7 +219,7 @@ async fn publish(address: &str, common: &Common) -> Result<Measured> {
     let mut results = client.publish_stream(ReceiverStream::new(requests)).await?.into_inner();
     let payload = bytes::Bytes::from(payload(common.size));
     let length = (256 * 1024 / common.size as u64).clamp(1, 512);
-    let window = 5_000_u64.min(8 * 1024 * 1024 / common.size as u64);
+    let window = 20_000_u64.min(8 * 1024 * 1024 / common.size as u64);
     let started = Instant::now();
     let end = common.end();
     let (mut sent, mut answered) = (0, 0);

@@ -22,7 +22,7 @@ use crate::values;
 use crate::watch::Announcer;
 
 /// Messages whose fate is not told yet; the publisher's own window bounds their bytes.
-const IN_FLIGHT: usize = 5_000;
+const IN_FLIGHT: usize = 20_000;
 /// The longest line: no topic takes a longer message.
 const MAX_LINE: u64 = 16 * 1024 * 1024;
 /// How long to wait for what is on its way when interrupted.

@@ -11,8 +11,9 @@ pub(crate) const BATCH_BYTES: usize = 256 * 1024;
 pub(crate) const ATOMIC_MESSAGES: usize = 1_000;
 /// Bytes of these.
 pub(crate) const ATOMIC_BYTES: usize = 4 * 1024 * 1024;
-/// Messages of a publisher whose fate is open.
-pub(crate) const WINDOW_MESSAGES: usize = 5_000;
+/// Messages of a publisher whose fate is open: twice what the server takes at a time, so that the next
+/// batches are whole when there is room. It is the bytes that bound the memory.
+pub(crate) const WINDOW_MESSAGES: usize = 20_000;
 /// Bytes of these.
 pub(crate) const WINDOW_BYTES: usize = 8 * 1024 * 1024;
 /// The largest message that any topic can be set to allow.

@@ -31,7 +31,7 @@ pub(crate) struct Publish {
     #[arg(long, value_name = "N", default_value_t = 1,
         value_parser = clap::value_parser!(u64).range(1..=1000))]
     publishers: u64,
-    /// How many messages of each publisher may wait for their receipts [default: 5000]
+    /// How many messages of each publisher may wait for their receipts [default: 20000]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     in_flight: Option<u64>,
     /// Give each message a random idempotency key

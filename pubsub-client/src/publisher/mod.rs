@@ -337,7 +337,7 @@ impl PublisherBuilder {
         Self { client, settings, written: None }
     }
 
-    /// Sets how many messages may wait for their fate: 5,000 by default.
+    /// Sets how many messages may wait for their fate: 20,000 by default.
     pub fn window_messages(mut self, messages: usize) -> Self {
         self.settings.window_messages = messages.clamp(1, 1_000_000);
         self
