@@ -1,6 +1,9 @@
 //! What the disk does to a server: it is shared, full, damaged, or older than it was.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use pubsub_client::{Event as Item, Start};
@@ -138,45 +141,79 @@ async fn read_damaged(lab: &Lab, data: &Path, count: u32) -> Result<Damage> {
     Ok(Damage::Harmless)
 }
 
-/// The payload of a large message.
-fn large(number: u64) -> Vec<u8> {
-    let byte = u8::try_from(number % 251).expect("it is small");
-    vec![byte; 512 << 10]
+/// More messages than the hot file keeps, or than it ever had.
+#[derive(Clone, Copy)]
+struct Backlog {
+    messages: u64,
+    size: usize,
+    /// How many are published at a time.
+    batch: u64,
+    /// How the names of the files begin that they are in.
+    files: &'static str,
+}
+
+impl Backlog {
+    fn payload(self, number: u64) -> Vec<u8> {
+        let byte = u8::try_from(number % 251).expect("it is small");
+        vec![byte; self.size]
+    }
+
+    async fn publish(self, channel: &Channel) -> Result<()> {
+        for first in (1..=self.messages).step_by(usize::try_from(self.batch)?) {
+            let batch = first..first + self.batch;
+            let batch = batch.map(|number| raw::message(self.payload(number)));
+            publish(channel, batch.collect()).await?;
+        }
+        Ok(())
+    }
+
+    /// The last of the files.
+    fn file(self, data: &Path) -> Result<PathBuf> {
+        let mut all = files::ending(data, "")?;
+        all.retain(|file| file.file_name().is_some_and(|name| self.is_in(&name.to_string_lossy())));
+        all.pop().context("there is no such file")
+    }
+
+    fn is_in(self, name: &str) -> bool {
+        name.starts_with(self.files) && !name.ends_with(".tmp")
+    }
 }
 
 #[test]
 fn a_backlog_in_sealed_files_is_read_whole_and_a_flipped_bit_in_it_is_typed() {
-    const MESSAGES: u64 = 640;
+    a_backlog_is_read_whole(Backlog { messages: 5_000, size: 60_000, batch: 1, files: "sealed-" });
+}
+
+#[test]
+fn a_backlog_in_blob_files_is_read_whole_and_a_flipped_bit_in_it_is_typed() {
+    a_backlog_is_read_whole(Backlog { messages: 320, size: 512 << 10, batch: 16, files: "blob-" });
+}
+
+fn a_backlog_is_read_whole(backlog: Backlog) {
     scenario(WITHIN, async |lab| {
         let mut server = lab.server().await?;
         let channel = raw::connect(&server.url()).await?;
         admin::create_topic(&channel, TOPIC).await?;
         admin::create_topic(&channel, "other").await?;
-        for first in (1..=MESSAGES).step_by(16) {
-            let batch = (first..first + 16).map(|number| raw::message(large(number)));
-            publish(&channel, batch.collect()).await?;
-        }
+        backlog.publish(&channel).await?;
         let data = server.data().to_owned();
-        let sealed = || -> Result<_> {
-            let mut stores = files::ending(&data, ".redb")?;
-            stores.retain(|store| !store.ends_with("hot.redb"));
-            stores.pop().context("nothing is sealed")
-        };
-        wait::until_ok("a sealed file", SOON, async || sealed()).await?;
+        wait::until_ok("a file", SOON, async || backlog.file(&data)).await?;
         // So that what it holds is in no other file any more.
         sealing::all_sealed(&data).await?;
         server.kill().await?;
         server.start_again().await?;
         let channel = raw::connect(&server.url()).await?;
         let audit = auditor::read(&channel, TOPIC).await?;
-        ensure!(audit.messages.len() as u64 == MESSAGES, "{} messages", audit.messages.len());
+        let count = audit.messages.len() as u64;
+        ensure!(count == backlog.messages, "{count} messages");
         for stored in audit.messages {
-            let right = stored.message.is_some_and(|one| one.payload == large(stored.sequence));
+            let payload = backlog.payload(stored.sequence);
+            let right = stored.message.is_some_and(|one| one.payload == payload);
             ensure!(right, "{} has wrong bytes", stored.sequence);
         }
 
         server.kill().await?;
-        let place = files::flip_a_bit(&sealed()?, &mut lab.rng)?;
+        let place = files::flip_a_bit(&backlog.file(&data)?, &mut lab.rng)?;
         let Ok(()) = server.start_again().await else {
             // It is the check at the start that has found it.
             return Ok(());

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use pubsub_client::{Message, PublishTicket, Publisher};
-use pubsub_tests::{admin, auditor, lab::scenario, process::Server, raw, seed::Rng, wait};
+use pubsub_tests::{admin, auditor, files, lab::scenario, process::Server, raw, seed::Rng, wait};
 use tokio::{
     sync::watch,
     task::JoinSet,
@@ -27,13 +27,16 @@ const STOP: Duration = Duration::from_secs(8);
 const MIB: u64 = 1 << 20;
 
 /// A large topic, whose messages get sealed files of their own, and small ones, which share
-/// theirs: none of these is large when all of them have filled the hot file.
-const TOPICS: u64 = 25;
+/// theirs: few of these have what makes a blob file when all of them have filled the hot file.
+const TOPICS: u64 = 200;
 const LARGE: u64 = 0;
 
-/// The bytes of a payload. redb allocates powers of two, and a message of 500 KiB just fits into
-/// one with all that is stored beside it: so bytes of messages are about bytes on disk.
-const PAYLOAD: u64 = 500 << 10;
+/// The bytes of a payload: of the large topic one at a time, and too few to go to a blob file. redb
+/// allocates powers of two, and these just fit into one with all that is stored beside them: so
+/// bytes of messages are about bytes on disk.
+fn size(topic: u64) -> u64 {
+    if topic == LARGE { 60 << 10 } else { 500 << 10 }
+}
 
 fn name(topic: u64) -> String {
     format!("topic-{topic}")
@@ -58,7 +61,7 @@ impl Payloads {
     /// A piece of the pool that no other message is likely to have: quick to make again.
     fn of(&self, topic: u64, sequence: u64) -> Bytes {
         let mut rng = Rng::new(self.seed ^ (topic << 32) ^ sequence);
-        let length = rng.between(PAYLOAD * 9 / 10, PAYLOAD);
+        let length = rng.between(size(topic) * 9 / 10, size(topic));
         let from = rng.below(self.pool.len() as u64 - length);
         let piece = &self.pool[index(from)..index(from + length)];
         [&topic.to_be_bytes()[..], &sequence.to_be_bytes()[..], piece].concat().into()
@@ -83,14 +86,16 @@ impl Writer {
         let mut publishers = Vec::new();
         for topic in 0..TOPICS {
             admin::create_topic(&channel, &name(topic)).await?;
-            publishers.push(app::publisher(&client, &name(topic)).await?);
+            let window = if topic == LARGE { 1 } else { 1_000 };
+            let publisher = client.publisher(name(topic)).window_messages(window);
+            publishers.push(wait::soon("the publisher", SOON, publisher.open()).await??);
         }
         let heads = vec![0; publishers.len()];
         Ok(Self { payloads, rng, publishers, heads, tickets: Vec::new(), bytes: 0 })
     }
 
     async fn publish(&mut self) -> Result<()> {
-        let topic = if self.rng.one_in(3) { LARGE } else { self.rng.below(TOPICS) };
+        let topic = if self.rng.one_in(2) { LARGE } else { self.rng.below(TOPICS) };
         let head = &mut self.heads[index(topic)];
         *head += 1;
         let payload = self.payloads.of(topic, *head);
@@ -346,7 +351,9 @@ async fn nothing_is_left(server: &Server) -> Result<()> {
     }
     wait::until_ok("the end of the sealed files", SOON, async || {
         let left = Files::of(server.data())?;
+        let blobs = files::ending(server.data(), ".log")?.len() - 1;
         ensure!(left.sealed.is_empty() && !left.unfinished, "{left:?}");
+        ensure!(blobs == 0, "{blobs} blob files");
         Ok(())
     })
     .await

@@ -281,10 +281,14 @@ fn whole(shared: &Shared, header: &BatchHeader, row: Bytes) -> Result<Bytes, Opt
         return Ok(row);
     }
     let place = decode_place(header, &row).map_err(|_| None)?;
-    shared.blobs.read(place).map_err(|error| {
+    let row = shared.blobs.read(place).map_err(|error| {
         let is_missing = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::UnexpectedEof);
         (!is_missing).then(|| ::redb::Error::Io(error).into())
-    })
+    })?;
+    match decode_header(header.topic, header.base, &row) {
+        Ok(found) if found == (BatchHeader { outside: false, ..*header }) => Ok(row),
+        Ok(_) | Err(_) => Err(None),
+    }
 }
 
 /// Keeps a few rows more in memory, for whoever goes on reading, and ends at the first that cannot be

@@ -130,7 +130,7 @@ pub(super) fn row_length(messages: &[NewMessage]) -> usize {
 }
 
 /// A row of messages: dense from a sequence on, stored at one time.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BatchHeader {
     pub(super) topic: Epoch,
     pub(super) base: u64,
