@@ -8,6 +8,7 @@ mod cell;
 mod chart;
 mod drive;
 mod floor;
+mod reference;
 mod report;
 mod server;
 mod targets;

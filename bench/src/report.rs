@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::chart::{Bar, OURS, SAFE, UNSAFE, bars};
+use crate::reference;
 use crate::server::System;
 use crate::targets::{Figure, RATE, TARGETS, short};
 use crate::work::{Task, Work};
@@ -60,7 +61,7 @@ impl Results {
         all
     }
 
-    fn median(&self, figure: Figure) -> Option<f64> {
+    pub fn median(&self, figure: Figure) -> Option<f64> {
         median(&self.all(figure))
     }
 }
@@ -76,6 +77,15 @@ pub fn write(results: &Path, root: &Path) -> Result<()> {
     fs::create_dir_all(&charts)?;
     let mut page = String::from(include_str!("head.md"));
     writeln!(page, "\n## The machine\n\n{}", machine(&results))?;
+    let weakened = reference::weakened(&results);
+    if !weakened.is_empty() {
+        let weakened = weakened.join(", ");
+        eprintln!("this run is void: {weakened} below 0.8 of what was to be expected");
+        writeln!(
+            page,
+            "\n**This run is void**: below 0.8 of what was to be expected are {weakened}."
+        )?;
+    }
     writeln!(page, "\n## What has to hold\n\n{}", targets(&results))?;
     for work in Work::ALL {
         if results.cells.keys().all(|(of, _)| *of != work) {
@@ -89,6 +99,7 @@ pub fn write(results: &Path, root: &Path) -> Result<()> {
         }
         page.push_str(&table(&results, work)?);
     }
+    writeln!(page, "\n{}\n{}", include_str!("reference.md"), reference::table(&results))?;
     fs::write(docs.join("performance.md"), page)?;
     Ok(())
 }
