@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ::redb::{Key, ReadableTable, ReadableTableMetadata, Table, Value};
 
-use super::blobs::{Doomed, Sizes};
+use super::blobs::{Doomed, GROWING_FILES, Sizes};
 use super::group::Effects;
 use super::rows::{self, Head, ROW_BYTES, decode_header, encode};
 use super::sealing::release;
@@ -80,21 +80,30 @@ impl Writer {
             || self.rest(age)
     }
 
-    /// Blob files that have not grown for a while grow no more: they go as soon as they are trimmed.
+    /// Blob files that have not grown for a while go as soon as they are trimmed; if many grow, they
+    /// make room for others.
     fn rest(&mut self, age: Age) -> bool {
         if self.chores.next_rest > age {
             return false;
         }
         self.chores.next_rest = age.after(REST_EVERY);
         let trims = self.chores.trims.len();
+        let growing = |topic: &Topic| topic.blobs.last().is_some_and(|blob| blob.grows);
+        let many = self.state.topics.values().filter(|topic| growing(topic)).count();
+        let many = many > GROWING_FILES / 2;
         for (epoch, topic) in &mut self.state.topics {
             let Some(blob) = topic.blobs.last_mut().filter(|blob| blob.grows) else { continue };
-            blob.grows = blob.seen != blob.length;
+            blob.rests = blob.seen == blob.length;
             blob.seen = blob.length;
-            if !blob.grows {
+            if blob.rests {
                 self.chores.trims.insert(*epoch);
+                if many {
+                    blob.grows = false;
+                    self.state.finished.push(blob.file);
+                }
             }
         }
+        self.finish_blobs();
         self.chores.trims.len() > trims
     }
 
@@ -104,7 +113,7 @@ impl Writer {
             // What is being copied has to stay: its bytes would be counted off twice.
             let copying = self.sealing.is_copying(epoch);
             let topic = self.state.topics.get(&epoch);
-            let sizes = self.opening.blobs;
+            let sizes = self.state.sizes;
             let surplus = topic.is_some_and(|topic| has_surplus(topic, copying, sizes));
             let piece = surplus
                 .then(|| self.transact(|tables, state| trim_piece(tables, state, epoch, copying)));

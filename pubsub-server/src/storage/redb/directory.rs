@@ -31,6 +31,8 @@ const CHUNK_BYTES: usize = 1024 * 1024;
 #[derive(Debug)]
 pub(super) struct Directory {
     path: PathBuf,
+    /// Open, so that a commit needs no more of what the system may run out of.
+    directory: File,
     /// The operating system releases the lock with the file, however the process ends.
     lock: Mutex<Option<File>>,
 }
@@ -61,7 +63,8 @@ impl Directory {
         lock.set_len(0).map_err(io)?;
         lock.rewind().map_err(io)?;
         writeln!(lock, "{holder}").map_err(io)?;
-        Ok(Self { path: path.to_owned(), lock: Mutex::new(Some(lock)) })
+        let directory = File::open(path).map_err(io)?;
+        Ok(Self { path: path.to_owned(), directory, lock: Mutex::new(Some(lock)) })
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -69,7 +72,7 @@ impl Directory {
     }
 
     fn sync_directory(&self) -> io::Result<()> {
-        File::open(&self.path)?.sync_all()
+        self.directory.sync_all()
     }
 }
 
@@ -255,7 +258,7 @@ impl Disk for Directory {
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         fs::rename(self.file(from), self.file(to))?;
-        self.sync_directory()
+        self.sync_directory().map_err(failed_sync)
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {

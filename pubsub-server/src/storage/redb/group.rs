@@ -33,8 +33,18 @@ pub(super) struct Group<'t, 's> {
     /// Messages are refused, if they are not stored already.
     full: bool,
     messages: BTreeMap<Epoch, Vec<NewMessage>>,
+    outside: Outside,
     batch: Batch,
     effects: Effects,
+}
+
+/// What may go to blob files.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Outside {
+    /// To so many of them.
+    pub(super) files: usize,
+    /// And whether one of these may be a new one.
+    pub(super) can_begin: bool,
 }
 
 /// What to show once the commit is durable.
@@ -48,8 +58,10 @@ pub(super) struct Effects {
     pub(super) trimmed: BTreeSet<Epoch>,
     /// Rows of messages, for those who read them at once.
     pub(super) rows: Vec<Row>,
-    /// Bytes of bodies that were stored in tables.
+    /// Bytes of bodies that were stored.
     pub(super) bytes: u64,
+    /// Those of them that are in blob files.
+    pub(super) outside: u64,
     /// Topics and subscriptions that left rows behind.
     pub(super) garbage: bool,
     /// Files that nothing refers to any more.
@@ -63,11 +75,11 @@ impl<'t, 's> Group<'t, 's> {
         database: &'s Database,
         tables: Option<&'s mut Tables<'t>>,
         state: &'s mut State,
-        now: Now,
-        full: bool,
+        (now, full): (Now, bool),
+        outside: Outside,
     ) -> Self {
-        let (batch, effects) = (Batch::default(), Effects::default());
-        Self { database, tables, state, now, full, messages: BTreeMap::new(), batch, effects }
+        let (messages, batch, effects) = Default::default();
+        Self { database, tables, state, now, full, messages, outside, batch, effects }
     }
 
     pub(super) fn append(&mut self, append: Append) -> Result<AppendOutcome, ::redb::Error> {
@@ -376,7 +388,9 @@ impl<'t, 's> Group<'t, 's> {
                 continue;
             };
             let bytes = messages.iter().map(|message| message.body.len() as u64).sum();
-            let outside = self.state.appends(topic, bytes);
+            let outside = self.outside.files > 0
+                && self.state.open_blob(topic, bytes, &mut self.outside.can_begin);
+            self.outside.files -= usize::from(outside);
             let mut base = head + 1 - messages.len() as u64;
             let mut rest = messages.as_slice();
             while !rest.is_empty() {
@@ -402,7 +416,7 @@ impl<'t, 's> Group<'t, 's> {
         if let Some(head) = self.state.head(topic)? {
             head.outside += u64::from(header.bytes);
         }
-        self.effects.bytes = self.effects.bytes.saturating_sub(header.bytes.into());
+        self.effects.outside += u64::from(header.bytes);
         self.batch.outside.push((place, row));
         self.batch.blobs.insert((topic, place.file));
         Ok(encode_place(header, place).into())

@@ -31,7 +31,7 @@ impl Request {
     }
 
     /// About how much it adds to a commit.
-    fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         let item = |item: &Item| match item {
             Item::Store(message) => 64 + message.body.len(),
             Item::Refuse(_) | Item::RefuseNew(..) => 64,

@@ -67,11 +67,10 @@ pub(super) fn go_on(shared: &Shared, mut chunk: Chunk) -> Result<Vec<StoredMessa
         let (topic, next, until) = (chunk.topic, chunk.next, chunk.until);
         let first = shared.tail.first(topic);
         if let Some((header, row)) = shared.tail.row(topic, next) {
-            if let Ok(row) = whole(shared, &header, row) {
-                chunk.take(&Row::of(header, row), until);
-            }
-            if chunk.next == next && !chunk.full {
-                return chunk.or(ReadError::DataLoss { sequence: next });
+            if let Err(miss) = chunk.take_row(shared, header, row, until) {
+                // It may have been trimmed, with the file that has it.
+                readable(shared, topic, next)?;
+                return chunk.or(missed(shared, next, miss));
             }
             continue;
         }
@@ -224,15 +223,20 @@ fn look_up<T>(
         };
         let now = Place::of(&readable(shared, topic, sequence)?, sequence);
         if now == place {
-            return Err(match miss {
-                Miss::Lost(sequence) => ReadError::DataLoss { sequence },
-                Miss::Trouble(Trouble::Damaged(_) | Trouble::Redb(::redb::Error::Corrupted(_))) => {
-                    ReadError::DataLoss { sequence }
-                }
-                Miss::Trouble(trouble) => explain(&shared.path, trouble).into(),
-            });
+            return Err(missed(shared, sequence, miss));
         }
         place = now;
+    }
+}
+
+/// A miss as an error, where nothing was moved meanwhile.
+fn missed(shared: &Shared, sequence: u64, miss: Miss) -> ReadError {
+    match miss {
+        Miss::Lost(sequence) => ReadError::DataLoss { sequence },
+        Miss::Trouble(Trouble::Damaged(_) | Trouble::Redb(::redb::Error::Corrupted(_))) => {
+            ReadError::DataLoss { sequence }
+        }
+        Miss::Trouble(trouble) => explain(&shared.path, trouble).into(),
     }
 }
 
@@ -367,35 +371,48 @@ impl Chunk {
         let mut rows = table.range((topic.0, base)..=(topic.0, until))?;
         while let Some(entry) = rows.next() {
             let (key, row) = entry?;
-            let lost = || Miss::Lost(self.next);
-            let header = decode_header(topic, key.value().1, row.value()).map_err(|_| lost())?;
-            // Rows follow each other without gaps, or something is missing.
-            if !(header.base..header.end()).contains(&self.next) {
-                return Err(lost());
-            }
-            let row = whole(shared, &header, Bytes::copy_from_slice(row.value()));
-            let row = row.map_err(|trouble| trouble.map_or_else(lost, Miss::Trouble))?;
-            if let Some(row) = Row::verified(header, &row) {
-                self.take(&row, until);
-                shared.recent.keep_read(row);
-                if self.full {
-                    read_ahead(topic, self.next, rows, shared);
-                    return Ok(());
-                }
-                continue;
-            }
-            let mut messages = Messages::new(header, row);
-            messages.skip_to(self.next).ok_or_else(lost)?;
-            for message in messages.take_while(|message| {
-                message.as_ref().map_or(true, |message| message.sequence <= until)
-            }) {
-                self.push(message.map_err(Miss::Lost)?);
-                if self.full {
-                    return Ok(());
-                }
+            let header = decode_header(topic, key.value().1, row.value());
+            let header = header.map_err(|_| Miss::Lost(self.next))?;
+            self.take_row(shared, header, Bytes::copy_from_slice(row.value()), until)?;
+            if self.full {
+                read_ahead(topic, self.next, rows, shared);
+                return Ok(());
             }
         }
         if self.next <= until { Err(Miss::Lost(self.next)) } else { Ok(()) }
+    }
+
+    /// Takes what comes next from a row that was looked up, up to `until`, if it is what was stored.
+    fn take_row(
+        &mut self,
+        shared: &Shared,
+        header: BatchHeader,
+        row: Bytes,
+        until: u64,
+    ) -> Result<(), Miss> {
+        let lost = || Miss::Lost(self.next);
+        // Rows follow each other without gaps, or something is missing.
+        if !(header.base..header.end()).contains(&self.next) {
+            return Err(lost());
+        }
+        let row = whole(shared, &header, row);
+        let row = row.map_err(|trouble| trouble.map_or_else(lost, Miss::Trouble))?;
+        if let Some(row) = Row::verified(header, &row) {
+            self.take(&row, until);
+            shared.recent.keep_read(row);
+            return Ok(());
+        }
+        let mut messages = Messages::new(header, row);
+        messages.skip_to(self.next).ok_or_else(lost)?;
+        for message in messages
+            .take_while(|message| message.as_ref().map_or(true, |one| one.sequence <= until))
+        {
+            self.push(message.map_err(Miss::Lost)?);
+            if self.full {
+                return Ok(());
+            }
+        }
+        Ok(())
     }
 
     fn push(&mut self, message: StoredMessage) {

@@ -34,6 +34,9 @@ const CACHE_BYTES: usize = 8 * 1024 * 1024;
 /// A topic with this part of a file's size gets a file of its own, which goes as a whole when the
 /// topic is trimmed.
 const OWN_FILE_PART: u64 = 4;
+/// What a segment may have if its messages are in blob files, in sealed files: its bytes count until
+/// all of it is trimmed.
+const SEGMENT_FILES: u64 = 4;
 /// Bytes of a commit while the sealer is behind.
 const PACED_COMMIT_BYTES: usize = 256 * 1024;
 /// Bytes per second while it is a little behind; halved for each eighth that the hot file has too
@@ -137,11 +140,14 @@ impl Writer {
             return false;
         }
         let disk = Arc::clone(&self.disk);
-        if let Some(file) = self.sealing.doomed.pop() {
+        if !self.sealing.doomed.is_empty() {
+            let doomed = mem::take(&mut self.sealing.doomed);
             self.start(move || {
-                if let Err(error) = disk.remove(&file.name()) {
-                    // The next start tries again.
-                    tracing::warn!(%error, ?file, "a file cannot be removed");
+                for file in doomed {
+                    if let Err(error) = disk.remove(&file.name()) {
+                        // The next start tries again.
+                        tracing::warn!(%error, ?file, "a file cannot be removed");
+                    }
                 }
                 Done::Removed
             });
@@ -161,8 +167,9 @@ impl Writer {
         };
         self.sealing.copying = plan.ranges.iter().map(|range| range.topic).collect();
         let shared = Arc::clone(&self.shared);
+        let most = self.opening.file_bytes.saturating_mul(SEGMENT_FILES);
         self.start(move || {
-            let copied = copy(&shared, disk.as_ref(), &plan);
+            let copied = copy(&shared, disk.as_ref(), &plan, most);
             if copied.is_err() {
                 // What is left of it goes at the next start at the latest.
                 let _ = disk.remove(&format!("{}{TEMPORARY}", sealed::name(plan.file)));
@@ -318,7 +325,7 @@ fn register(
 }
 
 /// Copies rows to a new file and gives it its name.
-fn copy(shared: &Shared, disk: &dyn Disk, plan: &Plan) -> Result<Sealed, Trouble> {
+fn copy(shared: &Shared, disk: &dyn Disk, plan: &Plan, most: u64) -> Result<Sealed, Trouble> {
     let name = sealed::name(plan.file);
     let temporary = format!("{name}{TEMPORARY}");
     let mut builder = Builder::new();
@@ -326,7 +333,7 @@ fn copy(shared: &Shared, disk: &dyn Disk, plan: &Plan) -> Result<Sealed, Trouble
     let target = disk.create(&temporary, &builder)?;
     let (mut segments, mut stuck) = (Vec::new(), Vec::new());
     for range in &plan.ranges {
-        match copy_range(shared, &target, range, plan.file)? {
+        match copy_range(shared, &target, range, (plan.file, most))? {
             Some(segment) => segments.push((range.topic, segment)),
             None => stuck.push(range.topic),
         }
@@ -344,16 +351,18 @@ fn copy_range(
     shared: &Shared,
     target: &Database,
     range: &Range,
-    file: u64,
+    (file, most): (u64, u64),
 ) -> Result<Option<Segment>, Trouble> {
     let mut segment: Option<Segment> = None;
     loop {
         let next = segment.map_or(range.from, |segment| segment.last + 1);
         let copied = segment.map_or(0, |segment| weight(segment.bytes, segment.outside));
-        if next > range.last || copied >= range.bytes {
+        let bytes = segment.map_or(0, |segment| segment.bytes);
+        if next > range.last || copied >= range.bytes || bytes >= most {
             return Ok(segment);
         }
-        let rows = read_rows(shared, range, next, range.bytes - copied)?;
+        let wanted = (range.bytes - copied).min(most - bytes);
+        let rows = read_rows(shared, range, next, wanted)?;
         if rows.is_empty() {
             return Ok(segment);
         }
@@ -387,7 +396,7 @@ fn read_rows(
     let Some(first) = table.range((topic.0, 0)..=(topic.0, next))?.next_back().transpose()? else {
         return Ok(Vec::new());
     };
-    let (mut rows, mut bytes, mut expected) = (Vec::new(), 0, next);
+    let (mut rows, mut bytes, mut copied, mut expected) = (Vec::new(), 0, 0, next);
     for entry in table.range(first.0.value()..=(topic.0, range.last))? {
         let (key, row) = entry?;
         let base = key.value().1;
@@ -398,9 +407,10 @@ fn read_rows(
             break;
         }
         expected = header.end();
-        bytes += row.value().len();
+        bytes += u64::from(header.bytes);
+        copied += row.value().len();
         rows.push((base, row.value().to_vec()));
-        if bytes >= COPY_BYTES || bytes as u64 >= wanted {
+        if copied >= COPY_BYTES || bytes >= wanted {
             break;
         }
     }

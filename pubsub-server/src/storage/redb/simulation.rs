@@ -39,6 +39,11 @@ struct State {
     fail_sync: Option<io::ErrorKind>,
     /// How many syncs succeed before there is no room for what a commit does after one.
     full_after_syncs: Option<u64>,
+    /// How plain files fail to be read.
+    fail_reads: Option<io::ErrorKind>,
+    /// Whether no plain file can be made.
+    fail_logs: bool,
+    syncs: u64,
     /// How sealed files fail to be opened.
     fail_sealed: Option<io::ErrorKind>,
     /// Pages that can still be written for the first time.
@@ -83,6 +88,9 @@ impl SimDisk {
             cut_at: u64::MAX,
             fail_sync: None,
             full_after_syncs: None,
+            fail_reads: None,
+            fail_logs: false,
+            syncs: 0,
             fail_sealed: None,
             free_pages: 1 << 20,
             clean: false,
@@ -121,6 +129,18 @@ impl SimDisk {
 
     pub(super) fn fail_sealed(&self, kind: Option<io::ErrorKind>) {
         self.state().fail_sealed = kind;
+    }
+
+    pub(super) fn fail_reads(&self, kind: Option<io::ErrorKind>) {
+        self.state().fail_reads = kind;
+    }
+
+    pub(super) fn fail_logs(&self, fail: bool) {
+        self.state().fail_logs = fail;
+    }
+
+    pub(super) fn syncs(&self) -> u64 {
+        self.state().syncs
     }
 
     pub(super) fn set_free_pages(&self, pages: u64) {
@@ -344,6 +364,7 @@ impl SimDisk {
     fn sync_file(&self, id: FileId) -> io::Result<()> {
         let mut state = self.state();
         state.tick()?;
+        state.syncs += 1;
         let fails = state.fail_sync.take();
         let file = &mut state.files[id];
         let pending = std::mem::take(&mut file.pending);
@@ -375,6 +396,9 @@ impl LogFile for SimFile {
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        if let Some(kind) = self.disk.state().fail_reads {
+            return Err(kind.into());
+        }
         StorageBackend::read(self, offset, out)
     }
 
@@ -417,6 +441,9 @@ impl Disk for SimDisk {
     fn create_log(&self, name: &str) -> io::Result<Box<dyn LogFile>> {
         let mut state = self.state();
         state.tick()?;
+        if state.fail_logs {
+            return Err(io::Error::other("too many open files"));
+        }
         let id = state.files.len();
         state.files.push(FileState::default());
         state.rename(name, Some(id));
@@ -519,7 +546,7 @@ pub(super) const OPENING: Opening = Opening {
     hot_bytes: 6_000,
     file_bytes: 3_000,
     log_bytes: 10 * log::BLOCK,
-    blobs: Sizes { topic: 1_500, commit: 500, file: 6_000, trimmed: 2_000 },
+    blobs: Sizes { topic: 1_500, commit: 500, file: 14_000, trimmed: 6_000 },
     inline: true,
 };
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ::redb::{Database, ReadableTable, ReadableTableMetadata};
 
 use super::batch::Batch;
-use super::blobs::{Blob, BlobRow, Place, Sizes};
+use super::blobs::{BLOCK, Blob, BlobRow, Place, Sizes};
 use super::disk::{Digest, Disk};
 use super::log::{Log, Mark};
 use super::queue::Request;
@@ -43,6 +43,8 @@ pub(super) struct State {
     /// The number of the next blob file. None is used twice in a run: a reader may still have the
     /// file open that had it before.
     pub(super) next_blob: u64,
+    /// Blob files that have grown and grow no more.
+    pub(super) finished: Vec<u64>,
 }
 
 /// One topic.
@@ -94,6 +96,7 @@ impl State {
             files: BTreeMap::new(),
             sizes,
             next_blob: 1,
+            finished: Vec::new(),
         };
         for entry in tables.files.open()?.iter()? {
             let (file, row) = entry?;
@@ -222,29 +225,37 @@ impl State {
         self.topics.get(&topic)?.blobs.iter().rev().find(|blob| blob.file == file).copied()
     }
 
-    /// Whether a commit that has so many bytes for a topic takes them to blob files.
-    pub(super) fn appends(&self, topic: Epoch, bytes: u64) -> bool {
-        let Some(topic) = self.topics.get(&topic) else { return false };
-        let grows = topic.blobs.last().is_some_and(|blob| blob.grows);
-        bytes >= self.sizes.commit && (grows || topic.hot_bytes() >= self.sizes.topic)
+    /// Makes room for what a commit has for a topic in its blob file, if it is to go to one. `can_begin`
+    /// is whether a new file can begin to grow.
+    pub(super) fn open_blob(&mut self, topic: Epoch, bytes: u64, can_begin: &mut bool) -> bool {
+        let (sizes, next) = (self.sizes, self.next_blob);
+        let Some(topic) = self.topics.get_mut(&topic) else { return false };
+        let grown = topic.blobs.last().filter(|blob| blob.grows).map(|blob| blob.length);
+        let is_enough = grown.is_some() || topic.hot_bytes() >= sizes.topic;
+        if !sizes.is_large(bytes) || !is_enough {
+            return false;
+        }
+        if grown.is_none_or(|length| length >= sizes.file) && *can_begin {
+            // The one before it grows no more.
+            if let Some(last) = topic.blobs.last_mut().filter(|blob| blob.grows) {
+                last.grows = false;
+                self.finished.push(last.file);
+            }
+            *can_begin = false;
+            self.next_blob += 1;
+            let fresh = Blob { grows: true, rests: false, ..Blob::found(next, 0, 0) };
+            topic.blobs.push(fresh);
+        }
+        let Some(blob) = topic.blobs.last_mut().filter(|blob| blob.grows) else { return false };
+        blob.length = blob.length.next_multiple_of(BLOCK);
+        blob.rests = false;
+        true
     }
 
-    /// Finds a place for a row of a topic that ends with a message.
+    /// The place of the next row in the blob file of a topic; the row ends with a message.
     pub(super) fn place(&mut self, topic: Epoch, last: u64, length: usize) -> Option<Place> {
         let length = u32::try_from(length).ok()?;
-        let blobs = &mut self.topics.get_mut(&topic)?.blobs;
-        let grown = |blob: &&mut Blob| blob.grows && blob.length < self.sizes.file;
-        let blob = match blobs.last_mut().filter(grown) {
-            Some(blob) => blob,
-            None => {
-                // The one before it grows no more.
-                blobs.last_mut().into_iter().for_each(|blob| blob.grows = false);
-                let file = self.next_blob;
-                self.next_blob += 1;
-                blobs.push(Blob { file, last, length: 0, grows: true, seen: 0 });
-                blobs.last_mut()?
-            }
-        };
+        let blob = self.topics.get_mut(&topic)?.blobs.last_mut()?;
         let place = Place { file: blob.file, offset: blob.length, length };
         (blob.last, blob.length) = (last, blob.length + u64::from(length));
         Some(place)

@@ -9,13 +9,14 @@ use ::redb::{Database, WriteTransaction};
 use tokio::time::Instant;
 
 use super::batch::Batch;
-use super::blobs::{self, Sizes};
+use super::blobs::{self, FILES_OF_A_COMMIT, Sizes};
 use super::chores::Chores;
 use super::disk::{Disk, HOT, LOG, Space};
-use super::group::{Effects, Group};
+use super::group::{Effects, Group, Outside};
 use super::log::{KEYED_RECORD_BYTES, Log, RECORD_BYTES};
 use super::open::{Opening, open_hot};
 use super::queue::{Queue, Request, Taken};
+use super::rows::weight;
 use super::sealing::Sealing;
 use super::shared::Shared;
 use super::state::State;
@@ -134,7 +135,8 @@ impl Writer {
                 self.chores.note(&effects);
                 effects.doomed.iter().for_each(|file| self.shared.forget(*file));
                 self.sealing.doomed.extend(&effects.doomed);
-                self.sealing.hot_bytes += effects.bytes;
+                self.finish_blobs();
+                self.sealing.hot_bytes += weight(effects.bytes, effects.outside);
                 answers.into_iter().for_each(Answer::keep);
                 self.state.shed();
                 effects.bytes
@@ -189,8 +191,11 @@ impl Writer {
         requests: Vec<Request>,
         answers: &mut Vec<Answer>,
     ) -> Result<(Effects, Batch), Trouble> {
-        let (now, full) = (self.now(), self.full.is_some());
-        let mut group = Group::new(database, tables, &mut self.state, now, full);
+        let now = (self.now(), self.full.is_some());
+        let bytes: usize = requests.iter().map(Request::bytes).sum();
+        let can_begin = self.state.sizes.is_large(bytes as u64) && self.shared.blobs.prepare();
+        let outside = Outside { files: FILES_OF_A_COMMIT, can_begin };
+        let mut group = Group::new(database, tables, &mut self.state, now, outside);
         for request in requests {
             answers.push(match request {
                 Request::Append(append, promise) => Answer::Append(promise, group.append(append)?),
@@ -211,6 +216,11 @@ impl Writer {
         if cfg!(pubsub_break = "notify_before_commit") {
             self.show(effects);
         }
+    }
+
+    /// Closes the blob files that grow no more.
+    pub(super) fn finish_blobs(&mut self) {
+        self.state.finished.drain(..).for_each(|file| self.shared.blobs.finish(file));
     }
 
     /// Writes what goes to blob files, before anything says that it is there.
@@ -374,7 +384,9 @@ impl Writer {
     fn remove_unknown_blobs(&self) {
         let known: HashSet<u64> = self.state.blobs().collect();
         for name in self.disk.list().unwrap_or_default() {
-            if blobs::number(&name).is_some_and(|file| !known.contains(&file)) {
+            if blobs::number(&name).is_some_and(|file| !known.contains(&file))
+                || name == blobs::SPARE
+            {
                 // The next start tries again.
                 let _ = self.disk.remove(&name);
             }
@@ -437,6 +449,9 @@ impl Writer {
         self.state.close_stored();
         let database = self.shared.database.write().unwrap_or_else(PoisonError::into_inner).take();
         self.shared.cabinet.clear();
+        self.shared.blobs.reset(HashSet::new());
+        // If it cannot be removed, the next start does.
+        let _ = self.disk.remove(blobs::SPARE);
         let closed = database.map_or(Ok(()), Database::close);
         if !self.failed && closed.is_ok() {
             let io = |error: std::io::Error| self.shared.error(::redb::Error::Io(error));
