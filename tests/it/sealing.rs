@@ -169,7 +169,7 @@ impl Files {
         for entry in fs::read_dir(data)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            files.unfinished |= name.ends_with(".tmp");
+            files.unfinished |= name.starts_with("sealed-") && name.ends_with(".tmp");
             if !(name.starts_with("sealed-") && name.ends_with(".redb")) {
                 continue;
             }
