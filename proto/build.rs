@@ -29,6 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .extern_path(".pubsub.v1.PublishBatch", "crate::hot::PublishBatch")
         .extern_path(".pubsub.v1.PublishStreamRequest", "crate::hot::PublishStreamRequest")
         .extern_path(".pubsub.v1.ReceivedMessage", "crate::hot::ReceivedMessage")
+        .codec_path("crate::codec::Codec")
         // Trait and client are generated together; the linker drops the half that is not used.
         .build_transport(false)
         .compile_fds(descriptors)?;

@@ -20,6 +20,8 @@ use super::{Drive, Measured, Work, histogram, late, paced, payload, record, stam
 
 const STREAM: &str = "S";
 const SUBJECT: &str = "s.t";
+/// A server refuses what comes when it has 10,000 messages to store.
+const IN_FLIGHT: u64 = 8_000;
 
 pub(super) async fn run(drive: &Drive) -> Result<Measured> {
     let context = connect(drive).await?;
@@ -81,10 +83,11 @@ async fn publish(drive: &Drive, context: &Context) -> Result<Measured> {
 /// Publishes with a window, as long as it should, and waits for all acks.
 async fn send(context: &Context, drive: &Drive, more: impl Fn(u64) -> bool) -> Result<u64> {
     let payload = Bytes::from(payload(drive.size));
-    let mut window: VecDeque<PublishAckFuture> = VecDeque::with_capacity(drive.in_flight);
+    let in_flight = drive.in_flight.min((IN_FLIGHT / drive.publishers.max(1)) as usize);
+    let mut window: VecDeque<PublishAckFuture> = VecDeque::with_capacity(in_flight);
     let mut sent = 0;
     while more(sent) {
-        if window.len() >= drive.in_flight {
+        if window.len() >= in_flight {
             window.pop_front().context("it is full")?.into_future().await?;
         }
         window.push_back(context.publish(SUBJECT, payload.clone()).await?);

@@ -13,6 +13,9 @@ use super::publish::{Until, publish};
 use super::{On, Size};
 use crate::failure::Failure;
 
+/// How many messages are received and acked together.
+const AT_ONCE: usize = 500;
+
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Replay {
     /// How many messages to publish first, into a new topic
@@ -87,16 +90,30 @@ pub(super) async fn receive(
     count: u64,
     meter: &Meter,
 ) -> Result<u64, Failure> {
-    let mut bytes = 0;
-    for number in 1..=count {
-        let delivery = next(subscriber).await?;
-        bytes += delivery.payload.len() as u64;
-        meter.add(1);
-        if number < count {
-            delivery.ack();
-        } else {
+    let (mut bytes, mut rest) = (0, count);
+    let mut events = Vec::with_capacity(AT_ONCE);
+    while rest > 0 {
+        let limit = usize::try_from(rest).unwrap_or(usize::MAX).min(AT_ONCE);
+        match subscriber.next_many(&mut events, limit).await {
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return Err(error.into()),
+            None => return Err(Failure::failed("the subscriber was stopped")),
+        }
+        let mut received = 0;
+        for event in &events {
+            if let Some(delivery) = message(event)? {
+                bytes += delivery.payload.len() as u64;
+                received += 1;
+            }
+        }
+        meter.add(received);
+        rest -= received;
+        let mut deliveries = events.drain(..).filter_map(Event::into_message);
+        let last = if rest == 0 { deliveries.next_back() } else { None };
+        Delivery::ack_all(deliveries);
+        if let Some(last) = last {
             // Acks are confirmed in their order.
-            let confirmed = delivery.ack_confirmed().await;
+            let confirmed = last.ack_confirmed().await;
             confirmed.map_err(|error| Failure::failed(error.to_string()))?;
         }
     }
@@ -107,18 +124,28 @@ pub(super) async fn receive(
 pub(super) async fn next(subscriber: &mut Subscriber) -> Result<Delivery, Failure> {
     loop {
         match subscriber.next().await {
-            Some(Ok(Event::Message(delivery))) => return Ok(delivery),
-            Some(Ok(Event::Gap(gap))) => {
-                let (first, last) = (gap.range.start(), gap.range.end());
-                let text = format!("messages {first} to {last} of {} are gone", gap.topic);
-                return Err(Failure::failed(text));
+            Some(event) => {
+                let event = event?;
+                message(&event)?;
+                if let Some(delivery) = event.into_message() {
+                    return Ok(delivery);
+                }
             }
-            Some(Ok(Event::DataLoss(loss))) => {
-                return Err(Failure::failed(format!("{} cannot be read", loss.id)));
-            }
-            Some(Ok(_)) => {}
-            Some(Err(error)) => return Err(error.into()),
             None => return Err(Failure::failed("the subscriber was stopped")),
         }
+    }
+}
+
+/// The message, if it is one; what else may come spoils the measurement.
+fn message(event: &Event) -> Result<Option<&Delivery>, Failure> {
+    match event {
+        Event::Message(delivery) => Ok(Some(delivery)),
+        Event::Gap(gap) => {
+            let (first, last) = (gap.range.start(), gap.range.end());
+            let text = format!("messages {first} to {last} of {} are gone", gap.topic);
+            Err(Failure::failed(text))
+        }
+        Event::DataLoss(loss) => Err(Failure::failed(format!("{} cannot be read", loss.id))),
+        _ => Ok(None),
     }
 }

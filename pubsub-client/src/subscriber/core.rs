@@ -136,6 +136,33 @@ impl Core {
         context: &mut Context<'_>,
         allowed: impl Fn(&Arc<str>, &Lane) -> bool,
     ) -> Poll<Option<Result<Event, SubscribeError>>> {
+        let take = |resume: &mut Resume<Received>, now: Instant| {
+            resume.take(now.into_std(), allowed).map(|shown| self.event(shown))
+        };
+        self.poll_with(context, take)
+    }
+
+    /// Adds what there is to `events`, up to `limit`, and answers how many that is: one at least.
+    pub(super) fn poll_many(
+        self: &Arc<Self>,
+        context: &mut Context<'_>,
+        events: &mut Vec<Event>,
+        limit: usize,
+    ) -> Poll<Option<Result<usize, SubscribeError>>> {
+        let take = |resume: &mut Resume<Received>, now: Instant| {
+            let before = events.len();
+            let next = || resume.take(now.into_std(), |_, _| true);
+            events.extend(std::iter::from_fn(next).take(limit).map(|shown| self.event(shown)));
+            Some(events.len() - before).filter(|taken| *taken > 0)
+        };
+        self.poll_with(context, take)
+    }
+
+    fn poll_with<T>(
+        &self,
+        context: &mut Context<'_>,
+        take: impl FnOnce(&mut Resume<Received>, Instant) -> Option<T>,
+    ) -> Poll<Option<Result<T, SubscribeError>>> {
         let mut inner = self.lock();
         if inner.ended {
             return Poll::Ready(inner.error.take().map(Err));
@@ -146,8 +173,8 @@ impl Core {
         let before = inner.resume.queued();
         let now = Instant::now();
         let open = inner.gate.is_open(now);
-        let shown = if open { inner.resume.take(now.into_std(), allowed) } else { None };
-        let Some(shown) = shown else {
+        let taken = if open { take(&mut inner.resume, now) } else { None };
+        let Some(taken) = taken else {
             inner.consumer = Some(context.waker().clone());
             return Poll::Pending;
         };
@@ -155,7 +182,7 @@ impl Core {
         inner.urgent |= inner.resume.reports_started();
         self.after_change(inner, before);
         self.tell_waiting();
-        Poll::Ready(Some(Ok(self.event(shown))))
+        Poll::Ready(Some(Ok(taken)))
     }
 
     fn event(self: &Arc<Self>, shown: Shown<Received>) -> Event {
@@ -181,6 +208,14 @@ impl Core {
     pub(super) fn ack(&self, handle: Handle) {
         self.change(|inner| {
             inner.resume.ack(handle);
+        });
+    }
+
+    pub(super) fn ack_all(&self, handles: impl Iterator<Item = Handle>) {
+        self.change(|inner| {
+            for handle in handles {
+                inner.resume.ack(handle);
+            }
         });
     }
 

@@ -30,7 +30,7 @@ impl Dedup {
     }
 
     pub(super) fn contains(&self, sequence: u64) -> bool {
-        sequence <= self.floor || self.above.contains(&sequence)
+        sequence <= self.floor || !self.above.is_empty() && self.above.contains(&sequence)
     }
 
     /// How many messages up to this one are not done with.

@@ -70,6 +70,12 @@ impl Delivery {
         self.acker.ack_up_to();
     }
 
+    /// Acks many messages, as [`ack`](Self::ack) does each of them, for a fraction of what it costs.
+    /// They may be of any topics and subscribers.
+    pub fn ack_all(deliveries: impl IntoIterator<Item = Self>) {
+        Acker::ack_all(deliveries.into_iter().map(|delivery| delivery.acker));
+    }
+
     /// Hands the message back as failed: it comes again, and counts as another attempt. Where
     /// several consumers are active, it may come to another one.
     pub fn nack(self, nack: Nack) {
@@ -104,6 +110,28 @@ impl Acker {
     pub fn ack(mut self) {
         if let Some(core) = self.core.take() {
             core.ack(self.handle);
+        }
+    }
+
+    /// As [`Delivery::ack_all`].
+    pub fn ack_all(ackers: impl IntoIterator<Item = Self>) {
+        let mut ackers: Vec<_> = ackers.into_iter().collect();
+        for ackers in ackers.chunk_by_mut(|one, other| one.is_of_core_of(other)) {
+            let Some((first, others)) = ackers.split_first_mut() else { continue };
+            let Some(core) = first.core.take() else { continue };
+            let handles = others.iter_mut().map(|acker| {
+                acker.core = None;
+                acker.handle
+            });
+            core.ack_all(std::iter::once(first.handle).chain(handles));
+        }
+    }
+
+    fn is_of_core_of(&self, other: &Self) -> bool {
+        match (&self.core, &other.core) {
+            (Some(core), Some(other)) => Arc::ptr_eq(core, other),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
         }
     }
 

@@ -9,6 +9,8 @@ use rangemap::RangeInclusiveSet;
 pub(super) struct Runs {
     /// Has nothing of `last`.
     others: RangeInclusiveSet<u64>,
+    /// None of them is above this.
+    others_end: u64,
     last: Option<(u64, u64)>,
 }
 
@@ -28,7 +30,7 @@ impl Runs {
 
     pub(super) fn contains(&self, sequence: u64) -> bool {
         self.last.is_some_and(|(first, last)| (first..=last).contains(&sequence))
-            || !self.others.is_empty() && self.others.contains(&sequence)
+            || sequence <= self.others_end && self.others.contains(&sequence)
     }
 
     pub(super) fn remove(&mut self, range: RangeInclusive<u64>) {
@@ -53,6 +55,7 @@ impl Runs {
     /// All of them, as ranges.
     pub(super) fn all(&mut self) -> &RangeInclusiveSet<u64> {
         if let Some((first, last)) = self.last.take() {
+            self.others_end = self.others_end.max(last);
             self.others.insert(first..=last);
         }
         &self.others

@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pubsub_client::{
-    AckError, Cause, ConnectionState, CreateSubscription, Drain, Event, GapReason, Nack, Reason,
-    ReceiptState, Start, SubscribeError, TopicConfig,
+    AckError, Cause, ConnectionState, CreateSubscription, Delivery, Drain, Event, GapReason, Nack,
+    Reason, ReceiptState, Start, SubscribeError, TopicConfig,
 };
+use tokio::time::timeout;
 
 use crate::harness::{World, next, number, receive, silence, soon};
 
@@ -57,6 +58,48 @@ async fn a_busy_stream_survives_many_cuts() {
     let ((), received) = tokio::join!(publishing, receiving);
     assert_eq!(received, (1..=COUNT).collect::<Vec<_>>());
     silence(&mut subscriber).await;
+}
+
+#[tokio::test]
+async fn many_are_handed_out_and_acked_together() {
+    let world = World::new().await;
+    world.publish(1..=20).await;
+    let mut subscriber = world.subscription("s").open().await.unwrap();
+    let mut other = world.subscription("other").open().await.unwrap();
+    let mut reader = world.client.reader(["t"]).start(Start::Earliest).open().await.unwrap();
+    let mut events = Vec::new();
+    assert_eq!(subscriber.next_many(&mut events, 0).await.unwrap().unwrap(), 0);
+    while events.len() < 12 {
+        let (before, limit) = (events.len(), 5.min(12 - events.len()));
+        let added = soon(subscriber.next_many(&mut events, limit)).await.unwrap().unwrap();
+        assert!((1..=limit).contains(&added), "{added} of {limit}");
+        assert_eq!(events.len(), before + added);
+    }
+    let mut held: Vec<_> = events.drain(..).filter_map(Event::into_message).collect();
+    assert_eq!(held.iter().map(number).collect::<Vec<_>>(), (1..=12).collect::<Vec<_>>());
+    let kept = held.split_off(10);
+    // Of several subscribers, in turns, and of one that has nothing to ack.
+    let mut acked = Vec::new();
+    for delivery in held {
+        acked.extend([delivery, next(&mut other).await, next(&mut reader).await]);
+    }
+    Delivery::ack_all(acked);
+    world.proxy.cut();
+    while events.len() < 8 {
+        soon(subscriber.next_many(&mut events, 100)).await.unwrap().unwrap();
+    }
+    let rest: Vec<_> = events.drain(..).filter_map(Event::into_message).collect();
+    assert_eq!(rest.iter().map(number).collect::<Vec<_>>(), (13..=20).collect::<Vec<_>>());
+    let waiting = timeout(SECOND / 5, subscriber.next_many(&mut events, 100)).await;
+    assert!(waiting.is_err() && events.is_empty(), "there is nothing more");
+    Delivery::ack_all(kept.into_iter().chain(rest));
+    for (subscriber, floor) in [(subscriber, 20), (other, 10)] {
+        let report = soon(subscriber.stopper().stop(Drain::Finish, 5 * SECOND)).await;
+        assert!(report.is_clean(), "{report:?}");
+        let name = if floor == 20 { "s" } else { "other" };
+        let info = world.client.admin().subscription(name).await.unwrap();
+        assert_eq!(info.positions[0].floor, floor, "{name}");
+    }
 }
 
 #[tokio::test]
@@ -560,7 +603,7 @@ async fn a_seek_does_not_make_two_handlers_of_a_topic_run_at_once() {
     let running = tokio::task::spawn(subscriber.run(4, handler));
     assert_eq!(soon(starts.recv()).await, Some(1));
     world.client.admin().seek("s", Some("t"), Start::Earliest).await.unwrap();
-    let at_once = tokio::time::timeout(SECOND / 2, starts.recv()).await;
+    let at_once = timeout(SECOND / 2, starts.recv()).await;
     assert!(at_once.is_err(), "{at_once:?} runs, too");
     go_on.add_permits(10);
     assert_eq!(soon(starts.recv()).await, Some(1));

@@ -162,9 +162,7 @@ impl Blobs {
 
     /// The bytes at a place.
     pub(super) fn read(&self, place: Place) -> io::Result<Bytes> {
-        let mut bytes = vec![0; place.length as usize];
-        self.get(place.file)?.read(place.offset, &mut bytes)?;
-        Ok(bytes.into())
+        Ok(self.get(place.file)?.read(place.offset, place.length as usize)?.into())
     }
 
     /// Whether another file can begin to grow. That takes what the system may run out of, and so it

@@ -11,7 +11,9 @@ use std::thread;
 
 use ::redb::backends::FileBackend;
 use ::redb::{BackendError, Builder, Database, DatabaseError, ReadOnlyDatabase, StorageBackend};
+use rustix::buffer::spare_capacity;
 use rustix::fs::{Advice, fadvise, statvfs};
+use rustix::io::{Errno, pread};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::disk::{Digest, Disk, LogFile, Space, failed_sync};
@@ -152,8 +154,19 @@ impl LogFile for PlainFile {
         Ok(self.0.metadata()?.len())
     }
 
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.0.read_exact_at(out, offset)
+    fn read(&self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+        // To fill it with zeros first would cost as much as to read.
+        let mut bytes = Vec::with_capacity(length);
+        while bytes.len() < length {
+            let at = offset + bytes.len() as u64;
+            match pread(&self.0, spare_capacity(&mut bytes), at) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        bytes.truncate(length);
+        Ok(bytes)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {

@@ -77,8 +77,8 @@ pub(super) trait LogFile: fmt::Debug + Send + Sync {
     /// Its length.
     fn len(&self) -> io::Result<u64>;
 
-    /// Fills `out` from a place on.
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()>;
+    /// So many bytes from a place on.
+    fn read(&self, offset: u64, length: usize) -> io::Result<Vec<u8>>;
 
     /// Writes to a place.
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;

@@ -61,8 +61,7 @@ impl Log {
         let io = ::redb::Error::Io;
         let file = disk.open_log(LOG).map_err(io)?;
         let length = usize::try_from(file.len().map_err(io)?).expect("logs are small");
-        let mut bytes = vec![0; length];
-        file.read(0, &mut bytes).map_err(io)?;
+        let bytes = file.read(0, length).map_err(io)?;
         let Mark { moved, salt } = mark;
         let mut log = Self { file, length, salt, last: moved, end: 0, buffer: Vec::new() };
         let mut records = Vec::new();

@@ -395,11 +395,13 @@ impl LogFile for SimFile {
         StorageBackend::len(self)
     }
 
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+    fn read(&self, offset: u64, length: usize) -> io::Result<Vec<u8>> {
         if let Some(kind) = self.disk.state().fail_reads {
             return Err(kind.into());
         }
-        StorageBackend::read(self, offset, out)
+        let mut bytes = vec![0; length];
+        StorageBackend::read(self, offset, &mut bytes)?;
+        Ok(bytes)
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
