@@ -144,3 +144,52 @@ pub fn table(results: &Results) -> String {
     }
     table
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// One round with these figures, after another run that counts no more.
+    fn results(figures: &[(Work, System, f64)]) -> Results {
+        let cell = |run: u64, (work, system, figure): &(Work, System, f64)| {
+            let rates = json!({ "run": run, "round": 0, "work": work.id(), "system": system.id(),
+                "messages_per_second": figure, "stored_us": { "p50": figure } });
+            format!("{rates}\n")
+        };
+        let earlier = cell(1, &(Work::W1Bytes100, RedisAlways, 1.0));
+        let text: String = figures.iter().map(|figure| cell(2, figure)).collect();
+        Results::of_last_run(&(earlier + &text)).unwrap()
+    }
+
+    #[test]
+    fn a_system_may_be_slower_by_what_the_log_is_slower_by() {
+        let log = (Work::W1Bytes100, Log, 3_360_000.0 / 2.0);
+        let redis =
+            |of: f64| results(&[log, (Work::W1Bytes100, RedisAlways, 289_000.0 / 2.0 * of)]);
+        assert!(weakened(&redis(0.81)).is_empty());
+        assert_eq!(weakened(&redis(0.79)), ["Redis Streams, always in W1"]);
+    }
+
+    #[test]
+    fn latencies_are_compared_the_other_way_round() {
+        let log = (Work::W3, Log, 2.0 * 166.0);
+        let logs = [(Work::W1Bytes100, Log, 3_360_000.0), log];
+        let redis =
+            |of: f64| results(&[&logs[..], &[(Work::W3, RedisAlways, 376.0 * of)]].concat());
+        assert!(weakened(&redis(1.2)).is_empty());
+        assert_eq!(weakened(&redis(1.3)).len(), 1);
+    }
+
+    #[test]
+    fn what_does_not_depend_on_the_disk_is_not_expected_to_be_faster_with_it() {
+        let nats = |log: f64, of: f64| {
+            let log = (Work::W1Bytes100, Log, 3_360_000.0 * log);
+            results(&[log, (Work::W6, NatsDefault, 231_000.0 * of)])
+        };
+        assert!(weakened(&nats(2.0, 0.81)).is_empty());
+        assert_eq!(weakened(&nats(2.0, 0.79)).len(), 1);
+        assert!(weakened(&nats(0.5, 0.41)).is_empty());
+    }
+}

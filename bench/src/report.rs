@@ -25,20 +25,25 @@ impl Results {
     /// Those of the last run in a file.
     fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+        let results = Self::of_last_run(&text)?;
+        ensure!(!results.cells.is_empty(), "nothing was measured");
+        Ok(results)
+    }
+
+    pub fn of_last_run(text: &str) -> Result<Self> {
         let lines = text.lines().map(serde_json::from_str);
         let lines: Vec<Value> = lines.collect::<Result<_, _>>()?;
+        let last = lines.last().map(|line| line["run"].clone());
         let mut results = Self::default();
         for line in lines {
-            if !line["error"].is_null() {
+            if Some(&line["run"]) != last.as_ref() || !line["error"].is_null() {
                 continue;
             }
             let work = serde_json::from_value(line["work"].clone())?;
             let system = serde_json::from_value(line["system"].clone())?;
             let round = line["round"].as_u64().context("no round")?;
-            // A later run of the same round replaces an earlier one.
             results.cells.entry((work, system)).or_default().insert(round, line);
         }
-        ensure!(!results.cells.is_empty(), "nothing was measured");
         Ok(results)
     }
 
