@@ -56,6 +56,9 @@ pub(super) struct KeyRow {
     pub(super) expires: Age,
 }
 
+/// The hash of a key that is stored now, with what is to be remembered of it.
+pub(super) type NewKey = ([u8; 16], KeyRow);
+
 /// What an append meets.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Context {
@@ -85,8 +88,8 @@ pub(super) struct Admission {
     pub(super) outcome: AppendOutcome,
     /// To be stored from head + 1 on, at [`Context::at`].
     pub(super) messages: Vec<NewMessage>,
-    /// Keys that are new.
-    pub(super) keys: Vec<([u8; 16], KeyRow)>,
+    /// Keys that are new, in the order of their messages.
+    pub(super) keys: Vec<NewKey>,
     /// The publisher as it is from now on; `None` if it does not change.
     pub(super) publisher: Option<Publisher>,
 }
@@ -155,7 +158,7 @@ pub(super) fn admit<E>(
         publisher.forget_below(append.resolved_below);
     }
     let Decider { runs, messages, keys, .. } = decider;
-    Ok(Admission { outcome: Ok(runs), messages, keys: keys.into_iter().collect(), publisher })
+    Ok(Admission { outcome: Ok(runs), messages, keys, publisher })
 }
 
 /// The publisher, if the append may go on.
@@ -324,12 +327,14 @@ struct Decider {
     context: Context,
     runs: Vec<Run>,
     messages: Vec<NewMessage>,
-    keys: HashMap<[u8; 16], KeyRow>,
+    keys: Vec<NewKey>,
+    /// Which of the new keys it is.
+    numbers: HashMap<[u8; 16], usize>,
 }
 
 impl Decider {
     fn new(context: Context, runs: Vec<Run>) -> Self {
-        Self { context, runs, messages: Vec::new(), keys: HashMap::new() }
+        Self { context, runs, messages: Vec::new(), keys: Vec::new(), numbers: HashMap::new() }
     }
 
     /// The fate of the first of messages that have one fate. The identity comes first: an append
@@ -368,8 +373,7 @@ impl Decider {
         }
         let (sequence, at) = (self.context.head + 1, self.context.at());
         if let Some(key) = key {
-            let expires = self.context.now.age.after(self.context.window);
-            self.keys.insert(key.key, KeyRow { content: key.content, sequence, at, expires });
+            self.remember(&key, sequence);
         }
         self.messages = messages;
         Ok(Fate::Stored { sequence, duplicate: false, at })
@@ -403,11 +407,17 @@ impl Decider {
             if let Some(row) = self.known(&key, lookup)? {
                 return Ok(known_key(&row, &key));
             }
-            let expires = self.context.now.age.after(self.context.window);
-            self.keys.insert(key.key, KeyRow { content: key.content, sequence, at, expires });
+            self.remember(&key, sequence);
         }
         self.messages.push(message);
         Ok(Fate::Stored { sequence, duplicate: false, at })
+    }
+
+    fn remember(&mut self, key: &IdempotencyKey, sequence: u64) {
+        let (content, at) = (key.content, self.context.at());
+        let expires = self.context.now.age.after(self.context.window);
+        self.numbers.insert(key.key, self.keys.len());
+        self.keys.push((key.key, KeyRow { content, sequence, at, expires }));
     }
 
     /// What is remembered of a key, unless its window is over.
@@ -417,8 +427,8 @@ impl Decider {
         lookup: &mut impl FnMut(&[u8; 16]) -> Result<Option<KeyRow>, E>,
     ) -> Result<Option<KeyRow>, E> {
         // The items before this one in the same append count as stored.
-        Ok(match self.keys.get(&key.key) {
-            Some(row) => Some(*row),
+        Ok(match self.numbers.get(&key.key) {
+            Some(number) => Some(self.keys[*number].1),
             None => lookup(&key.key)?.filter(|row| row.expires > self.context.now.age),
         })
     }

@@ -1,28 +1,23 @@
 //! What commits have stored: first in the log and in memory, then in the tables.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use ::redb::ReadableTableMetadata;
 use bytes::{Buf, BufMut, Bytes};
 
 use super::blobs::{Blob, Place};
+use super::keys;
 use super::rows::{self, decode_header, decode_place, encode, wide};
 use super::state::State;
 use super::tables::{Damaged, META_CLOCK, Tables, Trouble, put};
 use crate::record::{CursorRecord, Epoch, Uuid};
-use crate::storage::admission::{KeyRow, Publisher};
+use crate::storage::admission::{NewKey, Publisher};
 use crate::storage::clock::{Age, Now};
-
-/// Hashes in one row of the table of expiries.
-const KEYS_PER_EXPIRY: usize = 1_000;
-
-/// The message under a key, and the key's hash.
-type UsedKey = (u64, [u8; 16]);
 
 /// The parts of a record.
 const ROW: u8 = 1;
 const PUBLISHER: u8 = 2;
-const KEY: u8 = 3;
+const KEYS: u8 = 3;
 const CURSOR: u8 = 4;
 
 /// Rows to be written. Those of heads and publishers are in the state, which is where they change.
@@ -37,7 +32,8 @@ pub(super) struct Batch {
     /// Topics whose heads have changed.
     pub(super) heads: BTreeSet<Epoch>,
     pub(super) publishers: BTreeSet<(Epoch, Uuid)>,
-    pub(super) keys: HashMap<(Epoch, [u8; 16]), KeyRow>,
+    /// Keys by topic, in the order in which they were used.
+    pub(super) keys: BTreeMap<Epoch, Vec<NewKey>>,
     /// Positions by topic and subscription.
     pub(super) cursors: BTreeMap<(Epoch, Epoch), CursorRecord>,
     /// When it was stored; `None` if it was not.
@@ -57,10 +53,18 @@ impl Batch {
         self.blobs.extend(later.blobs);
         self.heads.extend(later.heads);
         self.publishers.extend(later.publishers);
-        self.keys.extend(later.keys);
+        for (topic, keys) in later.keys {
+            self.add_keys(topic, keys);
+        }
         self.cursors.extend(later.cursors);
         self.now = later.now.or(self.now);
         self.commits += later.commits;
+    }
+
+    pub(super) fn add_keys(&mut self, topic: Epoch, keys: Vec<NewKey>) {
+        if !keys.is_empty() {
+            self.keys.entry(topic).or_default().extend(keys);
+        }
     }
 
     /// The bug that a test has to find: identities are stored after their messages.
@@ -81,7 +85,7 @@ impl Batch {
         self.heads.remove(&topic);
         self.blobs.retain(|(of, _)| *of != topic);
         self.publishers.retain(|(of, _)| *of != topic);
-        self.keys.retain(|(of, _), _| *of != topic);
+        self.keys.remove(&topic);
     }
 
     /// Writes all of it to its tables.
@@ -116,35 +120,12 @@ impl Batch {
         for ((topic, subscription), cursor) in &self.cursors {
             put(tables.cursors.open()?, (topic.0, subscription.0), encode(cursor))?;
         }
-        if !self.keys.is_empty() {
-            self.write_keys(tables)?;
-            state.key_rows = tables.keys.open()?.len()?;
+        for (topic, keys) in &self.keys {
+            state.keys.store(tables.keys.open()?, *topic, keys)?;
         }
+        state.keys.settled();
         if let Some(now) = &self.now {
             put(tables.meta.open()?, META_CLOCK, encode(now))?;
-        }
-        Ok(())
-    }
-
-    fn write_keys(&self, tables: &mut Tables<'_>) -> Result<(), Trouble> {
-        // Sorted, neighbours share the pages that have to be written.
-        let mut keys: Vec<_> = self.keys.iter().collect();
-        keys.sort_unstable_by_key(|(key, _)| **key);
-        let table = tables.keys.open()?;
-        for ((topic, key), row) in &keys {
-            put(table, (topic.0, wide(*key)), row.encode())?;
-        }
-        let mut expiries: BTreeMap<(Age, Epoch), Vec<UsedKey>> = BTreeMap::new();
-        for ((topic, key), row) in keys {
-            expiries.entry((row.expires, *topic)).or_default().push((row.sequence, *key));
-        }
-        for ((expires, topic), keys) in &expiries {
-            for keys in keys.chunks(KEYS_PER_EXPIRY) {
-                // The number of a message with a key is unique, and all that is asked of it.
-                let number = keys.first().map_or(0, |(sequence, _)| *sequence);
-                let hashes = keys.iter().flat_map(|(_, key)| *key).collect();
-                put(tables.expiries.open()?, (expires.0, topic.0, number), hashes)?;
-            }
         }
         Ok(())
     }
@@ -162,8 +143,8 @@ impl Batch {
                 part(record, (PUBLISHER, topic.0), &id.0, &encode(publisher));
             }
         }
-        for ((topic, key), row) in &self.keys {
-            part(record, (KEY, topic.0), key, &row.encode());
+        for (topic, keys) in &self.keys {
+            part(record, (KEYS, topic.0), &[], &keys::encode(keys));
         }
         for ((topic, subscription), cursor) in &self.cursors {
             let key = subscription.0.to_le_bytes();
@@ -187,7 +168,6 @@ impl State {
         let mut batch = Batch { commits: 1, ..Batch::default() };
         self.decode(&mut batch, Bytes::from(record)).ok_or_else(damaged)?;
         self.publisher_rows += batch.publishers.len() as u64;
-        self.key_rows += batch.keys.len() as u64;
         self.pending.extend(batch);
         Ok(())
     }
@@ -211,9 +191,10 @@ impl State {
                     self.remember(topic, id, publisher);
                     batch.publishers.insert((topic, id));
                 }
-                KEY => {
-                    let key = id_of(&mut record)?;
-                    batch.keys.insert((topic, key), KeyRow::decode(&row_of(&mut record)?)?);
+                KEYS => {
+                    let keys = keys::decode_all(&row_of(&mut record)?)?;
+                    self.keys.add(topic, &keys);
+                    batch.add_keys(topic, keys);
                 }
                 CURSOR => {
                     let subscription = Epoch(record.try_get_u64_le().ok()?);

@@ -11,12 +11,12 @@ use super::group::Effects;
 use super::rows::{self, Head, ROW_BYTES, decode_header, encode};
 use super::sealing::release;
 use super::state::{State, Topic};
-use super::tables::{GARBAGE_SUBSCRIPTION, Row, Tables, Trouble, decoded, get, put};
+use super::tables::{GARBAGE_SUBSCRIPTION, Row, Tables, Trouble, decoded, put};
 use super::writer::Writer;
 use crate::failpoint;
 use crate::limits;
 use crate::record::{Epoch, Uuid};
-use crate::storage::admission::{KeyRow, Publisher};
+use crate::storage::admission::Publisher;
 use crate::storage::clock::{self, Age};
 
 /// Rows that one piece removes or looks at.
@@ -41,7 +41,6 @@ pub(super) struct Chores {
     sweep: Option<(u64, u128)>,
     next_sweep: Age,
     next_rest: Age,
-    /// No key expires earlier.
     next_expiry: Age,
 }
 
@@ -146,9 +145,12 @@ impl Writer {
         if self.chores.next_expiry > age {
             return false;
         }
-        let did = self.transact(|tables, state| expiry_piece(tables, state, age)).is_some();
+        let piece = |tables: &mut Tables<'_>, state: &mut State| {
+            Ok(state.keys.expire(tables.keys.open()?, age)?.then_some(()))
+        };
+        let did = self.state.keys.is_due(age) && self.transact(piece).is_some();
         if !did {
-            // Nothing is due; a key that comes later lives longer than this.
+            // Each is a transaction: what comes to its end meanwhile goes together.
             self.chores.next_expiry = age.after(1_000);
         }
         did
@@ -295,14 +297,13 @@ fn garbage_piece(
         }
     } else {
         let rows = |low, high| (epoch, low)..=(epoch, high);
-        let keys = (epoch, 0)..=(epoch, u128::MAX);
-        let removed = remove_some(tables.publishers.open()?, keys.clone(), PIECE_ROWS)?
+        let publishers = (epoch, 0)..=(epoch, u128::MAX);
+        let removed = remove_some(tables.publishers.open()?, publishers, PIECE_ROWS)?
             + remove_some(tables.messages.open()?, rows(0, u64::MAX), PIECE_BYTES / ROW_BYTES)?
             + remove_some(tables.cursors.open()?, rows(0, u64::MAX), PIECE_ROWS)?
             + remove_some(tables.schemas.open()?, rows(0, u64::MAX), PIECE_ROWS)?
-            + remove_some(tables.keys.open()?, keys, PIECE_ROWS)?;
+            + state.keys.collect(tables.keys.open()?, Epoch(epoch))?;
         state.publisher_rows = tables.publishers.open()?.len()?;
-        state.key_rows = tables.keys.open()?.len()?;
         if removed > 0 {
             return Ok(Some(None));
         }
@@ -347,39 +348,6 @@ where
         table.remove(*key)?;
     }
     Ok(keys.len())
-}
-
-fn expiry_piece(
-    tables: &mut Tables<'_>,
-    state: &mut State,
-    age: Age,
-) -> Result<Option<()>, Trouble> {
-    let Some((key, row)) = tables.expiries.open()?.first()?.map(|(key, row)| (key.value(), row))
-    else {
-        return Ok(None);
-    };
-    let (expires, topic, _) = key;
-    if Age(expires) > age {
-        return Ok(None);
-    }
-    let hashes = decoded::<(u64, u64, u64), _>("expiries", &key, row.value(), |hashes| {
-        let (hashes, rest) = hashes.as_chunks::<16>();
-        rest.is_empty().then(|| hashes.to_vec())
-    });
-    drop(row);
-    // The keys of a damaged row stay until their topic goes: remembered for too long is safe.
-    for hash in hashes.unwrap_or_default() {
-        let place = (topic, rows::wide(hash));
-        // It may have been used again since, or be damaged.
-        if let Ok(Some(row)) = get(tables.keys.open()?, place, KeyRow::decode)
-            && row.expires <= age
-        {
-            tables.keys.open()?.remove(place)?;
-        }
-    }
-    state.key_rows = tables.keys.open()?.len()?;
-    tables.expiries.open()?.remove(key)?;
-    Ok(Some(()))
 }
 
 fn sweep_piece(

@@ -96,12 +96,10 @@ impl<'t, 's> Group<'t, 's> {
             Some(id) => self.state.publisher(self.database, topic, id)?,
             None => None,
         };
-        let Self { batch, state, database, .. } = self;
-        let admission =
-            admit(append, known, &context, |key| match batch.keys.get(&(topic, *key)) {
-                Some(row) => Ok(Some(*row)),
-                None => state.key(database, topic, key),
-            })?;
+        let Self { database, tables, state, now, .. } = self;
+        let admission = admit(append, known, &context, |key| {
+            state.key(database, tables.as_deref_mut(), (topic, *key), now.age)
+        })?;
         if self.full && !admission.messages.is_empty() {
             return Ok(Err(AppendRefusal::DiskFull));
         }
@@ -109,14 +107,14 @@ impl<'t, 's> Group<'t, 's> {
         if let (Some(id), Some(publisher)) = (id, publisher) {
             self.remember(topic, id, publisher);
         }
-        self.state.key_rows += keys.len() as u64;
-        self.batch.keys.extend(keys.into_iter().map(|(key, row)| ((topic, key), row)));
+        self.state.keys.add(topic, &keys);
+        self.batch.add_keys(topic, keys);
         self.store(topic, &context, messages)?;
         Ok(outcome)
     }
 
     fn context(&mut self, topic: Epoch) -> Result<Option<Context>, Trouble> {
-        let key_room = limits::MAX_IDEMPOTENCY_KEYS.saturating_sub(self.state.key_rows);
+        let key_room = limits::MAX_IDEMPOTENCY_KEYS.saturating_sub(self.state.keys.len());
         let (now, boot) = (self.now, self.state.boot);
         let Some(Topic { window, .. }) = self.state.topics.get(&topic) else {
             return Ok(None);

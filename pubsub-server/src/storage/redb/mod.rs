@@ -34,6 +34,7 @@ mod chores;
 mod directory;
 mod disk;
 mod group;
+mod keys;
 mod log;
 mod open;
 #[cfg(test)]

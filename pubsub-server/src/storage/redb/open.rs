@@ -70,7 +70,7 @@ pub(super) fn open(
         }
         // Whoever finds the hot file finds the log, too.
         log::create(disk.as_ref(), opening.log_bytes).map_err(io)?;
-        create(disk.as_ref(), opening).map_err(|trouble| explain(&path, trouble))?;
+        create(disk.as_ref(), opening, &env).map_err(|trouble| explain(&path, trouble))?;
     }
     if !disk.is_clean() {
         let io = |error| explain_redb(&format!("{path}/{HOT}"), ::redb::Error::Io(error));
@@ -135,7 +135,7 @@ pub(super) fn open_hot(disk: &dyn Disk, opening: Opening) -> Result<Database, St
 
 /// Makes an empty hot file. It gets its name when it is complete: a power cut leaves it whole or
 /// not at all.
-fn create(disk: &dyn Disk, opening: Opening) -> Result<(), Trouble> {
+fn create(disk: &dyn Disk, opening: Opening, env: &SharedEnv) -> Result<(), Trouble> {
     let temporary = format!("{HOT}{TEMPORARY}");
     let mut builder = Builder::new();
     builder.set_cache_size(opening.cache_bytes);
@@ -144,7 +144,8 @@ fn create(disk: &dyn Disk, opening: Opening) -> Result<(), Trouble> {
     let mut tables = Tables::of(&txn);
     tables.make()?;
     put(tables.meta.open()?, META_FORMAT, FORMAT.to_le_bytes().to_vec())?;
-    put(tables.meta.open()?, META_LOG, encode(&Mark::default()))?;
+    let [_, salt] = halves(env.uuid());
+    put(tables.meta.open()?, META_LOG, encode(&Mark { moved: 0, salt }))?;
     drop(tables);
     txn.commit()?;
     database.close()?;

@@ -14,8 +14,6 @@ use super::blobs::Place;
 use super::tables::{Damaged, MESSAGES};
 use crate::names::SubscriptionName;
 use crate::record::{Epoch, NewMessage, StoredMessage, Timestamp, Uuid};
-use crate::storage::admission::KeyRow;
-use crate::storage::clock::Age;
 
 use ::redb::TableHandle;
 
@@ -89,27 +87,6 @@ impl Head {
             && self.sealed_below <= self.head + 1
             && self.collected <= self.first.max(self.sealed_below)
             && self.outside <= self.bytes
-    }
-}
-
-impl KeyRow {
-    pub(super) fn encode(&self) -> Vec<u8> {
-        let mut row = Vec::with_capacity(64);
-        row.put_slice(&self.content);
-        row.put_u64_le(self.sequence);
-        row.put_u64_le(self.at.0);
-        row.put_u64_le(self.expires.0);
-        row
-    }
-
-    pub(super) fn decode(row: &[u8]) -> Option<Self> {
-        let (content, mut rest) = row.split_first_chunk::<32>()?;
-        Some(Self {
-            content: *content,
-            sequence: rest.try_get_u64_le().ok()?,
-            at: Timestamp(rest.try_get_u64_le().ok()?),
-            expires: Age(rest.try_get_u64_le().ok()?),
-        })
     }
 }
 

@@ -8,16 +8,18 @@ use ::redb::{Database, ReadableTable, ReadableTableMetadata};
 use super::batch::Batch;
 use super::blobs::{BLOCK, Blob, BlobRow, Place, Sizes};
 use super::disk::{Digest, Disk};
+use super::keys::Keys;
 use super::log::{Log, Mark};
 use super::queue::Request;
 use super::rows::{self, Head, weight};
 use super::sealed::{Segment, SegmentRow};
 use super::stored::Stored;
 use super::tables::{Damaged, META_CLOCK, META_LOG, Tables, Trouble, decoded, get, put};
+use crate::limits;
 use crate::record::{Epoch, TopicRecord, Uuid};
 use crate::storage::Change;
 use crate::storage::admission::{KeyRow, Publisher};
-use crate::storage::clock::{self, Clock, Now};
+use crate::storage::clock::{self, Age, Clock, Now};
 
 /// Publishers whose rows are kept in memory; beyond it they are read again.
 const CACHED_PUBLISHERS: usize = 10_000;
@@ -32,7 +34,7 @@ pub(super) struct State {
     pub(super) topics: HashMap<Epoch, Topic>,
     pub(super) subscriptions: HashSet<Epoch>,
     pub(super) publisher_rows: u64,
-    pub(super) key_rows: u64,
+    pub(super) keys: Keys,
     publishers: HashMap<(Epoch, Uuid), Publisher>,
     /// What is in the log and not in the tables.
     pub(super) pending: Batch,
@@ -83,13 +85,14 @@ impl State {
         clock: Clock,
         sizes: Sizes,
     ) -> Result<Self, Trouble> {
+        let records = Self::topics(tables)?;
         let mut state = Self {
             boot,
             clock,
             topics: HashMap::new(),
             subscriptions: HashSet::new(),
             publisher_rows: tables.publishers.open()?.len()?,
-            key_rows: tables.keys.open()?.len()?,
+            keys: Self::load_keys(tables, &records)?,
             publishers: HashMap::new(),
             pending: Batch::default(),
             stored: Stored::default(),
@@ -103,12 +106,6 @@ impl State {
             let digest = decoded::<u64, _>("files", &file.value(), row.value(), rows::decode)?;
             state.files.insert(file.value(), (digest, 0));
         }
-        let mut records: Vec<TopicRecord> = Vec::new();
-        for entry in tables.topics.open()?.iter()? {
-            let (epoch, row) = entry?;
-            let epoch = epoch.value();
-            records.push(decoded::<u64, _>("topics", &epoch, row.value(), rows::decode)?);
-        }
         for record in records {
             let topic = Topic::load(tables, &record)?;
             for segment in topic.segments.iter() {
@@ -120,6 +117,25 @@ impl State {
             state.subscriptions.insert(Epoch(entry?.0.value()));
         }
         Ok(state)
+    }
+
+    fn topics(tables: &mut Tables<'_>) -> Result<Vec<TopicRecord>, Trouble> {
+        let mut records = Vec::new();
+        for entry in tables.topics.open()?.iter()? {
+            let (epoch, row) = entry?;
+            let epoch = epoch.value();
+            records.push(decoded::<u64, _>("topics", &epoch, row.value(), rows::decode)?);
+        }
+        Ok(records)
+    }
+
+    fn load_keys(tables: &mut Tables<'_>, topics: &[TopicRecord]) -> Result<Keys, Trouble> {
+        let seed = stored_mark(tables)?.salt;
+        let names = topics.iter().map(|record| (record.epoch, &record.name)).collect();
+        // No key in the tables is younger, and none is remembered for longer.
+        let stored = stored_now(tables, &Batch::default())?;
+        let latest = stored.age.after(clock::millis(limits::IDEMPOTENCY_WINDOW));
+        Keys::new(seed).load(tables.keys.open()?, &names, latest)
     }
 
     /// Whether a request can go to the log: it adds messages, publishers and positions, and looks at
@@ -160,16 +176,20 @@ impl State {
         self.publishers.get(&(topic, id))
     }
 
-    /// What was committed of a key.
+    /// What is remembered of a key. A transaction that runs has it in its tables.
     pub(super) fn key(
         &mut self,
         database: &Database,
-        topic: Epoch,
-        key: &[u8; 16],
+        tables: Option<&mut Tables<'_>>,
+        (topic, hash): (Epoch, [u8; 16]),
+        age: Age,
     ) -> Result<Option<KeyRow>, Trouble> {
-        match self.pending.keys.get(&(topic, *key)) {
-            Some(row) => Ok(Some(*row)),
-            None => self.stored.key(database, topic, key),
+        if let Some(row) = self.keys.fresh(topic, &hash) {
+            return Ok(Some(row));
+        }
+        match tables {
+            Some(tables) => self.keys.find(tables.keys.open()?, (topic, hash), age),
+            None => self.keys.find(self.stored.keys(database)?, (topic, hash), age),
         }
     }
 
@@ -212,6 +232,7 @@ impl State {
     /// Forgets a topic.
     pub(super) fn drop_topic(&mut self, topic: Epoch) -> Option<Topic> {
         self.publishers.retain(|(of, _), _| *of != topic);
+        self.keys.drop_topic(topic);
         self.topics.remove(&topic)
     }
 

@@ -7,16 +7,17 @@ use ::redb::{Database, ReadOnlyTable, ReadableDatabase};
 use super::rows::{self, wide};
 use super::tables::{KEYS, PUBLISHERS, Row, Trouble, get};
 use crate::record::{Epoch, Uuid};
-use crate::storage::admission::{KeyRow, Publisher};
+use crate::storage::admission::Publisher;
 
-type Table = ReadOnlyTable<(u64, u128), Row>;
+type KeyTable = ReadOnlyTable<(u64, u64), Row>;
+type PublisherTable = ReadOnlyTable<(u64, u128), Row>;
 
 /// Stays open between transactions; it has to be closed before one, or what that frees is not used
 /// again until the next.
 #[derive(Default)]
 pub(super) struct Stored {
-    keys: Option<Table>,
-    publishers: Option<Table>,
+    keys: Option<KeyTable>,
+    publishers: Option<PublisherTable>,
 }
 
 impl fmt::Debug for Stored {
@@ -26,17 +27,12 @@ impl fmt::Debug for Stored {
 }
 
 impl Stored {
-    pub(super) fn key(
-        &mut self,
-        database: &Database,
-        topic: Epoch,
-        key: &[u8; 16],
-    ) -> Result<Option<KeyRow>, Trouble> {
+    pub(super) fn keys(&mut self, database: &Database) -> Result<&KeyTable, Trouble> {
         let table = match self.keys.take() {
             Some(table) => table,
             None => database.begin_read()?.open_table(KEYS)?,
         };
-        get(self.keys.insert(table), (topic.0, wide(*key)), KeyRow::decode)
+        Ok(self.keys.insert(table))
     }
 
     pub(super) fn publisher(

@@ -12,7 +12,7 @@ use ::redb::{
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// The version of the format. A server reads exactly one.
-pub(super) const FORMAT: u32 = 4;
+pub(super) const FORMAT: u32 = 5;
 
 /// Rows are bytes; their encodings are in [`super::rows`].
 pub(super) type Row = &'static [u8];
@@ -32,11 +32,8 @@ pub(super) const MESSAGES: TableDefinition<'_, (u64, u64), Row> = TableDefinitio
 /// (topic, publisher) -> what is remembered of the publisher.
 pub(super) const PUBLISHERS: TableDefinition<'_, (u64, u128), Row> =
     TableDefinition::new("publishers");
-/// (topic, hash of the key) -> what is remembered of the idempotency key.
-pub(super) const KEYS: TableDefinition<'_, (u64, u128), Row> = TableDefinition::new("keys");
-/// (age at which they expire, topic, number) -> hashes of keys. Expiry reads it from its start.
-pub(super) const EXPIRIES: TableDefinition<'_, (u64, u64, u64), Row> =
-    TableDefinition::new("expiries");
+/// (topic, number of the chunk) -> what is remembered of some idempotency keys.
+pub(super) const KEYS: TableDefinition<'_, (u64, u64), Row> = TableDefinition::new("keys");
 /// Subscription -> its record.
 pub(super) const SUBSCRIPTIONS: TableDefinition<'_, u64, Row> =
     TableDefinition::new("subscriptions");
@@ -75,8 +72,7 @@ pub(super) struct Tables<'t> {
     pub(super) schemas: Lazy<'t, (u64, u64)>,
     pub(super) messages: Lazy<'t, (u64, u64)>,
     pub(super) publishers: Lazy<'t, (u64, u128)>,
-    pub(super) keys: Lazy<'t, (u64, u128)>,
-    pub(super) expiries: Lazy<'t, (u64, u64, u64)>,
+    pub(super) keys: Lazy<'t, (u64, u64)>,
     pub(super) subscriptions: Lazy<'t, u64>,
     pub(super) cursors: Lazy<'t, (u64, u64)>,
     pub(super) departed: Lazy<'t, (u64, u64)>,
@@ -125,7 +121,6 @@ impl<'t> Tables<'t> {
             messages: Lazy::new(txn, MESSAGES),
             publishers: Lazy::new(txn, PUBLISHERS),
             keys: Lazy::new(txn, KEYS),
-            expiries: Lazy::new(txn, EXPIRIES),
             subscriptions: Lazy::new(txn, SUBSCRIPTIONS),
             cursors: Lazy::new(txn, CURSORS),
             departed: Lazy::new(txn, DEPARTED),
@@ -146,7 +141,6 @@ impl<'t> Tables<'t> {
         self.messages.open()?;
         self.publishers.open()?;
         self.keys.open()?;
-        self.expiries.open()?;
         self.subscriptions.open()?;
         self.cursors.open()?;
         self.departed.open()?;

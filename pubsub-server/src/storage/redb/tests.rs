@@ -16,14 +16,14 @@ use super::disk::{Disk, HOT, LOG};
 use super::open::Opening;
 use super::queue::Request;
 use super::simulation::{self, SimDisk};
-use super::tables::{BLOBS, FORMAT, HEADS, META, META_FORMAT, put};
+use super::tables::{BLOBS, FORMAT, HEADS, KEYS, META, META_FORMAT, put};
 use super::{Committer, Options, Redb, blobs, log, sealed};
 use crate::env::SharedEnv;
 use crate::limits;
-use crate::record::{CursorRecord, Epoch, NewMessage, StoredMessage};
+use crate::record::{CursorRecord, Epoch, IdempotencyKey, NewMessage, StoredMessage};
 use crate::storage::testing::{
     ALL, Random, TestEnv, anonymous, from, keyed, message, places, publisher, sequences,
-    subscription, topic,
+    subscription, topic, topic_with_window,
 };
 use crate::storage::{
     Append, AppendOutcome, AppendRefusal, Change, CommitError, Health, ReadError, Storage,
@@ -748,6 +748,198 @@ fn what_is_only_in_the_log_is_found_after_a_kill() {
         let next = read(&engine, T, u64::from(commits) + 1).unwrap();
         assert_eq!(next[0].published_at, messages[0].published_at, "the clock went back");
     }
+}
+
+/// The count of keys that the writer knows, and of chunks in their table.
+fn keys(engine: &Redb) -> (u64, u64) {
+    let Committer::Inline(writer) = &engine.committer else { unreachable!() };
+    let writer = writer.lock().unwrap();
+    let database = engine.shared.database();
+    let table = database.as_ref().unwrap().begin_read().unwrap().open_table(KEYS).unwrap();
+    (writer.as_ref().unwrap().state.keys.len(), table.len().unwrap())
+}
+
+/// A message with a key.
+fn numbered(number: u64) -> NewMessage {
+    let mut key = [3; 16];
+    key[..8].copy_from_slice(&number.to_be_bytes());
+    NewMessage { key: Some(IdempotencyKey { key, content: [4; 32] }), ..message("a") }
+}
+
+/// Publishes messages with a key each, and answers where they are.
+fn publish_numbered(
+    engine: &Redb,
+    topic: u64,
+    numbers: impl IntoIterator<Item = u64>,
+) -> Result<Vec<(u64, bool)>, AppendRefusal> {
+    let append = anonymous(topic, numbers.into_iter().map(numbered).collect());
+    let outcome = (engine as &dyn Storage).decided(append).now_or_never().unwrap();
+    Ok(places(&outcome?).into_iter().map(|(_, sequence, known)| (sequence, known)).collect())
+}
+
+/// Moves what is in the log to the tables, and does what there is to be done.
+fn move_log(engine: &Redb) {
+    for _ in 0..10 {
+        apply(engine, Change::Trim { topic: Epoch(T), below: 1 }).unwrap();
+    }
+}
+
+#[test]
+fn every_key_is_found_in_the_log_in_the_tables_and_after_a_kill() {
+    let disk = SimDisk::new();
+    let mut engine = simulated(&disk);
+    apply(&engine, Change::CreateTopic(topic("u", 8))).unwrap();
+    let mut end = 0;
+    for count in [1, 2, 3, 300, 1, 113, 112, 2_000, 1] {
+        for topic in [T, 8] {
+            let expected = (end..end + count).map(|number| (number + 1, false));
+            let stored = publish_numbered(&engine, topic, end..end + count).unwrap();
+            assert!(stored.into_iter().eq(expected));
+        }
+        end += count;
+        for moved in [false, true] {
+            if moved {
+                move_log(&engine);
+            }
+            let killed = simulation::open(&disk.copy(), env()).unwrap();
+            for engine in [&engine, &killed] {
+                assert_eq!(keys(engine).0, 2 * end);
+                for topic in [T, 8] {
+                    let expected = (0..end).map(|number| (number + 1, true));
+                    assert!(
+                        publish_numbered(engine, topic, 0..end).unwrap().into_iter().eq(expected)
+                    );
+                }
+            }
+        }
+        if end % 2 == 0 {
+            drop(engine);
+            engine = simulation::open(&disk, env()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_key_in_the_log_is_known_to_a_commit_that_goes_to_the_tables() {
+    let engine = simulated(&SimDisk::new());
+    assert_eq!(publish_keyed_alone(&engine), [(1, 1, false)]);
+    let Committer::Inline(writer) = &engine.committer else { unreachable!() };
+    let (promise, answer) = ticket();
+    let trim = vec![Change::Trim { topic: Epoch(T), below: 1 }];
+    let again = anonymous(T, vec![keyed(1, "a"), keyed(2, "a"), keyed(2, "a")]);
+    let requests =
+        vec![Request::Apply(trim, Urgency::Now, ticket().0), Request::Append(again, promise)];
+    writer.lock().unwrap().as_mut().unwrap().commit(requests);
+    let answer = answer.now_or_never().unwrap().unwrap().into_inner().unwrap();
+    assert_eq!(places(&answer), [(1, 1, true), (2, 2, false), (3, 2, true)]);
+    assert_eq!(publish_keyed_alone(&engine), [(1, 1, true)]);
+}
+
+#[test]
+fn a_key_in_the_log_is_known_after_the_file_was_opened_again() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    (0..2).for_each(|number| publish_large(&engine, number));
+    publish_numbered(&engine, T, 0..2).unwrap();
+    disk.set_free_pages(0);
+    // No housekeeping comes in between.
+    let Committer::Inline(writer) = &engine.committer else { unreachable!() };
+    let commit = |message: NewMessage| {
+        let (promise, answer) = ticket();
+        let request = Request::Append(anonymous(T, vec![message]), promise);
+        writer.lock().unwrap().as_mut().unwrap().commit(vec![request]);
+        answer.now_or_never().unwrap().map(|committed| places(&committed.into_inner().unwrap()))
+    };
+    assert_eq!(commit(message(vec![3; 600])).unwrap_err(), CommitError::Unknown);
+    assert_eq!(keys(&engine), (2, 0), "it is in the log still");
+    assert_eq!(commit(numbered(1)).unwrap(), [(1, 4, true)]);
+}
+
+fn publish_keyed_alone(engine: &Redb) -> Vec<(u64, u64, bool)> {
+    let append = anonymous(T, vec![keyed(1, "a")]);
+    places(&(engine as &dyn Storage).decided(append).now_or_never().unwrap().unwrap())
+}
+
+#[tokio::test(start_paused = true)]
+async fn keys_make_room_when_they_expire_but_for_those_used_again() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    let window = Duration::from_secs(10);
+    apply(&engine, Change::CreateTopic(topic_with_window("w", 8, window))).unwrap();
+    publish_numbered(&engine, 8, 0..300).unwrap();
+    publish_numbered(&engine, T, 0..5).unwrap();
+    move_log(&engine);
+    assert_eq!(keys(&engine), (305, 4));
+    tokio::time::advance(Duration::from_secs(11)).await;
+    // The chunks of the old ones go in the transaction that makes one of these.
+    let stored = publish_numbered(&engine, 8, [7, 400, 299]).unwrap();
+    assert_eq!(stored, [(301, false), (302, false), (303, false)]);
+    move_log(&engine);
+    assert_eq!(keys(&engine), (8, 2));
+    for engine in [&engine, &simulation::open(&disk.copy(), env()).unwrap()] {
+        let found = publish_numbered(engine, 8, [299, 7, 8, 400]).unwrap();
+        assert_eq!(found, [(303, true), (301, true), (304, false), (302, true)]);
+    }
+    tokio::time::advance(Duration::from_secs(11)).await;
+    move_log(&engine);
+    assert_eq!(keys(&engine), (5, 1));
+    assert_eq!(publish_numbered(&engine, T, [4]).unwrap(), [(5, true)]);
+}
+
+#[test]
+fn the_keys_of_a_deleted_topic_make_room() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    apply(&engine, Change::CreateTopic(topic("u", 8))).unwrap();
+    for topic in [T, 8] {
+        publish_numbered(&engine, topic, 0..500).unwrap();
+    }
+    apply(&engine, Change::DeleteTopic(Epoch(T))).unwrap();
+    // Some are left when the server is killed.
+    let killed = simulation::open(&disk.copy(), env()).unwrap();
+    for engine in [&engine, &killed] {
+        move_log(engine);
+        assert_eq!(keys(engine), (500, 5));
+        assert_eq!(publish_numbered(engine, 8, [499, 500]).unwrap(), [(500, true), (501, false)]);
+    }
+}
+
+#[test]
+fn a_damaged_chunk_of_keys_stops_new_keys_of_its_topic_only() {
+    let disk = SimDisk::new();
+    let engine = simulated(&disk);
+    apply(&engine, Change::CreateTopic(topic("u", 8))).unwrap();
+    for topic in [T, 8] {
+        publish_numbered(&engine, topic, 0..10).unwrap();
+        move_log(&engine);
+        publish_numbered(&engine, topic, 10..20).unwrap();
+    }
+    close(&engine);
+    {
+        let database = disk.open(HOT, &::redb::Builder::new()).unwrap().unwrap();
+        let txn = database.begin_write().unwrap();
+        let mut keys = txn.open_table(KEYS).unwrap();
+        let chunk = keys.range((T, 0)..(8, 0)).unwrap().next_back().unwrap().unwrap().0.value();
+        let mut row = keys.get(chunk).unwrap().unwrap().value().to_vec();
+        row[100] ^= 1;
+        keys.insert(chunk, row.as_slice()).unwrap();
+        drop(keys);
+        txn.commit().unwrap();
+        database.close().unwrap();
+    }
+    let engine = simulation::open(&disk, env()).unwrap();
+    move_log(&engine);
+    for number in [13, 20] {
+        assert_eq!(publish_numbered(&engine, T, [number]), Err(AppendRefusal::Damaged));
+    }
+    assert_eq!(publish_numbered(&engine, T, [0, 9]).unwrap(), [(1, true), (10, true)]);
+    publish(&engine, T, vec![1]).unwrap().unwrap();
+    let others = publish_numbered(&engine, 8, [3, 19, 20]).unwrap();
+    assert_eq!(others, [(4, true), (20, true), (21, false)]);
+    assert_eq!(head(&engine, T), 21);
+    apply(&engine, Change::DeleteTopic(Epoch(T))).unwrap();
+    move_log(&engine);
+    assert_eq!(keys(&engine).0, 21);
 }
 
 #[test]
