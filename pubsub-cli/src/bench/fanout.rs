@@ -49,9 +49,8 @@ pub(super) async fn run(
     meter.begin(deliveries);
     let started = Instant::now();
     let mut running = JoinSet::new();
-    for mut subscriber in subscribers {
-        let (meter, count) = (Arc::clone(meter), args.count);
-        running.spawn(async move { receive(&mut subscriber, count, &meter).await });
+    for subscriber in subscribers {
+        running.spawn(receive(subscriber, args.count, Arc::clone(meter)));
     }
     let messages = Messages::new(usize::try_from(size).unwrap_or(usize::MAX), false);
     let unseen = Arc::new(Meter::new(false));

@@ -13,7 +13,7 @@ use super::ground::Ground;
 use super::load::{Messages, payload};
 use super::meter::{Latencies, Meter, Report, whole};
 use super::receive::next;
-use super::{On, SETTLING, Size};
+use super::{On, SETTLING, Size, apart};
 use crate::failure::Failure;
 
 #[derive(Debug, ClapArgs)]
@@ -48,20 +48,21 @@ pub(super) async fn run(
     meter: &Arc<Meter>,
 ) -> Result<Report, Failure> {
     match args.rate {
-        None => one_by_one(args, client, ground, meter).await,
+        None => {
+            let publisher = client.publisher(&ground.topic).open().await?;
+            apart(one_by_one(args, publisher, Arc::clone(meter))).await
+        }
         Some(rate) => at_a_rate(args, rate, client, ground, meter).await,
     }
 }
 
 async fn one_by_one(
     args: Latency,
-    client: &Client,
-    ground: &Ground<'_>,
-    meter: &Meter,
+    publisher: Publisher,
+    meter: Arc<Meter>,
 ) -> Result<Report, Failure> {
     let size = args.size.size.0;
     let messages = Messages::new(usize::try_from(size).unwrap_or(usize::MAX), false);
-    let publisher = client.publisher(&ground.topic).open().await?;
     for number in 0..WARM_UP {
         publisher.publish(messages.nth(number)).await?;
     }

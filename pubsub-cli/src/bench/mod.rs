@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use clap::{Args as ClapArgs, Subcommand};
 use pubsub_client::Client;
+use tokio::task::JoinSet;
 
 use self::ground::Ground;
 use self::meter::{Meter, Report};
@@ -110,6 +111,17 @@ pub(crate) async fn run(
     let Some(report) = measured? else { return Ok(Exit::Interrupted) };
     tell(&report, output)?;
     cleared.map(|()| Exit::Ok)
+}
+
+/// Runs work as a task: the main thread would have to be woken from another one for each message.
+async fn apart<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Failure>> + Send + 'static,
+) -> Result<T, Failure> {
+    // It ends with this future.
+    let mut tasks = JoinSet::new();
+    tasks.spawn(work);
+    let done = tasks.join_next().await.expect("there is one");
+    done.map_err(|error| Failure::failed(error.to_string()))?
 }
 
 fn tell(report: &Report, output: &mut Output) -> Result<(), Failure> {

@@ -10,7 +10,7 @@ use super::ground::Ground;
 use super::load::Messages;
 use super::meter::{Meter, Report};
 use super::publish::{Until, publish};
-use super::{On, Size};
+use super::{On, Size, apart};
 use crate::failure::Failure;
 
 /// How many messages are received and acked together.
@@ -54,14 +54,14 @@ pub(super) async fn replay(
         publish(publisher, messages, Until::Count(args.count), Arc::clone(meter)).await?;
     }
     let count = ground.messages().await?;
-    let mut subscriber = if args.no_ack {
+    let subscriber = if args.no_ack {
         client.reader([&ground.topic]).start(Start::Earliest).open().await?
     } else {
         ground.subscribe(Start::Earliest).await?
     };
     meter.begin(count);
     let started = Instant::now();
-    let bytes = receive(&mut subscriber, count, meter).await?;
+    let bytes = apart(receive(subscriber, count, Arc::clone(meter))).await?;
     let took = started.elapsed();
     let bytes = bytes.checked_div(count).unwrap_or_default();
     Ok(Report { work: "replay", messages: count, bytes, took, latencies: Vec::new() })
@@ -73,11 +73,11 @@ pub(super) async fn subscribe(
     ground: &Ground<'_>,
     meter: &Arc<Meter>,
 ) -> Result<Report, Failure> {
-    let mut subscriber = client.reader([&ground.topic]).open().await?;
+    let subscriber = client.reader([&ground.topic]).open().await?;
     meter.begin(args.count.unwrap_or_default());
     let count = args.count.unwrap_or(u64::MAX);
     let started = Instant::now();
-    let bytes = receive(&mut subscriber, count, meter).await?;
+    let bytes = apart(receive(subscriber, count, Arc::clone(meter))).await?;
     let took = started.elapsed();
     let bytes = bytes.checked_div(count).unwrap_or_default();
     Ok(Report { work: "subscribe", messages: count, bytes, took, latencies: Vec::new() })
@@ -86,9 +86,9 @@ pub(super) async fn subscribe(
 /// Receives and acks so many messages, until the last of the acks is on the server's disk. It
 /// returns the bytes of their payloads.
 pub(super) async fn receive(
-    subscriber: &mut Subscriber,
+    mut subscriber: Subscriber,
     count: u64,
-    meter: &Meter,
+    meter: Arc<Meter>,
 ) -> Result<u64, Failure> {
     let (mut bytes, mut rest) = (0, count);
     let mut events = Vec::with_capacity(AT_ONCE);
