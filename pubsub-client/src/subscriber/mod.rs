@@ -120,8 +120,9 @@ impl Subscriber {
     /// is to `events`, up to `limit`. Answers how many that is: never zero, unless `limit` is.
     ///
     /// With [`Delivery::ack_all`] it costs a fraction of what one at a time does. What is added is
-    /// with the application, and is acked, nacked or dropped as any other: all of it becomes due
-    /// within [`max_processing`](crate::SubscriberBuilder::max_processing).
+    /// with the application, and is acked, nacked or dropped as any other. The time of all of it
+    /// begins now, so that a batch has to be done within
+    /// [`max_processing`](crate::SubscriberBuilder::max_processing).
     ///
     /// Cancel-safe: if the future is dropped, nothing was added.
     ///

@@ -233,9 +233,7 @@ impl Keys {
     pub(super) fn settled(&mut self) {
         self.fresh.clear();
     }
-}
 
-impl Keys {
     /// Remembers where the keys of a chunk are, instead of where they were. It is in the table already.
     fn note(
         &mut self,
