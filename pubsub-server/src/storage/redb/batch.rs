@@ -9,7 +9,7 @@ use super::blobs::{Blob, Place};
 use super::keys;
 use super::rows::{self, decode_header, decode_place, encode, wide};
 use super::state::State;
-use super::tables::{Damaged, META_CLOCK, Tables, Trouble, put};
+use super::tables::{Damaged, META_CLOCK, Tables, Trouble, append, put};
 use crate::record::{CursorRecord, Epoch, Uuid};
 use crate::storage::admission::{NewKey, Publisher};
 use crate::storage::clock::{Age, Now};
@@ -95,8 +95,10 @@ impl Batch {
         state: &mut State,
     ) -> Result<(), Trouble> {
         self.rows.sort_unstable_by_key(|(topic, base, _)| (*topic, *base));
-        for (topic, base, row) in &self.rows {
-            tables.messages.open()?.insert((topic.0, *base), row.as_ref())?;
+        for rows in self.rows.chunk_by(|(one, ..), (next, ..)| one == next) {
+            let (topic, ..) = rows[0];
+            let rows = rows.iter().map(|(_, base, row)| (*base, row.as_ref()));
+            append(tables.messages.open()?, topic, rows)?;
         }
         for topic in &self.heads {
             if let Some(head) = state.topics.get(topic).and_then(|topic| topic.head.as_ref()) {

@@ -20,7 +20,7 @@ use super::rows::{decode_header, encode, weight};
 use super::sealed::{self, Segment, SegmentRow};
 use super::shared::Shared;
 use super::state::{State, Topic};
-use super::tables::{MESSAGES, Tables, Trouble, put};
+use super::tables::{MESSAGES, Tables, Trouble, append, put};
 use super::writer::Writer;
 use crate::limits;
 use crate::record::Epoch;
@@ -370,13 +370,13 @@ fn copy_range(
         let mut table = txn.open_table(MESSAGES)?;
         for (base, row) in &rows {
             let header = decode_header(range.topic, *base, row)?;
-            table.insert((range.topic.0, *base), row.as_slice())?;
             let fresh = Segment { first: *base, last: 0, bytes: 0, outside: 0, file };
             let grown = segment.get_or_insert(fresh);
             grown.last = header.end() - 1;
             grown.bytes += u64::from(header.bytes);
             grown.outside += header.outside_bytes();
         }
+        append(&mut table, range.topic, rows.iter().map(|(base, row)| (*base, row.as_slice())))?;
         drop(table);
         txn.commit()?;
     }

@@ -4,12 +4,15 @@
 //! reads, hence ours; they cover the table and the key too, so that a row cannot pass for another.
 
 use std::fmt;
+use std::ops::Bound;
 
 use ::redb::{
     Key, ReadableTable, StorageError, Table, TableDefinition, TableError, TableHandle,
     WriteTransaction,
 };
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+use crate::record::Epoch;
 
 /// The version of the format. A server reads exactly one.
 pub(super) const FORMAT: u32 = 5;
@@ -186,13 +189,29 @@ macro_rules! trouble {
     )*};
 }
 
-trouble!(StorageError TableError TransactionError CommitError DatabaseError);
+trouble!(StorageError TableError TransactionError CommitError DatabaseError CursorError);
 
 const SUM_BYTES: usize = size_of::<u64>();
 
 /// The checksum of some bytes at a place.
 pub(super) fn checksum(table: &str, key: &[u8], bytes: &[u8]) -> u64 {
     xxh3_64_with_seed(bytes, xxh3_64_with_seed(key, xxh3_64(table.as_bytes())))
+}
+
+/// Adds rows of a topic behind those that it has.
+///
+/// By a cursor: `insert` gives a row a page of its own if what follows it in the table is a single
+/// large row, here the first one of the next topic, and so each of a topic's rows would have one.
+pub(super) fn append<'r>(
+    messages: &mut Table<'_, (u64, u64), Row>,
+    topic: Epoch,
+    rows: impl IntoIterator<Item = (u64, &'r [u8])>,
+) -> Result<(), Trouble> {
+    let mut end = messages.upper_bound_mut(Bound::Included((topic.0, u64::MAX)))?;
+    for (base, row) in rows {
+        end.insert_before((topic.0, base), row)?;
+    }
+    Ok(end.close()?)
 }
 
 /// Stores a row with its checksum.

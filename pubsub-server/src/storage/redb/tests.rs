@@ -16,7 +16,7 @@ use super::disk::{Disk, HOT, LOG};
 use super::open::Opening;
 use super::queue::Request;
 use super::simulation::{self, SimDisk};
-use super::tables::{BLOBS, FORMAT, HEADS, KEYS, META, META_FORMAT, put};
+use super::tables::{BLOBS, FORMAT, HEADS, KEYS, MESSAGES, META, META_FORMAT, put};
 use super::{Committer, Options, Redb, blobs, log, sealed};
 use crate::env::SharedEnv;
 use crate::limits;
@@ -590,6 +590,37 @@ fn what_is_in_blob_files_needs_no_sealing() {
     }
     assert!(hot_bytes(&engine) < 2_000, "{}", hot_bytes(&engine));
     assert_eq!(sealed_files(&disk), BTreeSet::new());
+}
+
+#[test]
+fn rows_share_pages_also_if_the_next_topic_begins_with_a_large_one() {
+    let disk = SimDisk::new();
+    let opening = Opening { hot_bytes: 1 << 20, blobs: NO_BLOBS, ..simulation::OPENING };
+    let engine = Redb::open_on(Arc::new(disk.clone()), env(), opening).unwrap();
+    apply(&engine, Change::CreateTopic(topic("t", T))).unwrap();
+    apply(&engine, Change::CreateTopic(topic("u", T + 1))).unwrap();
+    publish(&engine, T + 1, vec![1; 6_000]).unwrap();
+    checkpoint(&engine);
+    // One at a time, and many in one transaction.
+    for _ in 0..100 {
+        publish(&engine, T, vec![2; 60]).unwrap();
+        checkpoint(&engine);
+    }
+    for _ in 0..200 {
+        publish(&engine, T, vec![3; 60]).unwrap();
+    }
+    drop(engine);
+    let database = disk.open(HOT, &::redb::Builder::new()).unwrap().unwrap();
+    let messages = database.begin_read().unwrap().open_table(MESSAGES).unwrap();
+    assert!(messages.len().unwrap() > 250);
+    let stats = messages.stats().unwrap();
+    assert!(stats.leaf_pages() < 40, "{stats:?}");
+}
+
+/// Moves what is in the log to the hot file.
+fn checkpoint(engine: &Redb) {
+    let Committer::Inline(writer) = &engine.committer else { unreachable!() };
+    writer.lock().unwrap().as_mut().unwrap().checkpoint();
 }
 
 /// What the messages of `T` take up in the hot file.
