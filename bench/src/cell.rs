@@ -140,6 +140,13 @@ impl Cell<'_> {
                 return self.floor(&["log", "--group", &group], size, directory);
             }
             System::Index => return self.floor(&["index"], 0, directory),
+            System::Map => return self.floor(&["map"], 0, directory),
+            System::Tcp => {
+                return match self.work.task() {
+                    Task::Replay { size } => self.floor(&["stream"], size, directory),
+                    _ => self.floor(&["round-trips"], 256, directory),
+                };
+            }
             _ => {}
         }
         let server = Server::start(self.system, self.tools, directory)?;

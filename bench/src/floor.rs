@@ -1,9 +1,12 @@
-//! What no system can beat: a file that is appended to and synced, a table of keys, and gRPC
-//! without anything behind it.
+//! What no system can beat: a file that is appended to and synced, a table of keys, a socket, and
+//! gRPC without anything behind it.
 
+use std::collections::{HashMap, VecDeque};
 use std::fs::{File, OpenOptions};
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -37,6 +40,21 @@ pub enum Floor {
     },
     /// Insert random keys into one table, in groups
     Index {
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Insert random keys into a map, and remove the oldest ones
+    Map {
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Carry messages through a socket, 64 KiB at a time
+    Stream {
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Send a message through a socket and back again, one after the other
+    RoundTrips {
         #[command(flatten)]
         common: Common,
     },
@@ -77,6 +95,9 @@ pub fn run(floor: Floor) -> Result<()> {
     let measured = match floor {
         Floor::Log { common, group } => log(&common, group)?,
         Floor::Index { common } => index(&common)?,
+        Floor::Map { common } => map(&common),
+        Floor::Stream { common } => stream(&common)?,
+        Floor::RoundTrips { common } => round_trips(&common)?,
         Floor::GrpcServer { port } => return runtime()?.block_on(serve(port)),
         Floor::GrpcClient { address, common } => runtime()?.block_on(publish(&address, &common))?,
     };
@@ -143,6 +164,85 @@ fn index(common: &Common) -> Result<Measured> {
         messages += GROUP;
     }
     Ok(Measured::new(messages, started.elapsed()))
+}
+
+/// A window of as many keys.
+fn map(common: &Common) -> Measured {
+    let mut next = random();
+    let (mut map, mut oldest) = (HashMap::new(), VecDeque::new());
+    let started = Instant::now();
+    let end = common.end();
+    let mut messages = 0;
+    while Instant::now() < end {
+        for number in messages..messages + GROUP {
+            let key = u128::from(next()) << 64 | u128::from(next());
+            map.insert(key.to_le_bytes(), number);
+            oldest.push_back(key);
+            if oldest.len() as u64 > KNOWN {
+                let key = oldest.pop_front().expect("there are some");
+                map.remove(&key.to_le_bytes());
+            }
+        }
+        messages += GROUP;
+    }
+    Measured::new(messages, started.elapsed())
+}
+
+/// Two ends of a connection on this machine.
+fn connected() -> Result<(TcpStream, TcpStream)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let one = TcpStream::connect(listener.local_addr()?)?;
+    let (other, _) = listener.accept()?;
+    one.set_nodelay(true)?;
+    other.set_nodelay(true)?;
+    Ok((one, other))
+}
+
+fn stream(common: &Common) -> Result<Measured> {
+    const WRITE: usize = 64 * 1024;
+    let (mut one, mut other) = connected()?;
+    let receiver = thread::spawn(move || -> std::io::Result<u64> {
+        let (mut buffer, mut received) = (vec![0; WRITE], 0);
+        loop {
+            match other.read(&mut buffer)? {
+                0 => return Ok(received),
+                length => received += length as u64,
+            }
+        }
+    });
+    let written = payload(WRITE);
+    let started = Instant::now();
+    let end = common.end();
+    while Instant::now() < end {
+        one.write_all(&written)?;
+    }
+    drop(one);
+    let received = receiver.join().expect("it does not panic")?;
+    Ok(Measured::new(received / common.size as u64, started.elapsed()))
+}
+
+fn round_trips(common: &Common) -> Result<Measured> {
+    let (mut one, mut other) = connected()?;
+    let mut message = payload(common.size);
+    let mut echoed = message.clone();
+    // It ends with the connection.
+    let echo = thread::spawn(move || {
+        while other.read_exact(&mut echoed).and_then(|()| other.write_all(&echoed)).is_ok() {}
+    });
+    let (mut stored, mut messages) = (histogram(), 0);
+    let started = Instant::now();
+    let end = common.end();
+    while Instant::now() < end {
+        let sent = Instant::now();
+        one.write_all(&message)?;
+        one.read_exact(&mut message)?;
+        record(&mut stored, sent.elapsed());
+        messages += 1;
+    }
+    let took = started.elapsed();
+    drop(one);
+    echo.join().expect("it does not panic");
+    Ok(Measured { messages, took, latencies: vec![("stored", stored)] })
 }
 
 fn random() -> impl FnMut() -> u64 {

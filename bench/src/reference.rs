@@ -8,8 +8,8 @@ use crate::server::System;
 use crate::targets::{Figure, RATE, short};
 use crate::work::Work;
 use System::{
-    Log, NatsAlways, NatsBatches, NatsDefault, RabbitQuorum, RabbitStream, RedisAlways,
-    RedisEverysec,
+    Log, Map, NatsAlways, NatsBatches, NatsDefault, RabbitQuorum, RabbitStream, RedisAlways,
+    RedisEverysec, Tcp,
 };
 
 /// A system that reaches less of its reference than this is weakened.
@@ -17,13 +17,17 @@ const ENOUGH: f64 = 0.8;
 
 const STORED: &str = "/stored_us/p50";
 
-/// The log of that time: what a system may be slower by is what the log is slower by.
-const LOGS: &[(Work, &str, f64)] = &[
-    (Work::W1Bytes100, RATE, 3_360_000.0),
-    (Work::W1Kib1, RATE, 1_170_000.0),
-    (Work::W1Kib16, RATE, 76_000.0),
-    (Work::W2, RATE, 3_360_000.0),
-    (Work::W3, STORED, 166.0),
+/// The floors of that time: a system may be slower by what the slowest of those that bound it is slower
+/// by.
+const FLOORS: &[(Work, System, f64)] = &[
+    (Work::W1Bytes100, Log, 3_360_000.0),
+    (Work::W1Kib1, Log, 1_170_000.0),
+    (Work::W1Kib16, Log, 76_000.0),
+    (Work::W2, Log, 3_360_000.0),
+    (Work::W3, Log, 166.0),
+    (Work::W3, Tcp, 67.0),
+    (Work::W5Kib1, Tcp, 3_800_000_000.0 / 1_024.0),
+    (Work::W7, Map, 5_000_000.0),
 ];
 
 const REFERENCES: &[(Work, System, f64)] = &[
@@ -82,37 +86,49 @@ struct Comparison {
     work: Work,
     system: System,
     measured: f64,
-    /// As the log of this run lets expect it.
+    /// As the floors of this run let expect it.
     expected: f64,
 }
 
 impl Comparison {
     /// What it reaches of what is expected.
     fn ratio(&self) -> f64 {
-        match self.work {
-            Work::W3 => self.expected / self.measured,
-            _ => self.measured / self.expected,
+        if is_latency(self.work) {
+            self.expected / self.measured
+        } else {
+            self.measured / self.expected
         }
     }
 }
 
-/// How fast the log of this run is beside that of the reference. What has no log of its own is not
-/// bound by the disk: it is compared with the one of small messages, and a faster one demands nothing.
+/// How fast this machine is beside that of the reference: by the log of the work, or that of small
+/// messages; by what a socket carries, which is how fast it copies (for one message at a time by a round
+/// trip); and by a map in memory, which is how fast its CPUs are.
 fn scale(results: &Results, work: Work) -> Option<f64> {
-    let of = |(work, figure, reference): &(Work, &'static str, f64)| {
-        Some(results.median(Figure(*work, Log, figure))? / reference)
+    let of = |floor: Work, system: System| {
+        let (.., reference) = FLOORS.iter().find(|(of, by, _)| (*of, *by) == (floor, system))?;
+        let measured = results.median(Figure(floor, system, figure(floor)))?;
+        Some(if is_latency(floor) { reference / measured } else { measured / reference })
     };
-    match LOGS.iter().find(|(of, ..)| *of == work) {
-        Some(log) => of(log),
-        None => of(LOGS.first()?).map(|scale| scale.min(1.0)),
-    }
+    let copying = if is_latency(work) { work } else { Work::W5Kib1 };
+    // What has no log of its own is not bound by the disk: a faster one demands nothing.
+    let log = of(work, Log).or_else(|| Some(of(Work::W1Bytes100, Log)?.min(1.0)));
+    [log, of(copying, Tcp), of(Work::W7, Map)].into_iter().flatten().min_by(f64::total_cmp)
+}
+
+fn is_latency(work: Work) -> bool {
+    work == Work::W3
+}
+
+fn figure(work: Work) -> &'static str {
+    if is_latency(work) { STORED } else { RATE }
 }
 
 fn comparisons(results: &Results) -> Vec<Comparison> {
     let compare = |(work, system, reference): &(Work, System, f64)| {
-        let figure = if *work == Work::W3 { STORED } else { RATE };
-        let measured = results.median(Figure(*work, *system, figure))?;
-        let expected = reference * scale(results, *work)?;
+        let measured = results.median(Figure(*work, *system, figure(*work)))?;
+        let scale = scale(results, *work)?;
+        let expected = if is_latency(*work) { reference / scale } else { reference * scale };
         Some(Comparison { work: *work, system: *system, measured, expected })
     };
     REFERENCES.iter().filter_map(compare).collect()
@@ -180,6 +196,32 @@ mod tests {
             |of: f64| results(&[&logs[..], &[(Work::W3, RedisAlways, 376.0 * of)]].concat());
         assert!(weakened(&redis(1.2)).is_empty());
         assert_eq!(weakened(&redis(1.3)).len(), 1);
+    }
+
+    #[test]
+    fn a_system_may_be_slower_by_what_the_slowest_floor_is_slower_by() {
+        let floors = |log, rest| {
+            let log = (Work::W1Bytes100, Log, 3_360_000.0 * log);
+            [log, (Work::W5Kib1, Tcp, 3_710_938.0 * rest), (Work::W7, Map, 5_000_000.0)]
+        };
+        let redis = |floors: &[_], of: f64| {
+            results(&[floors, &[(Work::W6, RedisAlways, 428_000.0 * of)]].concat())
+        };
+        assert!(weakened(&redis(&floors(1.0, 0.5), 0.41)).is_empty());
+        assert_eq!(weakened(&redis(&floors(1.0, 0.5), 0.39)).len(), 1);
+        assert!(weakened(&redis(&floors(0.5, 2.0), 0.41)).is_empty());
+        assert_eq!(weakened(&redis(&floors(0.5, 2.0), 0.39)).len(), 1);
+        let slow = [(Work::W5Kib1, Tcp, 3_710_938.0), (Work::W7, Map, 2_500_000.0)];
+        assert!(weakened(&redis(&slow, 0.41)).is_empty());
+        assert_eq!(weakened(&redis(&slow, 0.39)).len(), 1);
+        let floors = |log, tcp| [(Work::W3, Log, 166.0 * log), (Work::W3, Tcp, 67.0 * tcp)];
+        let redis = |floors: &[_], of: f64| {
+            results(&[floors, &[(Work::W3, RedisAlways, 188.0 * of)]].concat())
+        };
+        assert!(weakened(&redis(&floors(1.0, 2.0), 2.4)).is_empty());
+        assert_eq!(weakened(&redis(&floors(1.0, 2.0), 2.6)).len(), 1);
+        assert!(weakened(&redis(&floors(2.0, 0.5), 2.4)).is_empty());
+        assert_eq!(weakened(&redis(&floors(2.0, 0.5), 2.6)).len(), 1);
     }
 
     #[test]

@@ -26,10 +26,14 @@ pub enum System {
     RabbitStream,
     /// A file that is only ever appended to.
     Log,
+    /// A socket that carries the same bytes.
+    Tcp,
     /// A gRPC server that stores nothing.
     Grpc,
     /// One table of keys in redb.
     Index,
+    /// A map of keys in memory.
+    Map,
 }
 
 impl System {
@@ -44,8 +48,10 @@ impl System {
             Self::RabbitQuorum => "RabbitMQ, quorum queue",
             Self::RabbitStream => "RabbitMQ, stream",
             Self::Log => "bare log",
+            Self::Tcp => "bare TCP",
             Self::Grpc => "gRPC, nothing stored",
             Self::Index => "one table of keys",
+            Self::Map => "a map of keys in memory",
         }
     }
 
@@ -60,7 +66,7 @@ impl System {
             Self::RedisEverysec => "not synced: up to 1 s may be lost",
             Self::NatsDefault => "not synced: up to 2 min may be lost",
             Self::RabbitStream => "not synced",
-            Self::Grpc => "nothing",
+            Self::Tcp | Self::Grpc | Self::Map => "nothing",
         }
     }
 
@@ -234,7 +240,7 @@ fn command(system: System, tools: &Tools, directory: &Path, port: u16) -> Result
             command.args(["floor", "grpc-server", "--port", &port]);
             command
         }
-        System::Log | System::Index => bail!("it has no server"),
+        System::Log | System::Tcp | System::Index | System::Map => bail!("it has no server"),
     };
     Ok(command)
 }

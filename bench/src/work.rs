@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::server::System;
 use System::{
-    Grpc, Index, Log, NatsAlways, NatsBatches, NatsDefault, Pubsub, RabbitQuorum, RabbitStream,
-    RedisAlways, RedisEverysec,
+    Grpc, Index, Log, Map, NatsAlways, NatsBatches, NatsDefault, Pubsub, RabbitQuorum,
+    RabbitStream, RedisAlways, RedisEverysec, Tcp,
 };
 
 /// A kind of work.
@@ -53,6 +53,9 @@ const STORED: &[System] = &[
 ];
 const SYSTEMS: &[System] =
     &[Pubsub, RedisAlways, NatsAlways, RabbitQuorum, RedisEverysec, NatsDefault, RabbitStream];
+
+const REPLAYED: &[System] =
+    &[Tcp, Pubsub, RedisAlways, RabbitQuorum, RedisEverysec, NatsDefault, RabbitStream];
 
 impl Work {
     pub const ALL: [Self; 12] = [
@@ -133,6 +136,7 @@ impl Work {
             Self::W2 => &STORED[..STORED.len() - 1],
             Self::W3 => &[
                 Log,
+                Tcp,
                 Pubsub,
                 RedisAlways,
                 NatsAlways,
@@ -142,10 +146,9 @@ impl Work {
                 RabbitStream,
             ],
             Self::W4 | Self::W6 => SYSTEMS,
-            Self::W5Bytes100 | Self::W5Kib1 => {
-                &[Pubsub, RedisAlways, RabbitQuorum, RedisEverysec, NatsDefault, RabbitStream]
-            }
-            Self::W7 => &[Pubsub, Index],
+            Self::W5Bytes100 => &REPLAYED[1..],
+            Self::W5Kib1 => REPLAYED,
+            Self::W7 => &[Pubsub, Index, Map],
             Self::W8 | Self::W9 => &[Pubsub],
         }
     }
