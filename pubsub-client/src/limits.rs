@@ -19,9 +19,9 @@ pub(crate) const WINDOW_BYTES: usize = 8 * 1024 * 1024;
 /// The largest message that any topic can be set to allow.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
 
-/// Messages that a subscriber may hold unacked: several frames and several batches of acks, so that
-/// some are on their way while others are worked on.
-pub(crate) const OUTSTANDING_MESSAGES: u32 = 5_000;
+/// Messages that a subscriber may hold unacked: as many as a server lets it, so that a replay of small
+/// ones never waits for its acks to arrive. It is the bytes that bound the memory.
+pub(crate) const OUTSTANDING_MESSAGES: u32 = 10_000;
 /// Bytes of these.
 pub(crate) const OUTSTANDING_BYTES: u64 = 32 * 1024 * 1024;
 /// How many messages more than its credit a server may send before it counts as broken: what it

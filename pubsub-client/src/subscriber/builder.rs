@@ -226,7 +226,7 @@ impl SubscriberBuilder {
     }
 
     /// Sets how many messages may be unacked in this process, buffered or in the application's
-    /// hands: 5,000 by default.
+    /// hands: 10,000 by default.
     ///
     /// Where several consumers are active, what is buffered here waits for this one while others
     /// may be idle. With slow handlers, about as many as run at once are enough.

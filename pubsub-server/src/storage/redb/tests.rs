@@ -599,15 +599,15 @@ fn rows_share_pages_also_if_the_next_topic_begins_with_a_large_one() {
     let engine = Redb::open_on(Arc::new(disk.clone()), env(), opening).unwrap();
     apply(&engine, Change::CreateTopic(topic("t", T))).unwrap();
     apply(&engine, Change::CreateTopic(topic("u", T + 1))).unwrap();
-    publish(&engine, T + 1, vec![1; 6_000]).unwrap();
+    publish(&engine, T + 1, vec![1; 6_000]).unwrap().unwrap();
     checkpoint(&engine);
     // One at a time, and many in one transaction.
     for _ in 0..100 {
-        publish(&engine, T, vec![2; 60]).unwrap();
+        publish(&engine, T, vec![2; 60]).unwrap().unwrap();
         checkpoint(&engine);
     }
     for _ in 0..200 {
-        publish(&engine, T, vec![3; 60]).unwrap();
+        publish(&engine, T, vec![3; 60]).unwrap().unwrap();
     }
     drop(engine);
     let database = disk.open(HOT, &::redb::Builder::new()).unwrap().unwrap();
