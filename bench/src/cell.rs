@@ -10,7 +10,8 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use serde_json::{Value, json};
 
-use crate::server::{Server, System, Tools, Usage, disk, flushes, wait_until_idle};
+use crate::quiet::Quiet;
+use crate::server::{Server, System, Tools, Usage, disk, flushes};
 use crate::work::{Task, Work, count};
 
 /// What to measure.
@@ -57,6 +58,7 @@ pub fn run(run: &Run) -> Result<()> {
     let tools = Tools::find(&root)?;
     fs::create_dir_all(&run.data)?;
     let data = fs::canonicalize(&run.data)?;
+    let quiet = Quiet::of(&data)?;
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
     for round in 0..run.rounds {
         for work in Work::ALL {
@@ -68,7 +70,7 @@ pub fn run(run: &Run) -> Result<()> {
             let turn = round as usize % others.len().max(1);
             others.rotate_left(turn);
             for system in first.into_iter().chain(others) {
-                let cell = Cell { run, tools: &tools, data: &data, work, system };
+                let cell = Cell { run, tools: &tools, data: &data, quiet: &quiet, work, system };
                 let mut measured = cell.measure();
                 if let Err(error) = &measured {
                     // Once more: a port that somebody else took is no result.
@@ -120,6 +122,7 @@ struct Cell<'a> {
     run: &'a Run,
     tools: &'a Tools,
     data: &'a Path,
+    quiet: &'a Quiet,
     work: Work,
     system: System,
 }
@@ -128,7 +131,7 @@ impl Cell<'_> {
     fn measure(&self) -> Result<Value> {
         let directory = tempfile::tempdir_in(self.data)?;
         let directory = directory.path();
-        wait_until_idle();
+        self.quiet.wait(self.data)?;
         match self.system {
             System::Log => {
                 let (size, group) = match self.work.task() {
@@ -295,6 +298,7 @@ impl Cell<'_> {
         let count = (bytes / (16 * 1024)).to_string();
         create(&self.command(&server, &[]), "topic", "full", &["--max-bytes", "100GiB"])?;
         self.ours(&server, &["publish", "--size", "16KiB", "--count", &count, "--topic", "full"])?;
+        self.quiet.wait(self.data)?;
         let full = self.ours(&server, &publish)?;
         let stored = server.usage().disk;
         drop(server);
@@ -311,6 +315,7 @@ impl Cell<'_> {
                 create(&self.command(&server, &[]), "subscription", &subscription, &[&name])?;
             }
         }
+        self.quiet.wait(self.data)?;
         let many = self.ours(&server, &publish)?;
         drop(server);
         let restarted = Instant::now();

@@ -1,13 +1,15 @@
 //! Measures pubsub beside other systems: real processes, fresh directories, one machine, one run.
 //!
 //! [`work`] says what is measured and of whom; [`cell`] measures one system at one kind of work
-//! ([`server`] starts it, [`drive`] are the clients, [`floor`] is what no system can beat);
+//! ([`quiet`] waits for its turn, [`server`] starts it, [`drive`] are the clients, [`floor`] is what no
+//! system can beat);
 //! [`report`] writes docs/performance.md from what was measured.
 
 mod cell;
 mod chart;
 mod drive;
 mod floor;
+mod quiet;
 mod reference;
 mod report;
 mod server;

@@ -298,25 +298,3 @@ pub fn flushes() -> u64 {
     let of = |line: &str| line.split_whitespace().nth(18)?.parse::<u64>().ok();
     stats.lines().filter_map(of).sum()
 }
-
-/// Waits until nothing else keeps the machine busy, for a while at most.
-pub fn wait_until_idle() {
-    let end = Instant::now() + Duration::from_secs(20);
-    while Instant::now() < end {
-        let (idle, all) = busy();
-        sleep(Duration::from_millis(300));
-        let (idle_now, all_now) = busy();
-        if (idle_now - idle) as f64 >= 0.88 * (all_now - all) as f64 {
-            return;
-        }
-    }
-}
-
-/// Ticks in which the machine was idle, and all.
-fn busy() -> (u64, u64) {
-    let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
-    let line = stat.lines().next().unwrap_or_default();
-    let ticks: Vec<u64> = line.split_whitespace().filter_map(|field| field.parse().ok()).collect();
-    // Waiting for the disk is idle, too.
-    (ticks.iter().skip(3).take(2).sum(), ticks.iter().sum())
-}
