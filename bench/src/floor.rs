@@ -166,7 +166,9 @@ fn index(common: &Common) -> Result<Measured> {
     Ok(Measured::new(messages, started.elapsed()))
 }
 
-/// A window of as many keys.
+/// A window of so many keys: most of it fits into the cache of a CPU.
+const WINDOW: usize = 100_000;
+
 fn map(common: &Common) -> Measured {
     let mut next = random();
     let (mut map, mut oldest) = (HashMap::new(), VecDeque::new());
@@ -178,7 +180,7 @@ fn map(common: &Common) -> Measured {
             let key = u128::from(next()) << 64 | u128::from(next());
             map.insert(key.to_le_bytes(), number);
             oldest.push_back(key);
-            if oldest.len() as u64 > KNOWN {
+            if oldest.len() > WINDOW {
                 let key = oldest.pop_front().expect("there are some");
                 map.remove(&key.to_le_bytes());
             }

@@ -92,6 +92,7 @@ pub fn write(results: &Path, root: &Path) -> Result<()> {
         )?;
     }
     writeln!(page, "\n## What has to hold\n\n{}", targets(&results))?;
+    writeln!(page, "\n{}", include_str!("notes.md"))?;
     for work in Work::ALL {
         if results.cells.keys().all(|(of, _)| *of != work) {
             continue;
