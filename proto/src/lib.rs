@@ -21,7 +21,7 @@ pub mod v1 {
 
 pub use hot::BatchWriter;
 
-mod codec;
+pub mod codec;
 mod hot;
 
 /// The compiled descriptors of all files, for the reflection service.

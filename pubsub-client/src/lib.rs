@@ -36,6 +36,7 @@ mod client;
 mod codec;
 mod env;
 mod error;
+mod frames;
 mod inbox;
 mod limits;
 mod liveness;

@@ -8,7 +8,6 @@ use futures_util::FutureExt as _;
 use pubsub_proto::v1 as pb;
 use pubsub_proto::v1::subscribe_request::Frame as Request;
 use pubsub_proto::v1::subscribe_response::Frame;
-use pubsub_proto::v1::subscriber_service_client::SubscriberServiceClient;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
@@ -17,6 +16,7 @@ use super::core::{Core, Gate};
 use super::resume::{Broken, Settled};
 use super::topic::Missing;
 use crate::error::{Cause, Reason, SubscribeError};
+use crate::frames;
 use crate::limits;
 use crate::liveness::{Liveness, Unconfirmed, after};
 use crate::message::duration;
@@ -166,12 +166,8 @@ fn terminal(core: &Core, cause: &Cause) -> Option<SubscribeError> {
 /// One connection, from the hello to its end.
 async fn attach(core: &Core, reconnect: &mut Reconnect) -> End {
     let hello_at = Instant::now();
-    let call = |channel, requests| async move {
-        SubscriberServiceClient::new(channel)
-            .max_decoding_message_size(pubsub_proto::MAX_FRAME_BYTES)
-            .max_encoding_message_size(pubsub_proto::MAX_FRAME_BYTES)
-            .subscribe(requests)
-            .await
+    let call = |channel, requests| {
+        frames::call(channel, "/pubsub.v1.SubscriberService/Subscribe", requests)
     };
     let opened = core.client.dialer.open(convert::hello(core), call).await;
     let (link, first) = match opened {
