@@ -4,7 +4,6 @@
 //! frame that came in one piece is handed over as it is: tonic sees an empty one in its place, with all
 //! that it does for streams, and the decoder takes the real one from a [`Slot`].
 
-use std::fmt;
 use std::future::Future;
 use std::marker::PhantomData;
 use std::mem;
@@ -93,12 +92,6 @@ struct Frames {
     body: tonic::body::Body,
     slot: Slot,
     cutter: Cutter,
-}
-
-impl fmt::Debug for Frames {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Frames").finish_non_exhaustive()
-    }
 }
 
 impl Body for Frames {
