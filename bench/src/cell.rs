@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use serde_json::{Value, json};
 
-use crate::quiet::Quiet;
+use crate::quiet::{Quiet, touch_pages};
 use crate::server::{Server, System, Tools, Usage, disk, flushes};
 use crate::work::{Task, Work, count};
 
@@ -289,15 +289,19 @@ impl Cell<'_> {
     }
 
     /// Publishing into a fresh store, into one with many GiB, and into one with many topics and
-    /// subscriptions; and how long it takes to come back after a kill.
+    /// subscriptions, each with the pages of the file cache in the same state; and how long it takes to
+    /// come back after a kill.
     fn grown(&self, server: Server, directory: &Path) -> Result<Value> {
         let seconds = self.seconds();
         let publish = ["publish", "--duration", &seconds, "--topic", "measured"];
+        touch_pages(self.data)?;
+        self.quiet.wait(self.data)?;
         let fresh = self.ours(&server, &publish)?;
         let bytes = self.run.grown << 30;
         let count = (bytes / (16 * 1024)).to_string();
         create(&self.command(&server, &[]), "topic", "full", &["--max-bytes", "100GiB"])?;
         self.ours(&server, &["publish", "--size", "16KiB", "--count", &count, "--topic", "full"])?;
+        touch_pages(self.data)?;
         self.quiet.wait(self.data)?;
         let full = self.ours(&server, &publish)?;
         let stored = server.usage().disk;
@@ -315,6 +319,7 @@ impl Cell<'_> {
                 create(&self.command(&server, &[]), "subscription", &subscription, &[&name])?;
             }
         }
+        touch_pages(self.data)?;
         self.quiet.wait(self.data)?;
         let many = self.ours(&server, &publish)?;
         drop(server);

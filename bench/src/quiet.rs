@@ -11,8 +11,22 @@ use std::time::{Duration, Instant};
 const BYTES: usize = 1024 * 1024;
 const WRITES: u32 = 30;
 const SLOWER: f64 = 1.5;
+/// More than is published in a measurement, and less than what the system begins to write back.
+const PAGES: usize = 2 << 30;
 /// The disk may be busy for long with what was removed: it is told of each block.
 const LONGEST: Duration = Duration::from_secs(90);
+
+/// Has the file cache use pages and free them. The host of a virtual machine may have to supply a page
+/// that was not in use for a while, which costs more than the write that needs it; a measurement after
+/// much was removed and one after much was added would differ by that alone.
+pub fn touch_pages(directory: &Path) -> io::Result<()> {
+    let path = directory.join("pages");
+    let mut file = OpenOptions::new().create_new(true).append(true).open(&path)?;
+    let bytes = vec![1; BYTES];
+    let written = (0..PAGES / BYTES).try_for_each(|_| file.write_all(&bytes));
+    fs::remove_file(path)?;
+    written
+}
 
 /// How fast the disk is when nothing keeps it busy.
 #[derive(Debug)]
