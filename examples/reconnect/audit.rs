@@ -99,7 +99,7 @@ fn acks(deliver: &Deliver, cursor_generation: u64, number: u64) -> AckBatch {
     let range = sequences().min().zip(sequences().max());
     let acked = range.map(|(first, last)| SequenceRange { first, last }).into_iter().collect();
     let topic = TopicAcks { topic: deliver.topic, cursor_generation, acked, ..Default::default() };
-    AckBatch { number, topics: vec![topic] }
+    AckBatch { number, topics: vec![topic], awaited: false }
 }
 
 fn request(frame: Request) -> SubscribeRequest {

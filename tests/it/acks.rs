@@ -31,7 +31,7 @@ fn acks(session: &SubscribeWelcome, number: u64, acked: SequenceRange) -> Reques
         acked: vec![acked],
         ..TopicAcks::default()
     });
-    Request::Acks(AckBatch { number, topics: topics.collect() })
+    Request::Acks(AckBatch { number, topics: topics.collect(), awaited: false })
 }
 
 async fn publish(channel: &Channel, count: usize) -> Result<()> {

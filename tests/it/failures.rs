@@ -484,7 +484,8 @@ async fn delivered(stream: &mut SubscribeStream) -> Result<Vec<(u64, u32)>> {
 }
 
 async fn tell(stream: &SubscribeStream, acks: TopicAcks) -> Result<()> {
-    let batch = AckBatch { number: 1, topics: vec![TopicAcks { topic: 1, ..acks }] };
+    let batch =
+        AckBatch { number: 1, topics: vec![TopicAcks { topic: 1, ..acks }], awaited: false };
     stream.send(subscribe_request::Frame::Acks(batch)).await
 }
 

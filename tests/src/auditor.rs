@@ -119,5 +119,6 @@ fn ack_frame(
             acked: vec![acked],
             ..TopicAcks::default()
         }],
+        awaited: false,
     })
 }

@@ -150,7 +150,7 @@ fn nack((sequence, nacked): (u64, Nacked)) -> pb::NackItem {
 }
 
 /// A batch of acks and nacks.
-pub(super) fn acks(number: u64, topics: Vec<TopicBatch>) -> pb::SubscribeRequest {
+pub(super) fn acks(number: u64, topics: Vec<TopicBatch>, awaited: bool) -> pb::SubscribeRequest {
     let topic = |topic: TopicBatch| pb::TopicAcks {
         topic: topic.number,
         cursor_generation: topic.cursor_generation,
@@ -160,7 +160,7 @@ pub(super) fn acks(number: u64, topics: Vec<TopicBatch>) -> pb::SubscribeRequest
         started: ranges(topic.unsent.started),
     };
     let topics = topics.into_iter().map(topic).collect();
-    request(Frame::Acks(pb::AckBatch { number, topics }))
+    request(Frame::Acks(pb::AckBatch { number, topics, awaited }))
 }
 
 pub(super) fn joined(topic: pb::SessionTopic) -> Joined {

@@ -55,6 +55,8 @@ pub(super) struct Inner {
     pub(super) stop: Option<Stopping>,
     /// Someone waits for a confirmation or nacked: acks are not to wait for company.
     pub(super) urgent: bool,
+    /// Someone waits for a confirmation of what is not sent yet.
+    pub(super) awaited: bool,
     pub(super) welcomed: bool,
     /// Whether the last thing heard is that this is an active consumer.
     active: bool,
@@ -98,6 +100,7 @@ impl Core {
             epoch: 0,
             stop: None,
             urgent: false,
+            awaited: false,
             welcomed: false,
             active: false,
             ended: false,
@@ -240,6 +243,7 @@ impl Core {
                     let key = (handle.topic, handle.sequence);
                     inner.confirmations.entry(key).or_default().push(sender);
                     inner.urgent = true;
+                    inner.awaited = true;
                 }
             }
             Some(receiver)

@@ -51,7 +51,8 @@ impl Delivery {
         self.acker.ack();
     }
 
-    /// Acks the message and waits until the ack is on the server's disk.
+    /// Acks the message and waits until the ack is on the server's disk. Neither side lets it wait for
+    /// other acks, as it may those of [`ack`](Self::ack).
     ///
     /// Waits through disconnects. If the future is dropped, the ack is still on its way.
     ///

@@ -1,5 +1,6 @@
 //! The task of a subscriber: attaches, and attaches again.
 
+use std::mem;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
@@ -299,12 +300,13 @@ impl Session<'_> {
         self.ack_due = None;
         let mut inner = self.core.lock();
         inner.urgent = false;
+        let awaited = mem::take(&mut inner.awaited) || inner.stop.is_some();
         if let Some((number, topics)) = inner.resume.batch() {
             // A reader's are not confirmed.
             if !self.core.settings.is_reader() {
                 self.unconfirmed.sent(number, now);
             }
-            permit.send(convert::acks(number, topics));
+            permit.send(convert::acks(number, topics, awaited));
         }
     }
 

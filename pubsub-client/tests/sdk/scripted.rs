@@ -17,7 +17,7 @@ use pubsub_proto::v1::subscribe_response::Frame as SubscribeAnswer;
 use pubsub_proto::v1::subscriber_service_server::{SubscriberService, SubscriberServiceServer};
 use pubsub_proto::v1::{self as pb, SubscribeHello};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -33,6 +33,8 @@ struct Scripted {
     subscribe: Script<SubscribeAnswer>,
     publish: Script<PublishAnswer>,
     hellos: Mutex<Vec<SubscribeHello>>,
+    /// The last batch of acks that came.
+    acks: watch::Sender<pb::AckBatch>,
     publishers: Mutex<usize>,
 }
 
@@ -68,8 +70,13 @@ impl SubscriberService for Scripted {
         };
         let Some(frames) = (self.subscribe)(stream) else { return std::future::pending().await };
         let (response, sender) = play(frames, |frame| pb::SubscribeResponse { frame: Some(frame) });
+        let acks = self.acks.clone();
         tokio::spawn(async move {
-            while let Some(Ok(_)) = inbound.next().await {}
+            while let Some(Ok(request)) = inbound.next().await {
+                if let Some(SubscribeFrame::Acks(batch)) = request.frame {
+                    acks.send_replace(batch);
+                }
+            }
             drop(sender);
         });
         Ok(response)
@@ -159,6 +166,7 @@ async fn world_with(
         subscribe,
         publish,
         hellos: Mutex::default(),
+        acks: watch::Sender::default(),
         publishers: Mutex::default(),
     });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -273,6 +281,33 @@ async fn a_lost_delivery_makes_the_subscriber_attach_again_with_what_it_holds() 
     let position = &hellos[1].positions[0];
     assert_eq!(position.held, [pb::SequenceRange { first: 1, last: 1 }]);
     assert_eq!((position.epoch, position.last_received), (7, 1));
+}
+
+#[tokio::test]
+async fn a_batch_says_whether_someone_waits_for_its_confirmation() {
+    let script: Script<SubscribeAnswer> =
+        |_| Some(vec![Ok(welcome()), Ok(deliver(1, 1)), Ok(deliver(2, 2)), Ok(deliver(3, 3))]);
+    let world = world(script, nothing).await;
+    let mut subscriber = world.client.subscriber("s").topic("t").open().await.unwrap();
+    let mut acks = world.server.acks.subscribe();
+    for (sequence, awaited) in [(1, false), (2, true), (3, false)] {
+        let delivery = next(&mut subscriber).await;
+        assert_eq!(delivery.id.sequence, sequence);
+        let waits = async {
+            if awaited {
+                delivery.ack_confirmed().await.unwrap();
+            } else {
+                delivery.ack();
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = waits => panic!("nothing was confirmed"),
+            changed = soon(acks.changed()) => changed.unwrap(),
+        }
+        let batch = acks.borrow_and_update().clone();
+        assert_eq!((batch.number, batch.awaited), (sequence, awaited));
+    }
 }
 
 /// A refusal by a server.

@@ -330,6 +330,9 @@ impl Subscription {
             return;
         };
         session.acks_taken = session.acks_taken.max(Some(batch.number));
+        if batch.awaited {
+            self.hurry();
+        }
         let (place, wanted) = (self.place_of(id), self.wants_started());
         for acks in batch.topics {
             let epoch = self.numbers.get(&acks.topic);

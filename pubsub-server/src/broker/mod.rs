@@ -33,6 +33,8 @@ mod receipts;
 mod redriving;
 mod retention;
 mod saving;
+#[cfg(test)]
+mod saving_tests;
 mod schemas;
 pub mod session;
 mod sharing;

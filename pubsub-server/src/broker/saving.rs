@@ -21,6 +21,7 @@ const SAVE_RETRY: Duration = Duration::from_millis(500);
 /// A commit of positions under way.
 pub(super) struct Save {
     ticket: Ticket<()>,
+    urgency: Urgency,
     floors: Vec<(Epoch, u64)>,
     confirms: Vec<(SessionId, u64)>,
     waiters: Vec<Waiter>,
@@ -40,15 +41,38 @@ impl Subscription {
             .collect();
         let (changes, floors) = self.collect_changes();
         let waiters = std::mem::take(&mut self.waiters);
+        let urgency = if std::mem::take(&mut self.hurried) { Urgency::Now } else { Urgency::Soon };
         if changes.is_empty() {
             self.confirm(&confirms);
             answer(waiters, Ok(()));
             self.leave_departed();
             return;
         }
-        let urgency = if waiters.is_empty() { Urgency::Soon } else { Urgency::Now };
         let ticket = self.storage.apply(changes, urgency);
-        self.save = Some(Save { ticket, floors, confirms, waiters });
+        self.save = Some(Save { ticket, urgency, floors, confirms, waiters });
+    }
+
+    /// Answers when everything that has changed so far is durable.
+    pub(super) fn wait(&mut self, waiter: Waiter) {
+        self.waiters.push(waiter);
+        self.hurry();
+    }
+
+    /// Someone waits for what has changed so far: neither its commit nor the one under way waits for
+    /// company.
+    pub(super) fn hurry(&mut self) {
+        self.hurried = true;
+        self.hurry_save();
+    }
+
+    fn hurry_save(&mut self) {
+        if let Some(save) = &mut self.save
+            && save.urgency == Urgency::Soon
+        {
+            save.urgency = Urgency::Now;
+            // Nothing by itself; what waits goes with it.
+            drop(self.storage.apply(Vec::new(), Urgency::Now));
+        }
     }
 
     pub(super) fn collect_changes(&mut self) -> (Vec<Change>, Vec<(Epoch, u64)>) {
@@ -133,6 +157,7 @@ impl Subscription {
     /// Waits until everything that has changed so far is durable.
     pub(super) async fn settle_saves(&mut self) -> Result<(), CommitError> {
         if self.save.is_some() {
+            self.hurry_save();
             let result = saved(&mut self.save).await;
             let failed = result.as_ref().err().cloned();
             self.on_saved(result);
@@ -141,8 +166,10 @@ impl Subscription {
         self.retry_save = None;
         let (changes, floors) = self.collect_changes();
         if !changes.is_empty() {
-            let ticket = self.storage.apply(changes, Urgency::Now);
-            self.save = Some(Save { ticket, floors, confirms: Vec::new(), waiters: Vec::new() });
+            let urgency = Urgency::Now;
+            let ticket = self.storage.apply(changes, urgency);
+            let (confirms, waiters) = (Vec::new(), Vec::new());
+            self.save = Some(Save { ticket, urgency, floors, confirms, waiters });
             let result = saved(&mut self.save).await;
             let failed = result.as_ref().err().cloned();
             self.on_saved(result);
@@ -154,6 +181,7 @@ impl Subscription {
     /// Commits changes with everything that has changed so far.
     pub(super) async fn commit_with(&mut self, more: Vec<Change>) -> Result<(), CommitError> {
         if self.save.is_some() {
+            self.hurry_save();
             let result = saved(&mut self.save).await;
             let failed = result.as_ref().err().cloned();
             self.on_saved(result);

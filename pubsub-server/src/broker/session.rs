@@ -82,6 +82,8 @@ pub struct AckBatch {
     pub number: u64,
     /// By topic number.
     pub topics: Vec<TopicAcks>,
+    /// Whether someone waits for its confirmation.
+    pub awaited: bool,
 }
 
 /// Acks and nacks of one topic.

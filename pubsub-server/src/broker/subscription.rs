@@ -181,6 +181,8 @@ pub(super) struct Subscription {
     /// Not before then is a commit tried again that has failed.
     pub(super) retry_save: Option<Instant>,
     pub(super) waiters: Vec<Waiter>,
+    /// Someone waits for what is to be saved next.
+    pub(super) hurried: bool,
     pub(super) ended: bool,
 }
 
@@ -230,6 +232,7 @@ impl Subscription {
             save: None,
             retry_save: None,
             waiters: Vec::new(),
+            hurried: false,
             ended: false,
         };
         for start in starts {
@@ -297,7 +300,7 @@ impl Subscription {
                     }
                 }
                 self.leases.forget_settled(&self.topics);
-                self.waiters.push(reply);
+                self.wait(reply);
             }
             Command::Pull(pull, reply) => {
                 self.last_used = Some(Instant::now());
@@ -306,7 +309,7 @@ impl Subscription {
             Command::Release(leases, nack, reply) => {
                 self.last_used = Some(Instant::now());
                 self.on_release(&leases, &nack);
-                self.waiters.push(reply);
+                self.wait(reply);
             }
             Command::Admin(command) => self.on_admin(command).await,
         }
@@ -327,7 +330,7 @@ impl Subscription {
                     let _ = self.settle_saves().await;
                 }
                 self.seek(targets);
-                self.waiters.push(reply);
+                self.wait(reply);
             }
             AdminCommand::Snapshot(reply) => {
                 let settled = self.settle_saves().await.map_err(BrokerError::from);

@@ -66,7 +66,7 @@ mod conformance;
 pub mod memory;
 pub mod redb;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 /// A durable log of topics with the identities of publishes and the positions of subscriptions.
 pub trait Storage: fmt::Debug + Send + Sync + 'static {

@@ -1,15 +1,21 @@
-//! What the tests of all engines share.
+//! What the tests of all engines share, and an engine for those of others.
 
-use std::sync::Arc;
+use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
+use tokio::sync::watch;
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::memory::Memory;
 use super::{
-    Append, AppendOutcome, Change, Fate, Item, OpenOutcome, OpenPublisher, PublisherRef, ReadLimit,
-    Run, Storage, Urgency,
+    Append, AppendOutcome, Capabilities, Catalog, Change, Fate, Health, Item, OpenOutcome,
+    OpenPublisher, Promise, PublisherRef, ReadError, ReadLimit, Run, Storage, StorageError, Ticket,
+    TopicStats, Urgency, ticket,
 };
 use crate::env::Env;
 use crate::limits;
@@ -178,5 +184,98 @@ impl dyn Storage {
     pub(super) async fn opened(&self, topic: u64, publisher: PublisherRef) -> OpenOutcome {
         let open = OpenPublisher { topic: Epoch(topic), publisher, resolved_below: 0 };
         self.open_publisher(open).await.unwrap().into_inner()
+    }
+}
+
+/// An engine whose commits wait for company for ever, if they can wait.
+#[derive(Debug)]
+pub(crate) struct Lonely {
+    memory: Memory,
+    waiting: Mutex<Vec<(Vec<Change>, Promise<()>)>>,
+}
+
+impl Lonely {
+    pub(crate) fn new(memory: Memory) -> Self {
+        Self { memory, waiting: Mutex::default() }
+    }
+
+    /// Commits what waits, before anything that does not.
+    fn commit(&self) {
+        for (changes, promise) in mem::take(&mut *self.waiting.lock().unwrap()) {
+            let done = self.memory.apply(changes, Urgency::Now).now_or_never();
+            done.expect("memory is there at once").expect("memory does not fail here").into_inner();
+            promise.keep(());
+        }
+    }
+}
+
+impl Storage for Lonely {
+    fn apply(&self, changes: Vec<Change>, urgency: Urgency) -> Ticket<()> {
+        match urgency {
+            Urgency::Soon => {
+                let (promise, ticket) = ticket();
+                self.waiting.lock().unwrap().push((changes, promise));
+                ticket
+            }
+            Urgency::Now => {
+                self.commit();
+                self.memory.apply(changes, urgency)
+            }
+        }
+    }
+
+    fn append(&self, append: Append) -> Ticket<AppendOutcome> {
+        self.commit();
+        self.memory.append(append)
+    }
+
+    fn open_publisher(&self, open: OpenPublisher) -> Ticket<OpenOutcome> {
+        self.commit();
+        self.memory.open_publisher(open)
+    }
+
+    fn boot_id(&self) -> Uuid {
+        self.memory.boot_id()
+    }
+
+    fn knows_boot(&self, id: Uuid) -> bool {
+        self.memory.knows_boot(id)
+    }
+
+    fn catalog(&self) -> BoxFuture<'_, Result<Catalog, StorageError>> {
+        self.memory.catalog()
+    }
+
+    fn head(&self, topic: Epoch) -> Option<watch::Receiver<u64>> {
+        self.memory.head(topic)
+    }
+
+    fn read(
+        &self,
+        topic: Epoch,
+        from: u64,
+        limit: ReadLimit,
+    ) -> BoxFuture<'_, Result<Vec<StoredMessage>, ReadError>> {
+        self.memory.read(topic, from, limit)
+    }
+
+    fn find(&self, topic: Epoch, time: Timestamp) -> BoxFuture<'_, Result<u64, ReadError>> {
+        self.memory.find(topic, time)
+    }
+
+    fn stats(&self, topic: Epoch) -> Option<TopicStats> {
+        self.memory.stats(topic)
+    }
+
+    fn health(&self) -> watch::Receiver<Health> {
+        self.memory.health()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.memory.capabilities()
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<(), StorageError>> {
+        self.memory.close()
     }
 }

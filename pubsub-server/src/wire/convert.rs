@@ -407,7 +407,7 @@ pub(super) fn parse_acks(batch: v1::AckBatch) -> Result<session::AckBatch, Statu
         })
     };
     let topics = batch.topics.into_iter().map(parse).collect::<Result<_, Status>>()?;
-    Ok(session::AckBatch { number: batch.number, topics })
+    Ok(session::AckBatch { number: batch.number, topics, awaited: batch.awaited })
 }
 
 pub(super) fn session_topic(topic: session::SessionTopic) -> v1::SessionTopic {

@@ -70,6 +70,7 @@ fn acks(topic: u32, ranges: &[(u64, u64)]) -> subscribe_request::Frame {
     subscribe_request::Frame::Acks(AckBatch {
         number: 1,
         topics: vec![TopicAcks { topic, acked, ..TopicAcks::default() }],
+        awaited: false,
     })
 }
 
