@@ -21,7 +21,7 @@ const LONGEST: Duration = Duration::from_secs(90);
 /// much was removed and one after much was added would differ by that alone.
 pub fn touch_pages(directory: &Path) -> io::Result<()> {
     let path = directory.join("pages");
-    let mut file = OpenOptions::new().create_new(true).append(true).open(&path)?;
+    let mut file = File::create(&path)?;
     let bytes = vec![1; BYTES];
     let written = (0..PAGES / BYTES).try_for_each(|_| file.write_all(&bytes));
     fs::remove_file(path)?;

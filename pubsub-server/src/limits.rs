@@ -141,7 +141,7 @@ pub const MAX_DELAY: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Boots remembered in the ledger.
 pub const MAX_BOOTS: usize = 10_000;
 
-/// How long an ack that nothing else carries may wait for company.
+/// How long an ack that nothing else carries and nobody waits for may wait for company.
 pub const ACK_LINGER: Duration = Duration::from_millis(10);
 /// How long a lost session keeps its place.
 pub const GRACE: Duration = Duration::from_secs(30);

@@ -55,7 +55,7 @@ pub(super) struct Inner {
     pub(super) stop: Option<Stopping>,
     /// Someone waits for a confirmation or nacked: acks are not to wait for company.
     pub(super) urgent: bool,
-    /// Someone waits for a confirmation of what is not sent yet.
+    /// Someone waits for the confirmation of what is sent next.
     pub(super) awaited: bool,
     pub(super) welcomed: bool,
     /// Whether the last thing heard is that this is an active consumer.

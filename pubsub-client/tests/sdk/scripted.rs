@@ -285,8 +285,10 @@ async fn a_lost_delivery_makes_the_subscriber_attach_again_with_what_it_holds() 
 
 #[tokio::test]
 async fn a_batch_says_whether_someone_waits_for_its_confirmation() {
-    let script: Script<SubscribeAnswer> =
-        |_| Some(vec![Ok(welcome()), Ok(deliver(1, 1)), Ok(deliver(2, 2)), Ok(deliver(3, 3))]);
+    let script: Script<SubscribeAnswer> = |_| {
+        let messages = (1..=4).map(|sequence| Ok(deliver(sequence, sequence)));
+        Some(std::iter::once(Ok(welcome())).chain(messages).collect())
+    };
     let world = world(script, nothing).await;
     let mut subscriber = world.client.subscriber("s").topic("t").open().await.unwrap();
     let mut acks = world.server.acks.subscribe();
@@ -308,6 +310,10 @@ async fn a_batch_says_whether_someone_waits_for_its_confirmation() {
         let batch = acks.borrow_and_update().clone();
         assert_eq!((batch.number, batch.awaited), (sequence, awaited));
     }
+    // Whoever stops a subscriber waits for its acks.
+    next(&mut subscriber).await.ack();
+    soon(subscriber.stopper().stop(Drain::Finish, Duration::from_millis(100))).await;
+    assert_eq!((acks.borrow().number, acks.borrow().awaited), (4, true));
 }
 
 /// A refusal by a server.
