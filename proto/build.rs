@@ -24,8 +24,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         .bytes(".pubsub.v1")
         // One message has one encoding, so that its hash identifies it.
         .btree_map(".pubsub.v1")
-        // Written by hand, with messages as bytes: see src/hot.rs.
-        .extern_path(".pubsub.v1.Deliver", "crate::hot::Deliver")
+        // Written by hand, with messages as bytes: see src/hot.rs and src/deliver.rs.
+        .extern_path(".pubsub.v1.Deliver", "crate::deliver::Deliver")
+        .extern_path(".pubsub.v1.MessageRun", "crate::deliver::MessageRun")
         .extern_path(".pubsub.v1.PublishBatch", "crate::hot::PublishBatch")
         .extern_path(".pubsub.v1.PublishStreamRequest", "crate::hot::PublishStreamRequest")
         .extern_path(".pubsub.v1.ReceivedMessage", "crate::hot::ReceivedMessage")

@@ -65,7 +65,7 @@ async fn read(channel: &Channel, topic: &str) -> Result<Vec<Seen>> {
                 batch += 1;
                 // Acks of a reader only make room for more.
                 requests.send(request(Request::Acks(acks(&deliver, generation, batch)))).await?;
-                for message in deliver.messages {
+                for message in deliver.received() {
                     let payload = message.decoded()?.payload;
                     let number = publishers::number(&payload)?;
                     log.push(Seen { sequence: message.sequence, number });
@@ -95,7 +95,7 @@ fn hello(topic: &str) -> SubscribeHello {
 }
 
 fn acks(deliver: &Deliver, cursor_generation: u64, number: u64) -> AckBatch {
-    let sequences = || deliver.messages.iter().map(|message| message.sequence);
+    let sequences = || deliver.clone().received().map(|message| message.sequence);
     let range = sequences().min().zip(sequences().max());
     let acked = range.map(|(first, last)| SequenceRange { first, last }).into_iter().collect();
     let topic = TopicAcks { topic: deliver.topic, cursor_generation, acked, ..Default::default() };

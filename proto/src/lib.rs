@@ -14,15 +14,20 @@ pub mod v1 {
     )]
     tonic::include_proto!("pubsub.v1");
 
+    pub use crate::deliver::{Deliver, MessageRun};
     pub use crate::hot::{
-        Deliver, PublishBatch, PublishStreamRequest, ReceivedMessage, publish_stream_request,
+        PublishBatch, PublishStreamRequest, ReceivedMessage, publish_stream_request,
     };
 }
 
+pub use deliver::{Encoded, TooLarge};
 pub use hot::BatchWriter;
+pub use pieces::Pieces;
 
 pub mod codec;
+mod deliver;
 mod hot;
+mod pieces;
 
 /// The compiled descriptors of all files, for the reflection service.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pubsub.bin"));

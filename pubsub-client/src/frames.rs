@@ -1,8 +1,8 @@
 //! A stream of large frames, received without a copy.
 //!
-//! tonic gathers what a connection brings in a buffer of its own before it decodes a frame. Here a
-//! frame that came in one piece is handed over as it is: tonic sees an empty one in its place, with all
-//! that it does for streams, and the decoder takes the real one from a [`Slot`].
+//! tonic gathers what a connection brings in a buffer of its own before it decodes a frame. Here the
+//! pieces in which a frame came are handed over as they are: tonic sees an empty frame in its place, with
+//! all that it does for streams, and the decoder takes the real one from a [`Slot`].
 
 use std::future::Future;
 use std::marker::PhantomData;
@@ -11,11 +11,11 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use http_body::{Body, Frame};
 use prost::Message;
-use pubsub_proto::MAX_FRAME_BYTES;
 use pubsub_proto::codec::Encoder;
+use pubsub_proto::{MAX_FRAME_BYTES, Pieces};
 use tonic::Status;
 use tonic::client::Grpc;
 use tonic::codec::{DecodeBuf, Decoder, Streaming};
@@ -50,14 +50,14 @@ where
 
 /// The frame that is decoded next. tonic decodes each before it asks for more.
 #[derive(Clone, Debug, Default)]
-struct Slot(Arc<Mutex<Option<Bytes>>>);
+struct Slot(Arc<Mutex<Option<Pieces>>>);
 
 impl Slot {
-    fn put(&self, frame: Bytes) {
+    fn put(&self, frame: Pieces) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(frame);
     }
 
-    fn take(&self) -> Option<Bytes> {
+    fn take(&self) -> Option<Pieces> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
@@ -129,13 +129,15 @@ impl Body for Frames {
 struct Cutter {
     /// What came last.
     rest: Bytes,
-    /// The beginning of a frame that comes in pieces.
-    begun: BytesMut,
+    /// The header of the frame that comes, as far as it is there.
+    header: BytesMut,
+    /// The frame itself, as far as it is there.
+    frame: Pieces,
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Cut {
-    Frame(Bytes),
+    Frame(Pieces),
     /// What no server of ours sends, which is for tonic to refuse.
     Foreign(Bytes),
     More,
@@ -143,53 +145,39 @@ enum Cut {
 
 impl Cutter {
     fn next(&mut self) -> Cut {
-        if self.begun.is_empty() {
-            match size(&self.rest) {
-                Some(Some(size)) if size <= self.rest.len() => {
-                    return Cut::Frame(self.rest.split_to(size).split_off(HEADER_BYTES));
-                }
-                Some(Some(size)) => self.begun.reserve(size),
-                Some(None) => return Cut::Foreign(mem::take(&mut self.rest)),
-                None => {}
-            }
+        let header = self.take(HEADER_BYTES - self.header.len());
+        self.header.put(header);
+        let Some(header) = self.header.first_chunk() else { return Cut::More };
+        let Some(size) = size(*header) else {
+            self.header.put(mem::take(&mut self.rest));
+            return Cut::Foreign(self.header.split().freeze());
+        };
+        let part = self.take(size - self.frame.remaining());
+        self.frame.push(part);
+        if self.frame.remaining() < size {
+            return Cut::More;
         }
-        self.take(HEADER_BYTES);
-        match size(&self.begun) {
-            Some(Some(size)) => {
-                self.begun.reserve(size - self.begun.len());
-                self.take(size);
-                if self.begun.len() < size {
-                    return Cut::More;
-                }
-                Cut::Frame(mem::take(&mut self.begun).freeze().split_off(HEADER_BYTES))
-            }
-            Some(None) => {
-                self.take(usize::MAX);
-                Cut::Foreign(mem::take(&mut self.begun).freeze())
-            }
-            None => Cut::More,
-        }
+        self.header.clear();
+        Cut::Frame(mem::take(&mut self.frame))
     }
 
-    /// Takes over what is there, until so many bytes of a frame are.
-    fn take(&mut self, size: usize) {
-        let missing = size.saturating_sub(self.begun.len()).min(self.rest.len());
-        self.begun.put(self.rest.split_to(missing));
+    /// So many bytes of what is there, if there are as many.
+    fn take(&mut self, most: usize) -> Bytes {
+        self.rest.split_to(most.min(self.rest.len()))
     }
 
     /// What is there of a frame that ends too early.
     fn torn(&mut self) -> Option<Bytes> {
-        (!self.begun.is_empty()).then(|| mem::take(&mut self.begun).freeze())
+        let mut torn = self.header.split();
+        torn.put(mem::take(&mut self.frame));
+        (!torn.is_empty()).then(|| torn.freeze())
     }
 }
 
-/// The bytes of a frame with its header, as soon as that is there; `None` inside if it is none of ours.
-#[expect(clippy::option_option, reason = "two different things can be missing")]
-fn size(bytes: &[u8]) -> Option<Option<usize>> {
-    let [compressed, length @ ..] = *bytes.first_chunk::<HEADER_BYTES>()?;
-    let length = usize::try_from(u32::from_be_bytes(length)).ok();
-    let fits = length.filter(|length| compressed == 0 && *length <= MAX_FRAME_BYTES);
-    Some(fits.map(|length| HEADER_BYTES + length))
+/// The bytes of a frame with this header, if it is one of ours.
+fn size([compressed, length @ ..]: [u8; HEADER_BYTES]) -> Option<usize> {
+    let length = usize::try_from(u32::from_be_bytes(length)).ok()?;
+    (compressed == 0 && length <= MAX_FRAME_BYTES).then_some(length)
 }
 
 /// Encodes as ever, and decodes what is in the slot.
@@ -239,6 +227,16 @@ mod tests {
 
     use super::*;
 
+    #[derive(Debug, PartialEq)]
+    enum Found {
+        Frame(Bytes),
+        Foreign(Bytes),
+    }
+
+    fn bytes(mut frame: Pieces) -> Bytes {
+        frame.copy_to_bytes(frame.remaining())
+    }
+
     fn framed(frames: &[Vec<u8>]) -> Vec<u8> {
         let mut bytes = Vec::new();
         for frame in frames {
@@ -250,7 +248,7 @@ mod tests {
     }
 
     /// What comes out if these pieces come in.
-    fn cut<'p>(pieces: impl IntoIterator<Item = &'p [u8]>) -> (Vec<Cut>, Option<Bytes>) {
+    fn cut<'p>(pieces: impl IntoIterator<Item = &'p [u8]>) -> (Vec<Found>, Option<Bytes>) {
         let mut cutter = Cutter::default();
         let mut cuts = Vec::new();
         for piece in pieces {
@@ -258,7 +256,8 @@ mod tests {
             loop {
                 match cutter.next() {
                     Cut::More => break,
-                    one @ (Cut::Frame(_) | Cut::Foreign(_)) => cuts.push(one),
+                    Cut::Frame(frame) => cuts.push(Found::Frame(bytes(frame))),
+                    Cut::Foreign(bytes) => cuts.push(Found::Foreign(bytes)),
                 }
             }
             assert!(cutter.rest.is_empty());
@@ -274,19 +273,29 @@ mod tests {
         ) {
             let bytes = framed(&frames);
             let (cuts, torn) = cut(bytes.chunks(piece));
-            let expected: Vec<Cut> = frames.into_iter().map(|f| Cut::Frame(f.into())).collect();
+            let frame = |frame: Vec<u8>| Found::Frame(frame.into());
+            let expected: Vec<_> = frames.into_iter().map(frame).collect();
             prop_assert_eq!(cuts, expected);
             prop_assert_eq!(torn, None);
         }
     }
 
     #[test]
-    fn what_comes_in_one_piece_is_not_copied() {
-        let bytes = Bytes::from(framed(&[vec![1; 100], vec![2; 100]]));
-        let mut cutter = Cutter { rest: bytes.clone(), begun: BytesMut::new() };
-        for at in [HEADER_BYTES, 2 * HEADER_BYTES + 100] {
+    fn what_comes_in_large_pieces_is_not_copied() {
+        let sent = Bytes::from(framed(&[vec![1; 1000], vec![2; 1000]]));
+        let mut cutter = Cutter { rest: sent.clone(), ..Cutter::default() };
+        for at in [HEADER_BYTES, 2 * HEADER_BYTES + 1000] {
             let Cut::Frame(frame) = cutter.next() else { panic!("there is a frame") };
-            assert_eq!(frame.as_ptr(), bytes[at..].as_ptr());
+            assert_eq!(frame.chunk().as_ptr(), sent[at..].as_ptr());
+            assert_eq!(frame.chunk().len(), 1000);
+        }
+        let middle = HEADER_BYTES + 500;
+        cutter.rest = sent.slice(..middle);
+        assert!(matches!(cutter.next(), Cut::More));
+        cutter.rest = sent.slice(middle..HEADER_BYTES + 1000);
+        let Cut::Frame(mut frame) = cutter.next() else { panic!("there is a frame") };
+        for from in [HEADER_BYTES, middle] {
+            assert_eq!(frame.copy_to_bytes(500).as_ptr(), sent[from..].as_ptr());
         }
     }
 
@@ -302,8 +311,8 @@ mod tests {
                 let foreign: Vec<u8> = cuts
                     .iter()
                     .flat_map(|cut| match cut {
-                        Cut::Foreign(bytes) => bytes.to_vec(),
-                        Cut::Frame(_) | Cut::More => panic!("{cut:?}"),
+                        Found::Foreign(bytes) => bytes.to_vec(),
+                        Found::Frame(_) => panic!("{cut:?}"),
                     })
                     .collect();
                 assert_eq!(foreign, bytes[..foreign.len()]);
@@ -316,7 +325,7 @@ mod tests {
     fn a_frame_that_is_cut_off_is_not_lost_silently() {
         let bytes = framed(&[vec![1; 10], vec![2; 10]]);
         let (cuts, torn) = cut([&bytes[..20]]);
-        assert_eq!(cuts, [Cut::Frame(vec![1; 10].into())]);
+        assert_eq!(cuts, [Found::Frame(vec![1; 10].into())]);
         assert_eq!(torn.unwrap(), &bytes[15..20]);
     }
 }

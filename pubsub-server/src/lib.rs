@@ -15,6 +15,7 @@
 //! `wire` parses it, [`broker`] checks limits and hands it to the [`storage`], whose commit
 //! decides its fate; a subscription's task in [`broker`] reads it from there, and `wire` sends it.
 
+pub mod body;
 pub mod broker;
 pub mod config;
 pub mod env;

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use rangemap::{RangeInclusiveMap, RangeInclusiveSet};
 use serde::{Deserialize, Serialize};
 
+use crate::body::Body;
 use crate::filter::Filter;
 use crate::limits;
 use crate::names::{ConsumerId, SubscriptionName, TopicName, TopicPattern};
@@ -79,7 +80,7 @@ pub struct StoredMessage {
     /// The subscriptions it is for; empty for all.
     pub recipients: Vec<SubscriptionName>,
     /// The encoded message.
-    pub body: Bytes,
+    pub body: Body,
 }
 
 impl StoredMessage {

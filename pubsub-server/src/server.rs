@@ -23,7 +23,7 @@ use crate::metrics;
 use crate::storage::memory::Memory;
 use crate::storage::redb::{Options, Redb};
 use crate::storage::{Health, Storage, StorageError};
-use crate::wire::{self, Context};
+use crate::wire::{self, Context, splice};
 
 /// A running server.
 ///
@@ -222,7 +222,7 @@ async fn serve(stream: TcpStream, routes: Routes, mut stopping: watch::Receiver<
         return;
     }
     let tasks = TaskTracker::new();
-    let service = TowerToHyperService::new(routes);
+    let service = TowerToHyperService::new(splice::Service(routes));
     let connection = builder(tasks).serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     let result = tokio::select! {

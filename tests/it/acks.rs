@@ -68,7 +68,7 @@ async fn deliveries(stream: &mut SubscribeStream, count: usize) -> Result<Vec<u6
     let mut sequences = Vec::new();
     while sequences.len() < count {
         if let Frame::Deliver(deliver) = stream.next().await? {
-            sequences.extend(deliver.messages.iter().map(|message| message.sequence));
+            sequences.extend(deliver.received().map(|message| message.sequence));
         }
     }
     Ok(sequences)

@@ -478,7 +478,7 @@ async fn delivered(stream: &mut SubscribeStream) -> Result<Vec<(u64, u32)>> {
         let next = tokio::time::timeout(Duration::from_millis(1500), stream.next()).await;
         let Ok(frame) = next else { return Ok(all) };
         if let Frame::Deliver(deliver) = frame? {
-            all.extend(deliver.messages.iter().map(|one| (one.sequence, one.attempt)));
+            all.extend(deliver.received().map(|one| (one.sequence, one.attempt)));
         }
     }
 }

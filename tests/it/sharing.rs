@@ -275,7 +275,7 @@ fn the_jobs_of_a_crashed_worker_go_to_the_others_after_its_grace() {
         let mut taken = 0;
         while taken < 10 {
             if let Frame::Deliver(deliver) = crashing.next().await? {
-                taken += deliver.messages.len();
+                taken += deliver.count();
             }
         }
         let mut other = worker(&client, SubscriptionKind::Shared, "other").await?;

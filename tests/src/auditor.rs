@@ -90,7 +90,7 @@ fn next_sequence(topic: &Topic, messages: &[Stored]) -> u64 {
 
 fn append(topic: &Topic, messages: &mut Vec<Stored>, deliver: Deliver) -> Result<SequenceRange> {
     let first = next_sequence(topic, messages);
-    for message in deliver.messages {
+    for message in deliver.received() {
         let expected = next_sequence(topic, messages);
         ensure!(
             message.sequence == expected,

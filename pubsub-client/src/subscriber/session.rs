@@ -443,12 +443,15 @@ impl Session<'_> {
     }
 
     fn deliver(&mut self, deliver: pb::Deliver) -> Result<(), End> {
-        let pb::Deliver { topic, first_delivery, generation, messages } = deliver;
+        let (topic, first_delivery, generation) =
+            (deliver.topic, deliver.first_delivery, deliver.generation);
         let order = self.core.lock().resume.order();
         // Not under the lock, which the application wants for each message.
-        let messages = messages.into_iter().map(|message| convert::item(order, message));
-        let messages = messages.collect::<Result<Vec<_>, _>>();
-        let messages = messages.map_err(|error| Broken(format!("a message: {error}")))?;
+        let mut messages = Vec::with_capacity(deliver.count());
+        for message in deliver.received() {
+            let item = convert::item(order, message);
+            messages.push(item.map_err(|error| Broken(format!("a message: {error}")))?);
+        }
         let messages = messages.into_iter();
         let mut inner = self.core.lock();
         let shown = inner.resume.deliver(topic, first_delivery, generation, messages)?;

@@ -213,12 +213,8 @@ fn welcome() -> SubscribeAnswer {
 
 fn deliver(first_delivery: u64, sequence: u64) -> SubscribeAnswer {
     let message = pb::ReceivedMessage { sequence, ..pb::ReceivedMessage::default() };
-    SubscribeAnswer::Deliver(pb::Deliver {
-        topic: 1,
-        first_delivery,
-        generation: 0,
-        messages: vec![message],
-    })
+    let deliver = [message].into_iter().collect();
+    SubscribeAnswer::Deliver(pb::Deliver { topic: 1, first_delivery, ..deliver })
 }
 
 /// A welcome to a subscription of this kind.
@@ -235,8 +231,8 @@ fn deliver_keys(keys: &[&str]) -> SubscribeAnswer {
         let message = Some(message.encoded());
         pb::ReceivedMessage { sequence, message, ..pb::ReceivedMessage::default() }
     };
-    let messages = (1..).zip(keys).map(message).collect();
-    SubscribeAnswer::Deliver(pb::Deliver { topic: 1, first_delivery: 1, generation: 0, messages })
+    let deliver = (1..).zip(keys).map(message).collect();
+    SubscribeAnswer::Deliver(pb::Deliver { topic: 1, first_delivery: 1, ..deliver })
 }
 
 fn publisher_welcome(last_sequence: Option<u64>) -> PublishAnswer {

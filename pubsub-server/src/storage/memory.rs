@@ -309,7 +309,7 @@ impl Topic {
                 sequence,
                 published_at: at,
                 recipients: message.recipients,
-                body: message.body,
+                body: message.body.into(),
             });
         }
         let head = self.first + self.messages.len() as u64 - 1;

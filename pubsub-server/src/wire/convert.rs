@@ -431,10 +431,10 @@ pub(super) fn gap_reason(reason: GapReason) -> v1::GapReason {
 }
 
 /// A stored message for a consumer.
-pub(super) fn received(message: StoredMessage, attempt: u32) -> v1::ReceivedMessage {
+fn received(message: &StoredMessage, attempt: u32) -> v1::ReceivedMessage {
     v1::ReceivedMessage {
         sequence: message.sequence,
-        message: Some(message.body),
+        message: Some(message.body.bytes()),
         publish_time: timestamp(message.published_at),
         attempt,
     }
@@ -446,7 +446,7 @@ pub(super) fn pulled(leased: Leased) -> v1::PulledMessage {
     let id = v1::MessageId { topic: topic.to_string(), epoch: epoch.0, sequence };
     v1::PulledMessage {
         id: Some(id),
-        message: Some(received(message, attempt)),
+        message: Some(received(&message, attempt)),
         lease_token: format!("{:016x}-{sequence:x}-{attempt:x}-{pull:x}", epoch.0),
     }
 }

@@ -138,7 +138,7 @@ pub(super) fn snapshot(snapshot: &Snapshot) -> v1::Snapshot {
 
 pub(super) fn dead_letters(page: &LetterPage) -> Result<Vec<v1::DeadLetter>, Status> {
     let letter = |copy: &StoredMessage| {
-        let message = v1::Message::decode(copy.body.clone());
+        let message = v1::Message::decode(copy.body.bytes());
         let message = message.map_err(|_| Status::internal("a dead letter is no message"))?;
         let origin = Origin::of_message(&message);
         let origin = origin.ok_or_else(|| Status::internal("a dead letter has no origin"))?;

@@ -21,6 +21,7 @@ mod describe;
 mod events;
 mod publish;
 mod schema;
+pub(crate) mod splice;
 mod status;
 mod stream;
 mod subscribe;

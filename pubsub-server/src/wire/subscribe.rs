@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use pubsub_proto::PROTOCOL_VERSION;
 use pubsub_proto::v1::subscribe_request::Frame as Request;
 use pubsub_proto::v1::subscribe_response::Frame as Response;
 use pubsub_proto::v1::subscriber_service_server::SubscriberService;
@@ -12,14 +11,14 @@ use pubsub_proto::v1::{
     PullRequest, PullResponse, SubscribeHello, SubscribeRequest, SubscribeResponse,
     SubscriberHeartbeat, TopicHead, TopicJoined, TopicLeft,
 };
+use pubsub_proto::{Encoded, PROTOCOL_VERSION};
 use tokio::time::Instant;
 use tonic::{Status, Streaming};
 
 use super::convert;
+use super::splice::{self, Splicing};
 use super::status::{self, invalid, protocol, status};
-use super::stream::{
-    End, Frames, Outbound, dead_after, drain, first_frame, heartbeat_interval, unreadable,
-};
+use super::stream::{End, Frames, dead_after, drain, first_frame, heartbeat_interval, unreadable};
 use super::{Context, turned};
 use crate::broker::delivery::Nack;
 use crate::broker::session::{Attach, Command, Credit, Deliver, Event, Pull, Told, Welcome};
@@ -34,7 +33,7 @@ pub(crate) struct Service(pub(super) Context);
 
 #[tonic::async_trait]
 impl SubscriberService for Service {
-    type SubscribeStream = Outbound<SubscribeResponse>;
+    type SubscribeStream = Splicing;
 
     async fn subscribe(
         &self,
@@ -45,7 +44,7 @@ impl SubscriberService for Service {
         let inbound = request.into_inner();
         // The response has to be under way before the hello is read: clients may wait for it.
         self.0.streams.spawn(serve(context, inbound, frames));
-        Ok(tonic::Response::new(outbound))
+        Ok(splice::response(outbound))
     }
 
     async fn pull(
@@ -314,15 +313,55 @@ fn welcome(context: &Context, welcome: Welcome, heartbeat: Duration) -> v1::Subs
 }
 
 fn deliver(deliver: Deliver) -> v1::Deliver {
-    let received = |(message, attempt)| convert::received(message, attempt);
-    v1::Deliver {
-        topic: deliver.topic,
-        first_delivery: deliver.first_delivery,
-        generation: deliver.generation,
-        messages: deliver.messages.into_iter().map(received).collect(),
+    let Deliver { topic, first_delivery, generation, messages } = deliver;
+    let mut frame = v1::Deliver { topic, first_delivery, generation, runs: Vec::new() };
+    for (message, attempt) in messages {
+        let time = convert::timestamp(message.published_at);
+        let body = match message.body.field() {
+            Some((row, field)) => Encoded::InRow(row, field),
+            None => Encoded::Alone(&message.body),
+        };
+        frame.push(message.sequence, time, attempt, body);
     }
+    frame
 }
 
 async fn send(frames: &Frames<SubscribeResponse>, frame: Response) -> Result<(), End> {
     frames.send(SubscribeResponse { frame: Some(frame) }).await
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use prost::Message as _;
+
+    use super::*;
+    use crate::body::{Body, put_field};
+    use crate::record::{StoredMessage, Timestamp};
+
+    #[test]
+    fn what_is_in_a_row_and_what_is_not_is_delivered_alike() {
+        let bodies = [&b"one"[..], b"", b"three"];
+        let mut row = Vec::new();
+        let fields = bodies.map(|body| {
+            put_field(body, &mut row);
+            row.len()
+        });
+        let row = Bytes::from(row);
+        let begins = [0, fields[0], fields[1]];
+        let in_row = begins.map(|field| Body::in_row(&row, field).unwrap());
+        let alone = bodies.map(|body| Body::from(Bytes::from_static(body)));
+        let frames = [in_row, alone].map(|bodies| {
+            let message = |(sequence, body)| {
+                let published_at = Timestamp(1500);
+                (StoredMessage { sequence, published_at, recipients: Vec::new(), body }, 1)
+            };
+            let messages = (7..).zip(bodies).map(message).collect();
+            deliver(Deliver { topic: 1, first_delivery: 4, generation: 2, messages })
+        });
+        assert_eq!(frames[0].encode_to_vec(), frames[1].encode_to_vec());
+        let decoded = v1::Deliver::decode(&*frames[0].encode_to_vec()).unwrap();
+        let received = decoded.received().map(|one| (one.sequence, one.message.unwrap()));
+        assert!(received.eq((7..).zip(bodies.map(Bytes::from_static))));
+    }
 }

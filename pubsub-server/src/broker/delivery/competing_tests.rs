@@ -16,7 +16,12 @@ fn key(sequence: u64) -> Option<Key> {
 
 fn message(sequence: u64) -> StoredMessage {
     let body = Bytes::from_static(b"body");
-    StoredMessage { sequence, published_at: Timestamp(0), recipients: Vec::new(), body }
+    StoredMessage {
+        sequence,
+        published_at: Timestamp(0),
+        recipients: Vec::new(),
+        body: body.into(),
+    }
 }
 
 fn set(sequences: impl IntoIterator<Item = u64>) -> Sequences {

@@ -455,7 +455,12 @@ mod tests {
 
     fn message(sequence: u64) -> StoredMessage {
         let body = Bytes::from_static(b"body");
-        StoredMessage { sequence, published_at: Timestamp(0), recipients: Vec::new(), body }
+        StoredMessage {
+            sequence,
+            published_at: Timestamp(0),
+            recipients: Vec::new(),
+            body: body.into(),
+        }
     }
 
     /// Every seventh message is for someone else.

@@ -143,7 +143,7 @@ impl World {
         let fact = self.truth.at(sequence);
         let recipients = if fact.ours { Vec::new() } else { vec![name("other")] };
         let body = Bytes::from_static(&BODY[..usize::try_from(fact.bytes).unwrap()]);
-        StoredMessage { sequence, published_at: Timestamp(0), recipients, body }
+        StoredMessage { sequence, published_at: Timestamp(0), recipients, body: body.into() }
     }
 
     fn trim(&mut self, count: u64) {

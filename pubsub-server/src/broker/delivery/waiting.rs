@@ -96,7 +96,7 @@ mod tests {
             sequence,
             published_at: Timestamp(0),
             recipients: Vec::new(),
-            body: Bytes::from_static(b"body"),
+            body: Bytes::from_static(b"body").into(),
         };
         match delivery {
             Delivery::Exclusive(delivery) => {

@@ -8,11 +8,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 
-use super::rows::{
-    BATCH_HEADER_BYTES, BatchHeader, MESSAGE_HEADER_BYTES, SUM_BYTES, decode_recipients, sum_at,
-};
+use super::rows::{BatchHeader, Finder};
 use crate::limits;
 use crate::record::{Epoch, StoredMessage, Timestamp};
 
@@ -36,61 +34,29 @@ impl Row {
 
     /// One that was read, if no message of it is damaged.
     pub(super) fn verified(header: BatchHeader, bytes: &Bytes) -> Option<Self> {
-        let topic = header.topic;
-        let mut place = BATCH_HEADER_BYTES;
+        let mut finder = Finder::new(header.count, bytes)?;
         for sequence in header.base..header.end() {
-            let message = Message::at(bytes, place)?;
-            let mut sum = bytes.get(message.end..message.end + SUM_BYTES)?;
-            if sum.get_u64_le() != sum_at(topic, sequence, bytes.get(place..message.end)?) {
+            let found = finder.next(bytes)?;
+            if !found.is_sound(header.topic, sequence, bytes) {
                 return None;
             }
-            decode_recipients(bytes.get(message.recipients..message.body)?)?;
-            place = message.end + SUM_BYTES;
+            found.recipients(bytes)?;
         }
         Some(Self::of(header, bytes.clone()))
     }
 
     /// Its messages from a sequence on.
     pub(super) fn messages(&self, from: u64) -> impl Iterator<Item = StoredMessage> {
-        let mut place = BATCH_HEADER_BYTES;
+        let count = u32::try_from(self.end - self.base).unwrap_or(u32::MAX);
+        let mut finder = Finder::new(count, &self.bytes);
         (self.base..self.end)
-            .map_while(move |sequence| {
-                let message = Message::at(&self.bytes, place)?;
-                place = message.end + SUM_BYTES;
-                Some((sequence, message))
-            })
+            .map_while(move |sequence| Some((sequence, finder.as_mut()?.next(&self.bytes)?)))
             .skip_while(move |(sequence, _)| *sequence < from)
-            .map_while(|(sequence, message)| {
-                let recipients = self.bytes.get(message.recipients..message.body)?;
-                Some(StoredMessage {
-                    sequence,
-                    published_at: self.at,
-                    recipients: decode_recipients(recipients)?,
-                    body: self.bytes.slice(message.body..message.end),
-                })
-            })
+            .map_while(|(sequence, found)| found.message(sequence, self.at, &self.bytes))
     }
 
     fn size(&self) -> usize {
         self.bytes.len() + limits::MESSAGE_OVERHEAD_BYTES
-    }
-}
-
-/// Where the parts of a message begin, and where it ends.
-struct Message {
-    recipients: usize,
-    body: usize,
-    end: usize,
-}
-
-impl Message {
-    fn at(row: &[u8], place: usize) -> Option<Self> {
-        let recipients = place.checked_add(MESSAGE_HEADER_BYTES)?;
-        let mut fields = row.get(place..recipients)?;
-        let length = fields.get_u32_le() as usize;
-        let body = recipients + usize::from(fields.get_u16_le());
-        let end = body.checked_add(length)?;
-        (end + SUM_BYTES <= row.len()).then_some(Self { recipients, body, end })
     }
 }
 
@@ -179,7 +145,7 @@ impl Rows {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rows::{decode_header, encode_batch};
+    use super::super::rows::{BATCH_HEADER_BYTES, decode_header, encode_batch};
     use super::*;
     use crate::names::SubscriptionName;
     use crate::record::NewMessage;

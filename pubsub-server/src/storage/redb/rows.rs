@@ -3,6 +3,7 @@
 //! Records that people read and extend are postcard; what is written in every commit has a fixed
 //! layout; messages have one that is read without copying them.
 
+use std::ops::Range;
 use std::sync::LazyLock;
 
 use bytes::{Buf, BufMut, Bytes};
@@ -12,6 +13,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::blobs::Place;
 use super::tables::{Damaged, MESSAGES};
+use crate::body::{Body, field_len, put_field, read_field};
 use crate::names::SubscriptionName;
 use crate::record::{Epoch, NewMessage, StoredMessage, Timestamp, Uuid};
 
@@ -23,9 +25,9 @@ pub(super) const ROW_BYTES: usize = 64_000;
 
 /// count, body bytes, published at, checksum of these
 pub(super) const BATCH_HEADER_BYTES: usize = 4 + 4 + 8 + 8;
-/// body length, recipients length
-pub(super) const MESSAGE_HEADER_BYTES: usize = 4 + 2;
-pub(super) const SUM_BYTES: usize = 8;
+/// recipients length, checksum
+const ENTRY_BYTES: usize = 2 + SUM_BYTES;
+const SUM_BYTES: usize = 8;
 /// file, offset, length, checksum of all before
 const PLACE_BYTES: usize = 8 + 8 + 4 + SUM_BYTES;
 /// In the count of a row: the messages are in a blob file.
@@ -92,8 +94,11 @@ impl Head {
 
 /// The size of a message in a row.
 pub(super) fn encoded_len(message: &NewMessage) -> usize {
-    let recipients: usize = message.recipients.iter().map(|name| 1 + name.as_str().len()).sum();
-    MESSAGE_HEADER_BYTES + recipients + message.body.len() + SUM_BYTES
+    ENTRY_BYTES + field_len(message.body.len()) + recipients_len(message)
+}
+
+fn recipients_len(message: &NewMessage) -> usize {
+    message.recipients.iter().map(|name| 1 + name.as_str().len()).sum()
 }
 
 /// How many messages from the start of a slice share a row: as many as fit, or a large one alone.
@@ -147,19 +152,24 @@ pub(super) fn encode_batch(
     let bytes = length(messages.iter().map(|message| message.body.len()).sum());
     let count = length(messages.len());
     put_header(&mut row, &BatchHeader { topic, base, count, bytes, at, outside: false });
+    let mut entry = row.len();
+    row.put_bytes(0, messages.len() * ENTRY_BYTES);
+    let mut recipients = Vec::new();
     for (message, sequence) in messages.iter().zip(base..) {
-        let start = row.len();
-        let recipients: usize = message.recipients.iter().map(|name| 1 + name.as_str().len()).sum();
-        row.put_u32_le(length(message.body.len()));
-        row.put_u16_le(u16::try_from(recipients).expect("limits bound the recipients"));
+        let (field, names) = (row.len(), recipients.len());
+        put_field(&message.body, &mut row);
         for name in &message.recipients {
-            row.put_u8(u8::try_from(name.as_str().len()).expect("limits bound a name"));
-            row.put_slice(name.as_str().as_bytes());
+            recipients.put_u8(u8::try_from(name.as_str().len()).expect("limits bound a name"));
+            recipients.put_slice(name.as_str().as_bytes());
         }
-        row.put_slice(&message.body);
-        let sum = sum_at(topic, sequence, &row[start..]);
-        row.put_u64_le(sum);
+        let names = &recipients[names..];
+        let sum = sum_of(topic, sequence, names, &row[field..]);
+        let mut fields = &mut row[entry..entry + ENTRY_BYTES];
+        fields.put_u16_le(u16::try_from(names.len()).expect("limits bound the recipients"));
+        fields.put_u64_le(sum);
+        entry += ENTRY_BYTES;
     }
+    row.extend_from_slice(&recipients);
     row
 }
 
@@ -220,49 +230,100 @@ pub(super) fn decode_header(topic: Epoch, base: u64, row: &[u8]) -> Result<Batch
     header().ok_or_else(|| Damaged::in_table(MESSAGES.name()))
 }
 
+/// Where a message is in its row.
+#[derive(Clone, Debug)]
+pub(super) struct Found {
+    sum: u64,
+    recipients: Range<usize>,
+    field: Range<usize>,
+}
+
+impl Found {
+    /// Whether it is what was stored.
+    pub(super) fn is_sound(&self, topic: Epoch, sequence: u64, row: &[u8]) -> bool {
+        let recipients = row.get(self.recipients.clone());
+        let summed = recipients.zip(row.get(self.field.clone()));
+        summed.is_some_and(|(names, field)| self.sum == sum_of(topic, sequence, names, field))
+    }
+
+    pub(super) fn recipients(&self, row: &[u8]) -> Option<Vec<SubscriptionName>> {
+        decode_recipients(row.get(self.recipients.clone())?)
+    }
+
+    /// The message; it shares the row.
+    pub(super) fn message(
+        &self,
+        sequence: u64,
+        published_at: Timestamp,
+        row: &Bytes,
+    ) -> Option<StoredMessage> {
+        let (recipients, body) = (self.recipients(row)?, Body::in_row(row, self.field.start)?);
+        Some(StoredMessage { sequence, published_at, recipients, body })
+    }
+}
+
+/// Finds the messages of a row, one after the other. It verifies nothing.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Finder {
+    entry: usize,
+    field: usize,
+    recipients: usize,
+}
+
+impl Finder {
+    /// Those of a row whose header was read.
+    pub(super) fn new(count: u32, row: &[u8]) -> Option<Self> {
+        let field = BATCH_HEADER_BYTES + count as usize * ENTRY_BYTES;
+        let entries = row.get(BATCH_HEADER_BYTES..field)?.chunks_exact(ENTRY_BYTES);
+        let recipients: usize = entries.map(|mut entry| usize::from(entry.get_u16_le())).sum();
+        // If that is damaged those without recipients are still found.
+        let recipients = row.len().saturating_sub(recipients);
+        Some(Self { entry: BATCH_HEADER_BYTES, field, recipients })
+    }
+
+    pub(super) fn next(&mut self, row: &[u8]) -> Option<Found> {
+        let mut entry = row.get(self.entry..self.entry + ENTRY_BYTES)?;
+        let recipients = self.recipients + usize::from(entry.get_u16_le());
+        let end = read_field(row, self.field)?.end;
+        let found = Found {
+            sum: entry.get_u64_le(),
+            recipients: self.recipients..recipients,
+            field: self.field..end,
+        };
+        *self = Self { entry: self.entry + ENTRY_BYTES, field: end, recipients };
+        Some(found)
+    }
+}
+
 /// The messages of a row in order; after a damaged one there are no more.
 #[derive(Debug)]
 pub(super) struct Messages {
     header: BatchHeader,
     next: u64,
-    rest: Bytes,
+    finder: Option<Finder>,
+    row: Bytes,
 }
 
 impl Messages {
     /// Those of a row whose header was read.
-    pub(super) fn new(header: BatchHeader, mut row: Bytes) -> Self {
-        row.advance(BATCH_HEADER_BYTES);
-        Self { header, next: header.base, rest: row }
+    pub(super) fn new(header: BatchHeader, row: Bytes) -> Self {
+        Self { header, next: header.base, finder: Finder::new(header.count, &row), row }
     }
 
     /// Goes on at a sequence of this row. What is passed is not verified, so that a damaged
     /// message does not keep those after it from being read.
     pub(super) fn skip_to(&mut self, sequence: u64) -> Option<()> {
         while self.next < sequence {
-            let mut fields = self.rest.clone();
-            let body = fields.try_get_u32_le().ok()? as usize;
-            let recipients = usize::from(fields.try_get_u16_le().ok()?);
-            let length = MESSAGE_HEADER_BYTES + recipients + body + SUM_BYTES;
-            self.rest.get(..length)?;
-            self.rest.advance(length);
+            self.finder.as_mut()?.next(&self.row)?;
             self.next += 1;
         }
         Some(())
     }
 
     fn take(&mut self) -> Option<StoredMessage> {
-        let mut fields = self.rest.clone();
-        let body_length = fields.try_get_u32_le().ok()? as usize;
-        let recipients_length = usize::from(fields.try_get_u16_le().ok()?);
-        let summed = MESSAGE_HEADER_BYTES + recipients_length + body_length;
-        let mut sum = self.rest.get(summed..summed + SUM_BYTES)?;
-        if sum.get_u64_le() != sum_at(self.header.topic, self.next, &self.rest[..summed]) {
-            return None;
-        }
-        let recipients = decode_recipients(&fields.split_to(recipients_length))?;
-        let body = fields.split_to(body_length);
-        self.rest.advance(summed + SUM_BYTES);
-        Some(StoredMessage { sequence: self.next, published_at: self.header.at, recipients, body })
+        let found = self.finder.as_mut()?.next(&self.row)?;
+        let sound = found.is_sound(self.header.topic, self.next, &self.row);
+        sound.then(|| found.message(self.next, self.header.at, &self.row))?
     }
 }
 
@@ -280,7 +341,7 @@ impl Iterator for Messages {
     }
 }
 
-pub(super) fn decode_recipients(mut bytes: &[u8]) -> Option<Vec<SubscriptionName>> {
+fn decode_recipients(mut bytes: &[u8]) -> Option<Vec<SubscriptionName>> {
     let mut recipients = Vec::new();
     while let Some((length, rest)) = bytes.split_first() {
         let (name, rest) = rest.split_at_checked(usize::from(*length))?;
@@ -290,13 +351,24 @@ pub(super) fn decode_recipients(mut bytes: &[u8]) -> Option<Vec<SubscriptionName
     Some(recipients)
 }
 
-pub(super) fn sum_at(topic: Epoch, sequence: u64, bytes: &[u8]) -> u64 {
+/// The sum of a message.
+fn sum_of(topic: Epoch, sequence: u64, recipients: &[u8], field: &[u8]) -> u64 {
+    let seed = seed_at(topic, sequence);
+    let named = |seed| xxh3_64_with_seed(recipients, seed);
+    xxh3_64_with_seed(field, if recipients.is_empty() { seed } else { named(seed) })
+}
+
+fn sum_at(topic: Epoch, sequence: u64, bytes: &[u8]) -> u64 {
+    xxh3_64_with_seed(bytes, seed_at(topic, sequence))
+}
+
+fn seed_at(topic: Epoch, sequence: u64) -> u64 {
     let mut key = [0; 16];
     key[..8].copy_from_slice(&topic.0.to_le_bytes());
     key[8..].copy_from_slice(&sequence.to_le_bytes());
     // As every checksum, but that the name of the table is not hashed for each message.
     static TABLE: LazyLock<u64> = LazyLock::new(|| xxh3_64(MESSAGES.name().as_bytes()));
-    xxh3_64_with_seed(bytes, xxh3_64_with_seed(&key, *TABLE))
+    xxh3_64_with_seed(&key, *TABLE)
 }
 
 fn length(length: usize) -> u32 {

@@ -15,7 +15,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 use crate::record::Epoch;
 
 /// The version of the format. A server reads exactly one.
-pub(super) const FORMAT: u32 = 5;
+pub(super) const FORMAT: u32 = 6;
 
 /// Rows are bytes; their encodings are in [`super::rows`].
 pub(super) type Row = &'static [u8];
