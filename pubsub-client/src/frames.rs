@@ -324,8 +324,10 @@ mod tests {
     #[test]
     fn a_frame_that_is_cut_off_is_not_lost_silently() {
         let bytes = framed(&[vec![1; 10], vec![2; 10]]);
-        let (cuts, torn) = cut([&bytes[..20]]);
-        assert_eq!(cuts, [Found::Frame(vec![1; 10].into())]);
-        assert_eq!(torn.unwrap(), &bytes[15..20]);
+        for end in 16..30 {
+            let (cuts, torn) = cut([&bytes[..end]]);
+            assert_eq!(cuts, [Found::Frame(vec![1; 10].into())]);
+            assert_eq!(torn.unwrap(), &bytes[15..end]);
+        }
     }
 }
