@@ -34,6 +34,16 @@ impl Body {
         (self.field < self.start).then_some((&self.row, self.field..self.end))
     }
 
+    /// How many bytes it has.
+    pub fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Its bytes, which are not copied.
     pub fn bytes(&self) -> Bytes {
         self.row.slice(self.start..self.end)
@@ -114,6 +124,7 @@ mod tests {
         for (body, field) in bodies.iter().zip(fields) {
             let found = Body::in_row(&row, field.start).unwrap();
             assert_eq!((&*found, found.field()), (&**body, Some((&row, field))));
+            assert_eq!((found.len(), found.is_empty()), (body.len(), body.is_empty()));
             assert_eq!(found, Body::from(Bytes::from(body.clone())));
         }
         assert_eq!(Body::from(row).field(), None);
