@@ -4,6 +4,7 @@
 //! they are on the wire: a store that keeps them as they stand in a [`MessageRun`] sends them without
 //! looking at each.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::ops::Range;
 
@@ -230,13 +231,13 @@ impl IntoIterator for Fields {
     type IntoIter = IntoFields;
 
     fn into_iter(self) -> IntoFields {
-        IntoFields(self.pieces.into_iter().collect())
+        IntoFields(self.pieces.into())
     }
 }
 
 /// The messages of a run.
 #[derive(Debug)]
-pub struct IntoFields(std::collections::VecDeque<Piece>);
+pub struct IntoFields(VecDeque<Piece>);
 
 impl Iterator for IntoFields {
     type Item = Bytes;
@@ -388,8 +389,8 @@ impl From<Loose> for MessageRun {
     }
 }
 
-/// Messages that are sent from where they are, and not copied into their frame: each time that costs a
-/// frame of HTTP/2, and often a write.
+/// Messages that are sent from where they are, and not copied into their frame, have so many bytes in one
+/// place: a write takes 16 places at most.
 const SPLICED: usize = 16 * 1024;
 
 impl SubscribeResponse {
