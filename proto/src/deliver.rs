@@ -46,7 +46,7 @@ pub struct MessageRun {
 /// The tag of a `Deliver` in a [`SubscribeResponse`].
 const DELIVER: u32 = 3;
 /// The tag of [`Deliver::runs`].
-const RUNS: u32 = 4;
+const RUNS: u32 = 5;
 /// The tag of [`MessageRun::messages`], with its wire type.
 const FIELD: u8 = 4 << 3 | 2;
 
@@ -504,7 +504,7 @@ mod tests {
         first_delivery: u64,
         #[prost(uint32, tag = "3")]
         generation: u32,
-        #[prost(message, repeated, tag = "4")]
+        #[prost(message, repeated, tag = "5")]
         runs: Vec<Loose>,
     }
 
@@ -578,7 +578,7 @@ mod tests {
     #[test]
     fn fields_in_another_order_say_the_same() {
         let mut run = vec![0x22, 1, 7, 0x08, 5, 0x22, 0, 0x18, 2];
-        run.splice(0..0, [0x22, u8::try_from(run.len()).unwrap()]);
+        run.splice(0..0, [0x2a, u8::try_from(run.len()).unwrap()]);
         let deliver = Deliver::decode(&*run).unwrap();
         let received: Vec<_> = deliver.received().collect();
         let message = |sequence, body: &'static [u8]| ReceivedMessage {

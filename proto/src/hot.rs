@@ -256,8 +256,9 @@ mod tests {
         assert_eq!(fields("PublishBatch"), named(&batch));
         let received = ["sequence", "message", "publish_time", "attempt"];
         assert_eq!(fields("ReceivedMessage"), named(&received));
-        let deliver = ["topic", "first_delivery", "generation", "runs"];
-        assert_eq!(fields("Deliver"), named(&deliver));
+        let mut deliver = named(&["topic", "first_delivery", "generation"]);
+        deliver.push((5, "runs".to_owned()));
+        assert_eq!(fields("Deliver"), deliver);
         let run = ["first_sequence", "publish_time", "attempt", "messages"];
         assert_eq!(fields("MessageRun"), named(&run));
     }
