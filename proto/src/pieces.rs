@@ -100,6 +100,7 @@ impl Buf for Pieces {
                 piece
             }
             Some(_) => {
+                assert!(count <= self.remaining(), "fewer than {count} bytes are left");
                 let mut bytes = BytesMut::with_capacity(count);
                 bytes.put(self.take(count));
                 bytes.freeze()

@@ -445,7 +445,12 @@ impl Session<'_> {
     fn deliver(&mut self, deliver: pb::Deliver) -> Result<(), End> {
         let (topic, first_delivery, generation) =
             (deliver.topic, deliver.first_delivery, deliver.generation);
-        let order = self.core.lock().resume.order();
+        let (order, (_, topics)) = {
+            let inner = self.core.lock();
+            (inner.resume.order(), inner.resume.held())
+        };
+        // Before anything is made of it.
+        self.check_credit(deliver.count(), topics)?;
         // Not under the lock, which the application wants for each message.
         let mut messages = Vec::with_capacity(deliver.count());
         for message in deliver.received() {
@@ -455,11 +460,8 @@ impl Session<'_> {
         let messages = messages.into_iter();
         let mut inner = self.core.lock();
         let shown = inner.resume.deliver(topic, first_delivery, generation, messages)?;
-        // A topic with nothing out gets a message beyond the credit.
         let (held, topics) = inner.resume.held();
-        if held > self.core.settings.max_messages as usize + topics + limits::CREDIT_SLACK {
-            return Err(Broken(format!("{held} messages were sent without credit")).into());
-        }
+        self.check_credit(held, topics)?;
         if shown > 0 {
             self.reconnect.progress();
             self.core.arrived(&mut inner, Settled::default());
@@ -467,12 +469,23 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Whether a server that respects our credit can have sent so many messages.
+    fn check_credit(&self, messages: usize, topics: usize) -> Result<(), Broken> {
+        // A topic with nothing out gets a message beyond the credit.
+        let most = self.core.settings.max_messages as usize + topics + limits::CREDIT_SLACK;
+        if messages > most {
+            return Err(Broken(format!("{messages} messages were sent without credit")));
+        }
+        Ok(())
+    }
+
     fn heartbeat(&mut self, heartbeat: pb::SubscriberHeartbeat) -> Result<(), End> {
+        let mut inner = self.core.lock();
+        // First: a stream that loses messages makes no progress.
+        inner.resume.check_deliveries(heartbeat.last_delivery)?;
         if self.live.answer(heartbeat.echoed_nonce) {
             self.reconnect.progress();
         }
-        let mut inner = self.core.lock();
-        inner.resume.check_deliveries(heartbeat.last_delivery)?;
         let moved = !heartbeat.heads.is_empty();
         for pb::TopicHead { topic, head, passed, floor } in heartbeat.heads {
             let (head, floor) = (convert::sequence(head), convert::sequence(floor));

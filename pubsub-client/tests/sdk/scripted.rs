@@ -280,6 +280,23 @@ async fn a_lost_delivery_makes_the_subscriber_attach_again_with_what_it_holds() 
 }
 
 #[tokio::test]
+async fn what_is_far_beyond_the_credit_is_not_taken() {
+    let script: Script<SubscribeAnswer> = |stream| {
+        Some(match stream {
+            0 => vec![Ok(welcome()), Ok(deliver_keys(&["k"; 3_000]))],
+            _ => vec![Ok(welcome()), Ok(deliver(1, 1))],
+        })
+    };
+    let world = world(script, nothing).await;
+    let builder = world.client.subscriber("s").topic("t").max_outstanding_messages(10);
+    let mut subscriber = builder.open().await.unwrap();
+    assert_eq!(next(&mut subscriber).await.id.sequence, 1);
+    let hellos = world.server.hellos.lock().unwrap();
+    let position = &hellos[1].positions[0];
+    assert_eq!((position.held.as_slice(), position.last_received), (&[][..], 0));
+}
+
+#[tokio::test]
 async fn a_batch_says_whether_someone_waits_for_its_confirmation() {
     let script: Script<SubscribeAnswer> = |_| {
         let messages = (1..=4).map(|sequence| Ok(deliver(sequence, sequence)));

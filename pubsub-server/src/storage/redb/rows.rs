@@ -276,18 +276,19 @@ impl Finder {
         let field = BATCH_HEADER_BYTES + count as usize * ENTRY_BYTES;
         let entries = row.get(BATCH_HEADER_BYTES..field)?.chunks_exact(ENTRY_BYTES);
         let recipients: usize = entries.map(|mut entry| usize::from(entry.get_u16_le())).sum();
-        // If that is damaged those without recipients are still found.
         let recipients = row.len().saturating_sub(recipients);
         Some(Self { entry: BATCH_HEADER_BYTES, field, recipients })
     }
 
     pub(super) fn next(&mut self, row: &[u8]) -> Option<Found> {
         let mut entry = row.get(self.entry..self.entry + ENTRY_BYTES)?;
-        let recipients = self.recipients + usize::from(entry.get_u16_le());
+        let length = usize::from(entry.get_u16_le());
+        let recipients = self.recipients + length;
         let end = read_field(row, self.field)?.end;
         let found = Found {
             sum: entry.get_u64_le(),
-            recipients: self.recipients..recipients,
+            // If a length is damaged, those without recipients are found all the same.
+            recipients: if length == 0 { 0..0 } else { self.recipients..recipients },
             field: self.field..end,
         };
         *self = Self { entry: self.entry + ENTRY_BYTES, field: end, recipients };
@@ -378,6 +379,7 @@ fn length(length: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::testing::message;
 
     #[test]
     fn a_row_says_where_its_messages_are_or_nothing() {
@@ -398,5 +400,25 @@ mod tests {
             assert!(decode_place(&found, &damaged).is_err(), "{bit}");
         }
         assert!(decode_header(Epoch(8), base, &row).is_err());
+    }
+    #[test]
+    fn a_damaged_length_hides_none_of_the_messages_without_recipients() {
+        let (topic, base, count) = (Epoch(7), 10, 4);
+        let messages: Vec<_> = (0..count).map(|number| message(vec![number; 20])).collect();
+        let row = encode_batch(topic, base, Timestamp(5), &messages);
+        let sound = |row: &[u8]| {
+            let mut finder = Finder::new(u32::from(count), row).unwrap();
+            let found = |sequence| finder.next(row).unwrap().is_sound(topic, sequence, row);
+            (base..base + u64::from(count)).map(found).collect::<Vec<_>>()
+        };
+        assert_eq!(sound(&row), [true; 4]);
+        for entry in 0..usize::from(count) {
+            for bit in 0..16 {
+                let mut damaged = row.clone();
+                damaged[BATCH_HEADER_BYTES + entry * ENTRY_BYTES + bit / 8] ^= 1 << (bit % 8);
+                let rest: Vec<_> = (0..usize::from(count)).map(|at| at != entry).collect();
+                assert_eq!(sound(&damaged), rest, "bit {bit} of entry {entry}");
+            }
+        }
     }
 }
