@@ -401,6 +401,7 @@ mod tests {
         }
         assert!(decode_header(Epoch(8), base, &row).is_err());
     }
+
     #[test]
     fn a_damaged_length_hides_none_of_the_messages_without_recipients() {
         let (topic, base, count) = (Epoch(7), 10, 4);
