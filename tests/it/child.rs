@@ -1,13 +1,12 @@
 //! Programs that scenarios start and kill: this test binary, started again to run one ignored test.
 
-use std::{env, process::Stdio, time::Duration};
+use std::{env, process::Stdio};
 
 use anyhow::{Context as _, Result};
 use pubsub_tests::wait;
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader, Lines},
     process::{Child, ChildStderr, Command},
-    time::{Instant, timeout_at},
 };
 
 use crate::app::SOON;
@@ -53,13 +52,16 @@ impl Program {
         self.rest().await
     }
 
-    /// Lets it run for this long, and kills it unless it has ended; gives what it has said.
-    pub(crate) async fn kill_after(mut self, time: Duration) -> Result<Vec<String>> {
-        let (end, mut said) = (Instant::now() + time, Vec::new());
-        while let Ok(line) = timeout_at(end, self.lines.next_line()).await {
-            let Some(line) = line? else { break };
-            said.push(line);
-        }
+    /// Kills it once it has said this many lines, however fast it is; gives all that it has said.
+    pub(crate) async fn kill_after(mut self, lines: u64) -> Result<Vec<String>> {
+        let mut said = Vec::new();
+        let says = async {
+            for _ in 0..lines {
+                said.push(self.lines.next_line().await?.context("it has ended")?);
+            }
+            anyhow::Ok(())
+        };
+        wait::soon("its lines", SOON, says).await??;
         said.extend(self.kill().await?);
         Ok(said)
     }
