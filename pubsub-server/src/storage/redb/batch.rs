@@ -94,42 +94,37 @@ impl Batch {
         tables: &mut Tables<'_>,
         state: &mut State,
     ) -> Result<(), Trouble> {
-        self.rows.sort_unstable_by_key(|(topic, base, _)| (*topic, *base));
-        for rows in self.rows.chunk_by(|(one, ..), (next, ..)| one == next) {
-            let (topic, ..) = rows[0];
-            let rows = rows.iter().map(|(_, base, row)| (*base, row.as_ref()));
-            append(tables.messages.open()?, topic, rows)?;
-        }
-        for topic in &self.heads {
-            if let Some(head) = state.topics.get(topic).and_then(|topic| topic.head.as_ref()) {
-                put(tables.heads.open()?, topic.0, encode(head))?;
-            }
-        }
-        for (topic, file) in &self.blobs {
-            // It may have been trimmed, and be gone.
-            if let Some(blob) = state.blob(*topic, *file) {
-                put(tables.blobs.open()?, (topic.0, *file), encode(&blob.stored()))?;
-            }
-        }
-        for (topic, id) in &self.publishers {
-            if let Some(publisher) = state.cached_publisher(*topic, *id) {
-                put(tables.publishers.open()?, (topic.0, wide(id.0)), encode(publisher))?;
-            }
-        }
-        if !self.publishers.is_empty() {
+        let keys = std::mem::take(&mut self.keys);
+        let has_publishers = !self.publishers.is_empty();
+        self.into_rows(state).write(tables)?;
+        if has_publishers {
             state.publisher_rows = tables.publishers.open()?.len()?;
         }
-        for ((topic, subscription), cursor) in &self.cursors {
-            put(tables.cursors.open()?, (topic.0, subscription.0), encode(cursor))?;
-        }
-        for (topic, keys) in &self.keys {
+        for (topic, keys) in &keys {
             state.keys.store(tables.keys.open()?, *topic, keys)?;
         }
         state.keys.settled();
-        if let Some(now) = &self.now {
-            put(tables.meta.open()?, META_CLOCK, encode(now))?;
-        }
         Ok(())
+    }
+
+    /// All of it but the keys, as it is in the tables.
+    pub(super) fn into_rows(self, state: &State) -> Rows {
+        let head = |topic: Epoch| Some((topic.0, encode(state.topics.get(&topic)?.head.as_ref()?)));
+        // It may have been trimmed, and be gone.
+        let blob = |(topic, file): (Epoch, u64)| {
+            Some(((topic.0, file), encode(&state.blob(topic, file)?.stored())))
+        };
+        let publisher = |(topic, id): (Epoch, Uuid)| {
+            Some(((topic.0, wide(id.0)), encode(state.cached_publisher(topic, id)?)))
+        };
+        Rows {
+            messages: self.rows,
+            heads: self.heads.into_iter().filter_map(head).collect(),
+            blobs: self.blobs.into_iter().filter_map(blob).collect(),
+            publishers: self.publishers.into_iter().filter_map(publisher).collect(),
+            cursors: self.cursors,
+            now: self.now,
+        }
     }
 
     /// Encodes all of it for the log.
@@ -152,6 +147,45 @@ impl Batch {
             let key = subscription.0.to_le_bytes();
             part(record, (CURSOR, topic.0), &key, &encode(cursor));
         }
+    }
+}
+
+/// Rows for the tables, of which the state is not needed any more.
+#[derive(Debug)]
+pub(super) struct Rows {
+    messages: Vec<(Epoch, u64, Bytes)>,
+    heads: Vec<(u64, Vec<u8>)>,
+    blobs: Vec<((u64, u64), Vec<u8>)>,
+    publishers: Vec<((u64, u128), Vec<u8>)>,
+    cursors: BTreeMap<(Epoch, Epoch), CursorRecord>,
+    now: Option<Now>,
+}
+
+impl Rows {
+    /// Writes them to their tables.
+    pub(super) fn write(mut self, tables: &mut Tables<'_>) -> Result<(), Trouble> {
+        self.messages.sort_unstable_by_key(|(topic, base, _)| (*topic, *base));
+        for rows in self.messages.chunk_by(|(one, ..), (next, ..)| one == next) {
+            let (topic, ..) = rows[0];
+            let rows = rows.iter().map(|(_, base, row)| (*base, row.as_ref()));
+            append(tables.messages.open()?, topic, rows)?;
+        }
+        for (topic, head) in self.heads {
+            put(tables.heads.open()?, topic, head)?;
+        }
+        for (file, blob) in self.blobs {
+            put(tables.blobs.open()?, file, blob)?;
+        }
+        for (id, publisher) in self.publishers {
+            put(tables.publishers.open()?, id, publisher)?;
+        }
+        for ((topic, subscription), cursor) in &self.cursors {
+            put(tables.cursors.open()?, (topic.0, subscription.0), encode(cursor))?;
+        }
+        if let Some(now) = &self.now {
+            put(tables.meta.open()?, META_CLOCK, encode(now))?;
+        }
+        Ok(())
     }
 }
 

@@ -20,7 +20,7 @@ pub(super) const RECORD_BYTES: usize = 128 * 1024;
 pub(super) const KEYED_RECORD_BYTES: usize = 1024 * 1024;
 const ZEROS: usize = 64 * 1024;
 
-/// The open log. It is empty whenever the hot file has been committed.
+/// The open log: a ring of records from the oldest that is not in the hot file to the last.
 #[derive(Debug)]
 pub(super) struct Log {
     file: Box<dyn LogFile>,
@@ -29,7 +29,11 @@ pub(super) struct Log {
     salt: u64,
     /// The number of the last record.
     last: u64,
-    /// Where the next one goes.
+    /// Where the oldest record begins that is needed.
+    start: usize,
+    /// Where those begin that are not being moved.
+    turn: usize,
+    /// Where the next one goes, unless it has to go to the start of the file.
     end: usize,
     buffer: Vec<u8>,
 }
@@ -63,19 +67,23 @@ impl Log {
         let length = usize::try_from(file.len().map_err(io)?).expect("logs are small");
         let bytes = file.read(0, length).map_err(io)?;
         let Mark { moved, salt } = mark;
-        let mut log = Self { file, length, salt, last: moved, end: 0, buffer: Vec::new() };
+        let at = |at: usize, wanted: u64| {
+            decode(salt, &bytes, at).filter(|(number, _)| *number == wanted).map(|(_, c)| (at, c))
+        };
+        let blocks = || (0..length).step_by(BLOCK);
+        let start = blocks().find(|block| at(*block, moved + 1).is_some()).unwrap_or(0);
+        let (turn, end, buffer) = (start, start, Vec::new());
+        let mut log = Self { file, length, salt, last: moved, start, turn, end, buffer };
         let mut records = Vec::new();
-        while let Some((number, content)) = decode(salt, &bytes, log.end)
-            && number == log.last + 1
-        {
-            log.last = number;
-            log.end += size(content.len());
+        while let Some((at, content)) = at(log.end, log.last + 1).or_else(|| at(0, log.last + 1)) {
+            log.last += 1;
+            log.end = at + size(content.len());
             records.push(content.to_vec());
         }
         // A record is begun when the one before it is durable. So only the last one can be half
-        // written, and one that can be read behind one that cannot says that this one is damaged.
-        let later = (log.end..length).step_by(BLOCK).filter_map(|at| decode(salt, &bytes, at));
-        if later.into_iter().any(|(number, _)| number > log.last) {
+        // written, and one with a higher number says that one that cannot be read is damaged.
+        let mut all = blocks().filter_map(|block| decode(salt, &bytes, block));
+        if all.any(|(number, _)| number > log.last) {
             return Err(Damaged::in_table(LOG).into());
         }
         Ok((log, records))
@@ -83,7 +91,22 @@ impl Log {
 
     /// Goes on with an empty log once its mark is in the hot file.
     pub(super) fn clear(&mut self, salt: u64) {
-        (self.salt, self.end) = (salt, 0);
+        (self.salt, self.start, self.turn, self.end) = (salt, 0, 0, 0);
+    }
+
+    /// All that is here is being moved from now on; the records that follow are not. It returns the
+    /// mark for the hot file.
+    pub(super) fn lift(&mut self) -> Mark {
+        self.turn = self.end;
+        self.mark()
+    }
+
+    /// What was being moved is in the hot file, and its room is free.
+    pub(super) fn landed(&mut self) {
+        self.start = self.turn;
+        if self.start == self.end {
+            self.clear(self.salt);
+        }
     }
 
     pub(super) fn mark(&self) -> Mark {
@@ -106,9 +129,7 @@ impl Log {
         encode(&mut self.buffer);
         let content = self.buffer.len() - HEADER_BYTES;
         let size = size(content);
-        if content > limit || self.end + size > self.length {
-            return Ok(false);
-        }
+        let Some(at) = self.room(size).filter(|_| content <= limit) else { return Ok(false) };
         let number = self.last + 1;
         let sum = sum(self.salt, number, &self.buffer[HEADER_BYTES..]);
         let mut header = &mut self.buffer[..HEADER_BYTES];
@@ -116,13 +137,22 @@ impl Log {
         header.put_u32_le(u32::try_from(content).expect("it is below a megabyte"));
         header.put_u64_le(sum);
         self.buffer.resize(size, 0);
-        self.file.write(self.end as u64, &self.buffer)?;
+        self.file.write(at as u64, &self.buffer)?;
         if !cfg!(pubsub_break = "commit_without_sync") {
             self.file.sync()?;
         }
         self.last = number;
-        self.end += size;
+        self.end = at + size;
         Ok(true)
+    }
+
+    /// Where a record can go. It never comes up to the start from below: full would look like empty.
+    fn room(&self, size: usize) -> Option<usize> {
+        let (start, end) = (self.start, self.end);
+        if end < start {
+            return (end + size < start).then_some(end);
+        }
+        (end + size <= self.length).then_some(end).or_else(|| (size < start).then_some(0))
     }
 }
 
@@ -142,4 +172,82 @@ fn decode(salt: u64, bytes: &[u8], at: usize) -> Option<(u64, &[u8])> {
 
 fn sum(salt: u64, number: u64, content: &[u8]) -> u64 {
     xxh3_64_with_seed(content, xxh3_64_with_seed(&number.to_le_bytes(), salt))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::super::simulation::SimDisk;
+    use super::*;
+    use crate::storage::testing::Random;
+
+    /// The records behind a mark, read as the next start reads them.
+    fn behind(disk: &SimDisk, mark: Mark) -> Vec<Vec<u8>> {
+        Log::open(disk, mark).unwrap().1
+    }
+
+    #[test]
+    fn records_go_round_and_all_that_were_not_moved_are_found() {
+        let (mut rounds, mut refused) = (0, 0);
+        for seed in 0..200 {
+            let mut random = Random(seed);
+            let disk = SimDisk::new();
+            create(&disk, 8 * BLOCK).unwrap();
+            let mut hot = Mark { moved: 0, salt: seed };
+            let (mut log, _) = Log::open(&disk, hot).unwrap();
+            let mut records = BTreeMap::new();
+            let mut lifted = None;
+            for number in 0..60_u8 {
+                match random.below(4) {
+                    0 => match lifted.take() {
+                        None => lifted = Some(log.lift()),
+                        Some(mark) => {
+                            // Its commit is durable, and then the log is told so.
+                            assert_eq!(behind(&disk, mark), after(&records, mark));
+                            hot = mark;
+                            log.landed();
+                        }
+                    },
+                    _ => {
+                        let content = vec![number; random.index(2 * BLOCK)];
+                        let end = log.end;
+                        if log.append(RECORD_BYTES, |record| record.extend(&content)).unwrap() {
+                            records.insert(log.last, content);
+                            rounds += usize::from(log.end < end);
+                        } else {
+                            refused += 1;
+                        }
+                    }
+                }
+                let disk = disk.after_cut(&mut random);
+                assert_eq!(behind(&disk, hot), after(&records, hot), "seed {seed}");
+                if let Some(mark) = lifted {
+                    assert_eq!(behind(&disk, mark), after(&records, mark), "seed {seed}");
+                }
+            }
+        }
+        assert!(rounds > 200 && refused > 200, "{rounds} {refused}");
+    }
+
+    fn after(records: &BTreeMap<u64, Vec<u8>>, mark: Mark) -> Vec<Vec<u8>> {
+        records.range(mark.moved + 1..).map(|(_, content)| content.clone()).collect()
+    }
+
+    #[test]
+    fn a_damaged_record_is_told_from_the_end_also_if_the_next_is_at_the_start_of_the_file() {
+        let disk = SimDisk::new();
+        create(&disk, 4 * BLOCK).unwrap();
+        let (mut log, _) = Log::open(&disk, Mark { moved: 0, salt: 7 }).unwrap();
+        let append = |log: &mut Log| assert!(log.append(BLOCK, |r| r.push(1)).unwrap());
+        (0..2).for_each(|_| append(&mut log));
+        let mark = log.lift();
+        append(&mut log);
+        log.landed();
+        (0..2).for_each(|_| append(&mut log));
+        assert_eq!((log.start, log.end), (2 * BLOCK, BLOCK));
+        assert_eq!(behind(&disk, mark).len(), 3);
+        disk.edit(LOG, |bytes| bytes[3 * BLOCK + HEADER_BYTES] ^= 1);
+        assert!(matches!(Log::open(&disk, mark), Err(Trouble::Damaged(_))));
+    }
 }

@@ -3,7 +3,8 @@
 //! `docs/format.md` describes the files. The way of a write: [`Redb`] puts a request into the
 //! `queue`; the `writer` takes what has queued, applies it as a `group`, and commits the `batch` that
 //! comes out to the `log`, or with what else is in the log to the tables, and large rows before that to
-//! `blobs`; it shows the new heads in `shared`, and answers. The `reader` starts from there, and looks into the `tail` of the log first.
+//! `blobs`; it shows the new heads in `shared`, and answers. The `mover` brings the log to the tables
+//! beside the commits that follow. The `reader` starts from the heads, and looks into the `tail` of the log first.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -36,6 +37,7 @@ mod disk;
 mod group;
 mod keys;
 mod log;
+mod mover;
 mod open;
 #[cfg(test)]
 mod power_cuts;
@@ -66,6 +68,8 @@ const HOT_BYTES: u64 = 256 * 1024 * 1024;
 const FILE_BYTES: u64 = 64 * 1024 * 1024;
 /// The log: all of it is read when the store is opened, and what it holds is in memory as well.
 const LOG_BYTES: usize = 8 * 1024 * 1024;
+/// How many commits it has when they are moved to the tables.
+const LOG_COMMITS: u32 = 512;
 
 /// When messages are appended to files of their own.
 const BLOBS: blobs::Sizes = blobs::Sizes {
@@ -129,6 +133,7 @@ impl Redb {
             hot_bytes: HOT_BYTES,
             file_bytes: FILE_BYTES,
             log_bytes: LOG_BYTES,
+            log_commits: LOG_COMMITS,
             blobs: BLOBS,
             inline: options.inline,
         };
@@ -140,14 +145,16 @@ impl Redb {
         env: SharedEnv,
         opening: Opening,
     ) -> Result<Self, StorageError> {
-        let Opened { shared, writer, boot, boots } = open::open(disk, env, opening)?;
+        let Opened { shared, mut writer, boot, boots } = open::open(disk, env, opening)?;
+        let no_thread = |error| StorageError::Io {
+            path: shared.path.clone(),
+            detail: format!("the committer cannot be started: {error}"),
+        };
         let committer = if opening.inline {
             Committer::Inline(Arc::new(Mutex::new(Some(Box::new(writer)))))
         } else {
-            Committer::spawn(writer).map_err(|error| StorageError::Io {
-                path: shared.path.clone(),
-                detail: format!("the committer cannot be started: {error}"),
-            })?
+            writer.move_beside().map_err(no_thread)?;
+            Committer::spawn(writer).map_err(no_thread)?
         };
         Ok(Self { shared, committer, boot, boots })
     }

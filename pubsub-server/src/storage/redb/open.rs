@@ -35,6 +35,8 @@ pub(super) struct Opening {
     pub(super) file_bytes: u64,
     /// The size of the log, if it is made.
     pub(super) log_bytes: usize,
+    /// How many commits it has when they are moved to the tables.
+    pub(super) log_commits: u32,
     /// What goes to blob files.
     pub(super) blobs: Sizes,
     /// Everything happens where it is called.

@@ -548,6 +548,7 @@ pub(super) const OPENING: Opening = Opening {
     hot_bytes: 6_000,
     file_bytes: 3_000,
     log_bytes: 10 * log::BLOCK,
+    log_commits: 4,
     blobs: Sizes { topic: 1_500, commit: 500, file: 14_000, trimmed: 6_000 },
     inline: true,
 };

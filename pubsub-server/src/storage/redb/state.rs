@@ -1,11 +1,11 @@
 //! What the writer knows without reading: the small part of the store, in memory.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use ::redb::{Database, ReadableTable, ReadableTableMetadata};
 
-use super::batch::Batch;
+use super::batch::{Batch, Rows};
 use super::blobs::{BLOCK, Blob, BlobRow, Place, Sizes};
 use super::disk::{Digest, Disk};
 use super::keys::Keys;
@@ -38,6 +38,8 @@ pub(super) struct State {
     publishers: HashMap<(Epoch, Uuid), Publisher>,
     /// What is in the log and not in the tables.
     pub(super) pending: Batch,
+    /// The publishers of what is being moved.
+    moving: BTreeSet<(Epoch, Uuid)>,
     stored: Stored,
     /// The registered sealed files, and how many segments each holds.
     files: BTreeMap<u64, (Digest, usize)>,
@@ -95,6 +97,7 @@ impl State {
             keys: Self::load_keys(tables, &records)?,
             publishers: HashMap::new(),
             pending: Batch::default(),
+            moving: BTreeSet::new(),
             stored: Stored::default(),
             files: BTreeMap::new(),
             sizes,
@@ -210,6 +213,23 @@ impl State {
         Ok(true)
     }
 
+    /// Takes what is in the log, to be moved to the tables beside the commits that follow; `None` if
+    /// that can't be: there is nothing, or keys, of which the state has to know where they are.
+    pub(super) fn lift(&mut self) -> Option<Rows> {
+        if self.pending.is_empty() || !self.pending.keys.is_empty() {
+            return None;
+        }
+        let lifted = std::mem::take(&mut self.pending);
+        self.moving.clone_from(&lifted.publishers);
+        Some(lifted.into_rows(self))
+    }
+
+    /// What was taken is in the tables.
+    pub(super) fn landed(&mut self) {
+        self.moving.clear();
+        self.stored.close();
+    }
+
     /// Remembers a publisher that the caller stores in the same commit.
     pub(super) fn remember(&mut self, topic: Epoch, id: Uuid, publisher: Publisher) {
         self.publishers.insert((topic, id), publisher);
@@ -218,9 +238,9 @@ impl State {
     /// Bounds the memory, between commits. Beside what is in the log it is a cache of rows: emptying
     /// it costs reads and nothing else.
     pub(super) fn shed(&mut self) {
-        let pending = &self.pending.publishers;
-        if self.publishers.len() > CACHED_PUBLISHERS + 2 * pending.len() {
-            self.publishers.retain(|publisher, _| pending.contains(publisher));
+        let (pending, moving) = (&self.pending.publishers, &self.moving);
+        if self.publishers.len() > CACHED_PUBLISHERS + 2 * (pending.len() + moving.len()) {
+            self.publishers.retain(|id, _| pending.contains(id) || moving.contains(id));
         }
     }
 

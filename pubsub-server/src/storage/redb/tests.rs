@@ -30,12 +30,12 @@ use crate::storage::{
     StorageError, Urgency, ticket,
 };
 
-const T: u64 = 7;
+pub(super) const T: u64 = 7;
 
 /// Everything goes to tables.
 const NO_BLOBS: blobs::Sizes = blobs::Sizes { commit: u64::MAX, ..simulation::OPENING.blobs };
 
-fn env() -> SharedEnv {
+pub(super) fn env() -> SharedEnv {
     TestEnv::new(1)
 }
 
@@ -44,23 +44,27 @@ fn open(path: &Path) -> Result<Redb, StorageError> {
 }
 
 /// A simulated store with topic `T`.
-fn simulated(disk: &SimDisk) -> Redb {
+pub(super) fn simulated(disk: &SimDisk) -> Redb {
     let engine = simulation::open(disk, env()).unwrap();
     apply(&engine, Change::CreateTopic(topic("t", T))).unwrap();
     engine
 }
 
-fn apply(engine: &Redb, change: Change) -> Result<(), CommitError> {
+pub(super) fn apply(engine: &Redb, change: Change) -> Result<(), CommitError> {
     let ticket = engine.apply(vec![change], Urgency::Now);
     ticket.now_or_never().unwrap().map(|committed| committed.into_inner())
 }
 
-fn publish(engine: &Redb, topic: u64, body: Vec<u8>) -> Result<AppendOutcome, CommitError> {
+pub(super) fn publish(
+    engine: &Redb,
+    topic: u64,
+    body: Vec<u8>,
+) -> Result<AppendOutcome, CommitError> {
     let ticket = engine.append(anonymous(topic, vec![message(body)]));
     ticket.now_or_never().unwrap().map(|committed| committed.into_inner())
 }
 
-fn read(engine: &Redb, topic: u64, from: u64) -> Result<Vec<StoredMessage>, ReadError> {
+pub(super) fn read(engine: &Redb, topic: u64, from: u64) -> Result<Vec<StoredMessage>, ReadError> {
     engine.read(Epoch(topic), from, ALL).now_or_never().unwrap()
 }
 
@@ -68,7 +72,7 @@ fn head(engine: &Redb, topic: u64) -> u64 {
     *engine.head(Epoch(topic)).unwrap().borrow()
 }
 
-fn floor(floor: u64) -> Change {
+pub(super) fn floor(floor: u64) -> Change {
     let cursor = CursorRecord { floor, ..CursorRecord::default() };
     Change::PutCursor { subscription: Epoch(3), topic: Epoch(T), cursor }
 }
@@ -177,6 +181,7 @@ fn publishes_are_refused_before_the_disk_is_full() {
         hot_bytes: 1 << 20,
         file_bytes: 1 << 20,
         log_bytes: 1 << 20,
+        log_commits: 512,
         ..simulation::OPENING
     };
     let engine = Redb::open_on(Arc::new(disk.clone()), env(), opening).unwrap();
@@ -618,7 +623,7 @@ fn rows_share_pages_also_if_the_next_topic_begins_with_a_large_one() {
 }
 
 /// Moves what is in the log to the hot file.
-fn checkpoint(engine: &Redb) {
+pub(super) fn checkpoint(engine: &Redb) {
     let Committer::Inline(writer) = &engine.committer else { unreachable!() };
     writer.lock().unwrap().as_mut().unwrap().checkpoint();
 }
@@ -1186,6 +1191,7 @@ async fn readers_follow_messages_into_sealed_files() {
         hot_bytes: 200_000,
         file_bytes: 100_000,
         log_bytes: 100_000,
+        log_commits: 512,
         blobs: NO_BLOBS,
         inline: false,
         ..simulation::OPENING

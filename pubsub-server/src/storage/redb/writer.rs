@@ -14,6 +14,7 @@ use super::chores::Chores;
 use super::disk::{Disk, HOT, LOG, Space};
 use super::group::{Effects, Group, Outside};
 use super::log::{KEYED_RECORD_BYTES, Log, RECORD_BYTES};
+use super::mover::{Move, Mover};
 use super::open::{Opening, open_hot};
 use super::queue::{Queue, Request, Taken};
 use super::rows::weight;
@@ -36,8 +37,6 @@ const BUSY: Duration = Duration::from_millis(20);
 const COMMITS_PER_CHORE: u32 = 8;
 /// How many bytes may be stored before: a piece removes more than that, so that it keeps up.
 const BYTES_PER_CHORE: u64 = 2 * 1024 * 1024;
-/// How many commits stay in the log at most: moving them should hold nobody up.
-const COMMITS_PER_CHECKPOINT: u32 = 512;
 /// After a write met a full disk it stays "full" at least this long, whatever the disk says.
 const FULL_AT_LEAST: Duration = Duration::from_secs(1);
 
@@ -50,6 +49,7 @@ pub(super) struct Writer {
     pub(super) opening: Opening,
     pub(super) state: State,
     log: Log,
+    mover: Mover,
     pub(super) chores: Chores,
     pub(super) sealing: Sealing,
     /// Since when the disk is too full for publishes.
@@ -85,10 +85,17 @@ impl Writer {
     ) -> Self {
         let chores = Chores::after_open(&state);
         let sealing = Sealing::after_open(&state);
-        let (full, failed) = (None, false);
-        let writer = Self { shared, disk, env, opening, state, log, chores, sealing, full, failed };
+        let (mover, full, failed) = (Mover::inline(), None, false);
+        let writer =
+            Self { shared, disk, env, opening, state, log, mover, chores, sealing, full, failed };
         writer.show_all();
         writer
+    }
+
+    /// Moves the log to the tables on a thread of its own from now on.
+    pub(super) fn move_beside(&mut self) -> std::io::Result<()> {
+        self.mover = Mover::spawn()?;
+        Ok(())
     }
 
     /// Works until the queue is closed, then closes the store.
@@ -166,6 +173,7 @@ impl Writer {
             }
             return Ok(effects);
         }
+        self.land()?;
         let txn = begin(database)?;
         let mut tables = Tables::of(&txn);
         let settled = self.state.settle(&mut tables, self.log.mark())?;
@@ -251,6 +259,7 @@ impl Writer {
             self.state.pending.extend(batch);
             return Ok(());
         }
+        self.land()?;
         let txn = begin(database)?;
         let mut tables = Tables::of(&txn);
         self.state.settle(&mut tables, self.log.mark())?;
@@ -267,8 +276,50 @@ impl Writer {
         Ok(())
     }
 
+    /// Begins to move what is in the log to the hot file, beside the commits that follow.
+    fn begin_move(&mut self) {
+        if let Err(trouble) = self.try_begin_move() {
+            self.fail(&trouble);
+        }
+    }
+
+    fn try_begin_move(&mut self) -> Result<(), Trouble> {
+        let Some(rows) = self.state.lift() else {
+            return self.try_transact(|_, _| Ok(Some(()))).map(drop);
+        };
+        let shared = Arc::clone(&self.shared);
+        let txn = begin(opened(&shared.database())?)?;
+        shared.tail.lift();
+        self.mover.begin(Box::new(Move { txn, rows, mark: self.log.lift() }));
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_moving(&self) -> bool {
+        self.mover.is_busy()
+    }
+
+    /// Waits for what is being moved.
+    fn land(&mut self) -> Result<(), Trouble> {
+        let ended = self.mover.wait();
+        self.landed(ended)
+    }
+
+    fn landed(&mut self, ended: Option<Result<(), Trouble>>) -> Result<(), Trouble> {
+        if let Some(moved) = ended {
+            moved?;
+            self.state.landed();
+            self.log.landed();
+            self.shared.tail.landed();
+        }
+        Ok(())
+    }
+
     /// Moves what is in the log to the hot file.
     pub(super) fn checkpoint(&mut self) {
+        if let Err(trouble) = self.land() {
+            self.fail(&trouble);
+        }
         if !self.failed && !self.state.pending.is_empty() {
             self.transact(|_, _| Ok(Some(())));
         }
@@ -291,6 +342,7 @@ impl Writer {
         &mut self,
         work: impl FnOnce(&mut Tables<'_>, &mut State) -> Result<Option<T>, Trouble>,
     ) -> Result<Option<T>, Trouble> {
+        self.land()?;
         let shared = Arc::clone(&self.shared);
         let guard = shared.database();
         let txn = begin(opened(&guard)?)?;
@@ -358,6 +410,7 @@ impl Writer {
         let shared = Arc::clone(&self.shared);
         let mut database = shared.database.write().unwrap_or_else(PoisonError::into_inner);
         // Its error is the one that brought us here.
+        drop(self.mover.wait());
         self.state.close_stored();
         drop(database.take().map(Database::close));
         shared.recent.clear();
@@ -433,8 +486,14 @@ impl Writer {
             return false;
         }
         self.watch_space();
-        if self.state.pending.commits >= COMMITS_PER_CHECKPOINT {
-            self.checkpoint();
+        let ended = self.mover.ended();
+        if let Err(trouble) = self.landed(ended) {
+            self.fail(&trouble);
+        } else if self.state.pending.commits >= self.opening.log_commits && !self.mover.is_busy() {
+            self.begin_move();
+        }
+        if self.failed {
+            return false;
         }
         self.do_chore()
     }
@@ -446,6 +505,8 @@ impl Writer {
             let now = self.now();
             self.transact(|tables, _| super::open::store_clock(tables, now).map(Some));
         }
+        // If all has failed, it may still run.
+        drop(self.mover.wait());
         self.state.close_stored();
         let database = self.shared.database.write().unwrap_or_else(PoisonError::into_inner).take();
         self.shared.cabinet.clear();
