@@ -11,8 +11,7 @@ use super::log::Mark;
 use super::rows::encode;
 use super::tables::{META_LOG, Tables, Trouble, put};
 
-/// How often a move that is made where it is asked for is asked for in vain, so that simulations
-/// have commits meanwhile.
+/// How often a move in a simulation is asked for in vain, so that commits come meanwhile.
 const INLINE_PATIENCE: u32 = 2;
 
 #[cfg(target_os = "linux")]
@@ -45,7 +44,7 @@ pub(super) struct Mover {
 enum By {
     Thread(Thread),
     /// It is made when it is waited for.
-    Inline(Option<Box<Move>>, u32),
+    Inline(Option<Box<dyn FnOnce() -> Result<(), Trouble> + Send>>, u32),
 }
 
 struct Thread {
@@ -83,9 +82,17 @@ impl Mover {
             // If the thread is gone, its answer is missing.
             By::Thread(thread) => drop(thread.moves.as_ref().map(|moves| moves.send(next))),
             By::Inline(waiting, patience) => {
-                (*waiting, *patience) = (Some(next), INLINE_PATIENCE);
+                *waiting = Some(Box::new(|| next.make()));
+                *patience = INLINE_PATIENCE;
             }
         }
+    }
+
+    /// Makes the move that was begun. How it has ended is told later, as by a thread.
+    #[cfg(test)]
+    pub(super) fn make(&mut self) {
+        let made = self.wait().expect("a move was begun");
+        *self = Self { busy: true, by: By::Inline(Some(Box::new(|| made)), 0) };
     }
 
     /// Whether a move was begun, and nobody has been told how it has ended.
@@ -106,7 +113,7 @@ impl Mover {
                 *patience -= 1;
                 None
             }
-            By::Inline(waiting, 0) => waiting.take().map(|next| next.make()),
+            By::Inline(waiting, 0) => waiting.take().map(|make| make()),
         };
         self.busy &= ended.is_none();
         ended
@@ -119,7 +126,7 @@ impl Mover {
         }
         match &mut self.by {
             By::Thread(thread) => Some(thread.made.recv().unwrap_or_else(|_| Err(gone()))),
-            By::Inline(waiting, _) => waiting.take().map(|next| next.make()),
+            By::Inline(waiting, _) => waiting.take().map(|make| make()),
         }
     }
 }
@@ -154,33 +161,50 @@ fn gone() -> Trouble {
 #[cfg(test)]
 mod tests {
     use std::io::ErrorKind;
+    use std::sync::Arc;
     use std::thread;
     use std::time::Duration;
 
     use futures_util::FutureExt;
 
-    use super::super::simulation::{self, SimDisk};
+    use super::super::open::Opening;
+    use super::super::simulation::{self, OPENING, SimDisk};
     use super::super::tests::{T, apply, checkpoint, env, floor, publish, read, simulated};
     use super::super::{Committer, Options, Redb};
+    use super::*;
     use crate::record::Epoch;
-    use crate::storage::testing::{ALL, anonymous, message, sequences, subscription, topic};
-    use crate::storage::{Change, Health, Storage};
+    use crate::storage::testing::{
+        ALL, anonymous, message, publisher, sequences, subscription, topic,
+    };
+    use crate::storage::{Change, Health, OpenPublisher, Storage};
 
-    fn is_moving(engine: &Redb) -> bool {
+    /// Does something with the mover of a simulated store.
+    fn with<T>(engine: &Redb, work: impl FnOnce(&mut Mover) -> T) -> T {
         let Committer::Inline(writer) = &engine.committer else { unreachable!() };
-        writer.lock().unwrap().as_ref().unwrap().is_moving()
+        work(&mut writer.lock().unwrap().as_mut().unwrap().mover)
     }
 
-    /// A store with messages, of which some are being moved, if there are some.
-    fn moving(disk: &SimDisk) -> (Redb, u64) {
-        let engine = simulated(disk);
-        for number in 1.. {
-            publish(&engine, T, vec![1; 50]).unwrap().unwrap();
-            if is_moving(&engine) {
+    fn is_moving(engine: &Redb) -> bool {
+        with(engine, |mover| mover.is_busy())
+    }
+
+    /// A store with messages of so many bytes that are being moved, and how many there are.
+    fn moving_of(disk: &SimDisk, bytes: usize) -> (Redb, u64) {
+        // Nothing is found in a cache of the tables.
+        let opening = Opening { cache_bytes: 0, ..OPENING };
+        let engine = Redb::open_on(Arc::new(disk.clone()), env(), opening).unwrap();
+        apply(&engine, Change::CreateTopic(topic("t", T))).unwrap();
+        for number in 1..100 {
+            publish(&engine, T, vec![1; bytes]).unwrap().unwrap();
+            if number > 10 && is_moving(&engine) {
                 return (engine, number);
             }
         }
-        unreachable!()
+        panic!("nothing is moved");
+    }
+
+    fn moving(disk: &SimDisk) -> (Redb, u64) {
+        moving_of(disk, 50)
     }
 
     #[test]
@@ -239,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_move_without_room_is_made_when_there_is_room_again() {
+    fn a_move_without_room_loses_nothing() {
         let disk = SimDisk::new();
         let (engine, moved) = moving(&disk);
         disk.set_free_pages(0);
@@ -256,26 +280,83 @@ mod tests {
     }
 
     #[test]
+    fn what_fails_after_a_move_without_room_does_not_stop_the_store() {
+        let disk = SimDisk::new();
+        let (engine, moved) = moving(&disk);
+        disk.set_free_pages(0);
+        with(&engine, Mover::make);
+        // It looks into the tables, which answer nothing after the move has failed.
+        let opened = (&engine as &dyn Storage).open_publisher(OpenPublisher {
+            topic: Epoch(T),
+            publisher: publisher(9, 1, 1),
+            resolved_below: 1,
+        });
+        opened.now_or_never().unwrap().unwrap_err();
+        assert_eq!(*engine.health().borrow(), Health::DiskFull);
+        engine.shared.recent.clear();
+        assert_eq!(read(&engine, T, 1).unwrap().len() as u64, moved);
+    }
+
+    #[test]
+    fn a_failed_sync_of_a_move_or_beside_one_stops_the_store_also_if_the_disk_is_full() {
+        for of_the_move in [true, false] {
+            let disk = SimDisk::new();
+            let (engine, moved) = moving_of(&disk, 600);
+            if of_the_move {
+                disk.fail_next_sync(ErrorKind::StorageFull);
+                with(&engine, Mover::make);
+                disk.set_free_pages(0);
+                // There is no room for it in a blob file.
+                publish(&engine, T, vec![1; 6_000]).unwrap_err();
+            } else {
+                disk.set_free_pages(0);
+                with(&engine, Mover::make);
+                disk.fail_next_sync(ErrorKind::StorageFull);
+                publish(&engine, T, vec![1]).unwrap_err();
+            }
+            let health = engine.health().borrow().clone();
+            assert!(matches!(health, Health::Failed(_)), "{of_the_move}: {health:?}");
+            drop(engine);
+            disk.set_free_pages(10_000);
+            let engine = simulation::open(&disk, env()).unwrap();
+            assert_eq!(read(&engine, T, 1).unwrap().len() as u64, moved);
+        }
+    }
+
+    #[test]
     fn a_thread_moves_beside_the_commits() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
         let open = || Redb::open(Options::new(path, env())).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let mut engine = open();
-        for number in 0..3 {
-            runtime.block_on(async {
-                if number == 0 {
+        let mut last = 0;
+        for _ in 0..3 {
+            last = runtime.block_on(async {
+                if last == 0 {
                     let created = Change::CreateTopic(topic("t", T));
                     (&engine as &dyn Storage).done(vec![created]).await;
                 }
-                for _ in 0..1_500 {
+                let (first, mut last) = (last + 1, last);
+                let is_moved = || engine.shared.tail.first(Epoch(T)) != Some(first);
+                // The log has room for more, and nothing else would move it: it is never idle.
+                for count in 1..=1_500 {
                     let append = anonymous(T, vec![message([1])]);
                     (&engine as &dyn Storage).decided(append).await.unwrap();
+                    last += 1;
+                    if is_moved() {
+                        break;
+                    }
+                    if count > 600 {
+                        thread::sleep(Duration::from_millis(5));
+                    }
                 }
+                assert!(is_moved(), "nothing was moved");
                 engine.shared.recent.clear();
                 let read = engine.read(Epoch(T), 1, ALL).await.unwrap();
-                assert_eq!(read.len(), 1_500 * (number + 1));
+                assert_eq!(read.len() as u64, last);
                 engine.close().await.unwrap();
+                last
             });
             drop(engine);
             engine = open();

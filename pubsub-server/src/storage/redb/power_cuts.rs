@@ -10,8 +10,9 @@ use std::thread;
 
 use futures_util::FutureExt;
 
+use super::open::Opening;
 use super::queue::Request;
-use super::simulation::{SimDisk, open};
+use super::simulation::{OPENING, SimDisk};
 use super::{Committer, Redb, blobs, sealed};
 use crate::env::SharedEnv;
 use crate::record::{CursorRecord, Epoch, NewMessage};
@@ -19,8 +20,8 @@ use crate::storage::testing::{
     ALL, Random, TestEnv, anonymous, from, keyed, message, publisher, subscription, topic,
 };
 use crate::storage::{
-    Append, AppendOutcome, Atomic, Change, CommitError, Fate, OpenPublisher, Run, Storage, Ticket,
-    Urgency, ticket,
+    Append, AppendOutcome, Atomic, Change, CommitError, Fate, OpenPublisher, Run, Storage,
+    StorageError, Ticket, Urgency, ticket,
 };
 
 /// Cuts in a usual run of the tests. `PUBSUB_POWER_CUTS` asks for another number.
@@ -45,15 +46,16 @@ fn acknowledged_writes_survive_power_cuts() {
         let other = scope.spawn(move || run(first + half..first + stores));
         [run(first..first + half), other.join().expect("the seed is above")].into_iter().sum()
     });
-    let Tally { cuts, acked, unknown, found, sealed, half_sealed, blobs } = tally;
+    let Tally { cuts, acked, unknown, found, sealed, half_sealed, blobs, moving, round } = tally;
     println!(
         "{cuts} cuts, {acked} messages acknowledged, {unknown} outcomes unknown of which {found} \
          had been stored, {sealed} sealed files, {half_sealed} cuts while sealing, {blobs} with \
-         blob files"
+         blob files, {moving} during a move of the log, {round} with a log that has gone round"
     );
     // A run without trouble says nothing.
     assert!(acked > cuts && unknown > cuts / 10 && found > 0 && found < unknown);
     assert!(sealed > stores / 10 && half_sealed > cuts / 1000 && blobs > cuts / 10);
+    assert!(moving > cuts / 10 && round > cuts / 1000);
 }
 
 /// What happened.
@@ -68,6 +70,9 @@ struct Tally {
     half_sealed: u64,
     /// Cuts with messages in blob files.
     blobs: u64,
+    /// Cuts while the log was being moved, and with a log that has gone round.
+    moving: u64,
+    round: u64,
 }
 
 impl std::iter::Sum for Tally {
@@ -80,6 +85,8 @@ impl std::iter::Sum for Tally {
             sealed: sum.sealed + tally.sealed,
             half_sealed: sum.half_sealed + tally.half_sealed,
             blobs: sum.blobs + tally.blobs,
+            moving: sum.moving + tally.moving,
+            round: sum.round + tally.round,
         })
     }
 }
@@ -111,10 +118,14 @@ fn live_and_die(seed: u64) -> Tally {
         world.life = life;
         let operations = 1 + world.random.below(250);
         world.disk.cut_after(operations);
-        match open(&world.disk, Arc::clone(&env)) {
+        match open(&world.disk, Arc::clone(&env), seed.0) {
             Ok(engine) => {
                 // Nothing is expected of a life but to end.
                 let _ = world.live(&engine);
+                let Committer::Inline(writer) = &engine.committer else { unreachable!() };
+                let round = writer.lock().unwrap().as_ref().unwrap().log.has_gone_round();
+                world.tally.round += u64::from(round);
+                world.tally.moving += u64::from(engine.shared.tail.is_moving());
             }
             Err(error) => assert!(world.disk.is_cut(), "the store cannot be opened: {error}"),
         }
@@ -122,10 +133,16 @@ fn live_and_die(seed: u64) -> Tally {
     }
     // Whatever happened, in the end all is settled.
     world.life += 1;
-    let engine = open(&world.disk, env).expect("the power is back");
+    let engine = open(&world.disk, env, seed.0).expect("the power is back");
     world.settle(&engine).expect("the power stays");
     world.compare(&engine);
     world.tally
+}
+
+/// Moves the log as often as can be, or as elsewhere.
+fn open(disk: &SimDisk, env: SharedEnv, seed: u64) -> Result<Redb, StorageError> {
+    let log_commits = if seed.is_multiple_of(2) { 1 } else { OPENING.log_commits };
+    Redb::open_on(Arc::new(disk.clone()), env, Opening { log_commits, ..OPENING })
 }
 
 /// The power went, or the engine has given up because of it.

@@ -36,7 +36,7 @@ pub(super) struct State {
     pub(super) publisher_rows: u64,
     pub(super) keys: Keys,
     publishers: HashMap<(Epoch, Uuid), Publisher>,
-    /// What is in the log and not in the tables.
+    /// What is in the log, and neither in the tables nor being moved there.
     pub(super) pending: Batch,
     /// The publishers of what is being moved.
     moving: BTreeSet<(Epoch, Uuid)>,
@@ -219,6 +219,7 @@ impl State {
         if self.pending.is_empty() || !self.pending.keys.is_empty() {
             return None;
         }
+        self.stored.close();
         let lifted = std::mem::take(&mut self.pending);
         self.moving.clone_from(&lifted.publishers);
         Some(lifted.into_rows(self))

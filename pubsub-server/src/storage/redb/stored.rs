@@ -1,4 +1,5 @@
-//! What is remembered of publishers and keys, as of the last transaction of the hot file.
+//! What is remembered of publishers and keys, as of the last transaction of the hot file, or the one
+//! before while a move is not known to have ended.
 
 use std::fmt;
 

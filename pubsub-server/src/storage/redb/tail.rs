@@ -49,6 +49,12 @@ impl Tail {
         drop(old);
     }
 
+    /// Whether something is being moved, and not known to be in the hot file.
+    #[cfg(test)]
+    pub(super) fn is_moving(&self) -> bool {
+        !self.read().moving.is_empty()
+    }
+
     pub(super) fn clear(&self) {
         self.replace(&Batch::default());
     }

@@ -48,8 +48,8 @@ pub(super) struct Writer {
     pub(super) env: SharedEnv,
     pub(super) opening: Opening,
     pub(super) state: State,
-    log: Log,
-    mover: Mover,
+    pub(super) log: Log,
+    pub(super) mover: Mover,
     pub(super) chores: Chores,
     pub(super) sealing: Sealing,
     /// Since when the disk is too full for publishes.
@@ -294,11 +294,6 @@ impl Writer {
         Ok(())
     }
 
-    #[cfg(test)]
-    pub(super) fn is_moving(&self) -> bool {
-        self.mover.is_busy()
-    }
-
     /// Waits for what is being moved.
     fn land(&mut self) -> Result<(), Trouble> {
         let ended = self.mover.wait();
@@ -388,7 +383,15 @@ impl Writer {
     /// A write failed. What of it is on disk can only be found out by opening the file again.
     fn fail(&mut self, trouble: &Trouble) {
         tracing::error!(%trouble, "a commit failed");
-        if is_full(trouble) {
+        // A move beside it may have failed, too, and before it. Then redb says no more than that.
+        let moved = self.mover.wait().and_then(Result::err);
+        if let Some(moved) = &moved {
+            tracing::error!(trouble = %moved, "a move of the log failed");
+        }
+        let follows =
+            moved.is_some() && matches!(trouble, Trouble::Redb(::redb::Error::PreviousIo));
+        let causes = || moved.iter().chain((!follows).then_some(trouble));
+        if causes().all(is_full) {
             self.full = Some(Instant::now());
             self.shared.set_health(Health::DiskFull);
             match self.reopen() {
@@ -399,7 +402,8 @@ impl Writer {
         // Not retried and not reopened: after a failed sync the system's cache and the disk may
         // disagree, and only a new process starts from what the disk says.
         self.failed = true;
-        self.shared.set_health(Health::Failed(trouble.to_string()));
+        let cause = causes().find(|cause| !is_full(cause)).unwrap_or(trouble);
+        self.shared.set_health(Health::Failed(cause.to_string()));
     }
 
     /// Opens the file again after the disk was full: redb takes no more writes until then.
@@ -409,9 +413,8 @@ impl Writer {
         }
         let shared = Arc::clone(&self.shared);
         let mut database = shared.database.write().unwrap_or_else(PoisonError::into_inner);
-        // Its error is the one that brought us here.
-        drop(self.mover.wait());
         self.state.close_stored();
+        // Its error is the one that brought us here.
         drop(database.take().map(Database::close));
         shared.recent.clear();
         let io = |error: std::io::Error| shared.error(::redb::Error::Io(error));
