@@ -20,11 +20,13 @@ pub mod v1 {
     };
 }
 
+pub use courtesy::Courtesy;
 pub use deliver::{Encoded, TooLarge};
 pub use hot::BatchWriter;
 pub use pieces::Pieces;
 
 pub mod codec;
+mod courtesy;
 mod deliver;
 mod hot;
 mod pieces;

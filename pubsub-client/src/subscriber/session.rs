@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
-use pubsub_proto::v1 as pb;
 use pubsub_proto::v1::subscribe_request::Frame as Request;
 use pubsub_proto::v1::subscribe_response::Frame;
+use pubsub_proto::{Courtesy, v1 as pb};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
@@ -176,9 +176,16 @@ async fn attach(core: &Core, reconnect: &mut Reconnect) -> End {
         Err(cause) => return End::Lost(cause),
     };
     let live = Liveness::new(core.settings.heartbeat, hello_at, Instant::now());
-    let unconfirmed = Unconfirmed::default();
-    let mut session =
-        Session { core, reconnect, live, unconfirmed, grace: None, ack_due: None, drain: None };
+    let mut session = Session {
+        core,
+        reconnect,
+        live,
+        unconfirmed: Unconfirmed::default(),
+        courtesy: Courtesy::default(),
+        grace: None,
+        ack_due: None,
+        drain: None,
+    };
     match session.first(first) {
         Ok(()) => session.run(link).await,
         Err(end) => end,
@@ -192,6 +199,7 @@ struct Session<'a> {
     reconnect: &'a mut Reconnect,
     live: Liveness,
     unconfirmed: Unconfirmed,
+    courtesy: Courtesy,
     /// How long the server keeps messages for a lost session; known when active.
     grace: Option<Duration>,
     ack_due: Option<Instant>,
@@ -350,7 +358,13 @@ impl Session<'_> {
         match frame {
             Frame::Welcome(welcome) => self.welcome(welcome),
             Frame::Standby(standby) => self.standby(standby),
-            Frame::Deliver(deliver) => self.deliver(deliver)?,
+            Frame::Deliver(deliver) => {
+                let is_bulk = deliver.is_bulk();
+                self.deliver(deliver)?;
+                if is_bulk {
+                    self.courtesy.give_way(|| Instant::now().into_std());
+                }
+            }
             Frame::Confirm(confirm) => {
                 self.unconfirmed.confirmed(confirm.number);
                 let settled = self.core.lock().resume.confirm(confirm.number);

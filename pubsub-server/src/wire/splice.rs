@@ -14,8 +14,10 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
 use http_body::{Body, Frame, SizeHint};
-use pubsub_proto::Pieces;
 use pubsub_proto::v1::SubscribeResponse;
+use pubsub_proto::v1::subscribe_response::Frame as Response;
+use pubsub_proto::{Courtesy, Pieces};
+use tokio::time::Instant;
 use tokio_stream::Stream;
 use tonic::Status;
 use tonic::codegen::{Service as HttpService, http};
@@ -39,7 +41,8 @@ impl Slot {
 /// A response with these frames.
 pub(super) fn response(frames: Outbound<SubscribeResponse>) -> tonic::Response<Splicing> {
     let slot = Slot::default();
-    let mut response = tonic::Response::new(Splicing { frames, slot: slot.clone() });
+    let courtesy = Courtesy::default();
+    let mut response = tonic::Response::new(Splicing { frames, slot: slot.clone(), courtesy });
     response.extensions_mut().insert(slot);
     response
 }
@@ -49,6 +52,7 @@ pub(super) fn response(frames: Outbound<SubscribeResponse>) -> tonic::Response<S
 pub(crate) struct Splicing {
     frames: Outbound<SubscribeResponse>,
     slot: Slot,
+    courtesy: Courtesy,
 }
 
 impl Stream for Splicing {
@@ -63,7 +67,12 @@ impl Stream for Splicing {
             Some(Ok(frame)) => frame,
             end @ (Some(Err(_)) | None) => return Poll::Ready(end),
         };
+        let is_bulk = matches!(&frame.frame, Some(Response::Deliver(deliver)) if deliver.is_bulk());
         let spliced = frame.splice(&mut self.slot.lock());
+        if is_bulk {
+            // Here, since the connection has the most to do for it.
+            self.courtesy.give_way(|| Instant::now().into_std());
+        }
         let spliced = spliced.map_err(|error| Status::internal(error.to_string()));
         Poll::Ready(Some(spliced.map(|()| SubscribeResponse::default())))
     }
