@@ -1,11 +1,11 @@
 //! How those who work through a backlog share the CPUs with those who have little to do.
 //!
 //! A kernel lets a thread that is busy run on for a few milliseconds before another one gets its
-//! turn, however little that one wants: on Linux until the next tick, which comes every 4 ms in many
-//! builds. A message on its way needs several turns on each side. Where replays keep all CPUs busy,
+//! turn, however little that one wants: on Linux often until the next tick, which comes every 4 ms in
+//! many builds. A message on its way needs several turns on each side. Where replays keep all CPUs busy,
 //! whoever works at one therefore offers its CPU after each large frame.
 //!
-//! Where nobody waits that is a system call. Linux takes the rest of the turn from whoever offers it:
+//! Where nobody waits that costs no more than a system call. Linux takes the rest of the turn from whoever offers it:
 //! beside programs that compute without a pause a replay would come to a fourth of its speed. That is
 //! noticed by the time it takes to come back, and nothing is offered for a while.
 
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::v1::Deliver;
 
-/// Messages of a frame for which nobody waits: it is as large as it can be, or half of that.
+/// Messages of a frame that is taken for one of a backlog: half of what a server puts into one.
 const MANY: usize = 256;
 /// And bytes, of two messages or more: one can be large by itself.
 const LARGE: usize = 128 * 1024;
@@ -21,6 +21,8 @@ const LARGE: usize = 128 * 1024;
 const LONG: Duration = Duration::from_millis(3);
 /// They are offered it again after so many times as long.
 const PAUSE: u32 = 30;
+/// No more counts: the process was stopped, or has used up what its container may use.
+const LONGEST: Duration = Duration::from_millis(10);
 
 impl Deliver {
     /// Whether it is one of many, as far as its size tells.
@@ -52,7 +54,7 @@ impl Courtesy {
         give();
         let end = clock();
         let took = end.saturating_duration_since(start);
-        self.again = (took >= LONG).then(|| end + took * PAUSE);
+        self.again = (took >= LONG).then(|| end + took.min(LONGEST) * PAUSE);
     }
 }
 
@@ -89,6 +91,9 @@ mod tests {
         pass(Duration::from_micros(1));
         assert!(offered(short));
         assert!(offered(short), "one that takes it for a moment is welcome again");
+        assert!(offered(Duration::from_secs(3600)));
+        pass(LONGEST * PAUSE);
+        assert!(offered(short), "an hour was no turn of anybody");
     }
 
     #[test]
