@@ -29,8 +29,7 @@ pub(super) struct Log {
     salt: u64,
     /// The number of the last record.
     last: u64,
-    /// Nothing before this is needed. The oldest record that is begins here, or at the start of the
-    /// file.
+    /// Where the oldest record that is needed begins, unless it had to go to the start of the file.
     start: usize,
     /// What is being moved ends here.
     moving_end: usize,
@@ -172,8 +171,9 @@ fn decode(salt: u64, bytes: &[u8], at: usize, is_wanted: impl Fn(u64) -> bool) -
     let (mut header, rest) = bytes.get(at..)?.split_at_checked(HEADER_BYTES)?;
     let (number, length, expected) =
         (header.get_u64_le(), header.get_u32_le(), header.get_u64_le());
-    let content = rest.get(..usize::try_from(length).ok()?)?;
-    // What a publisher has sent may look like a header, of a long content to sum up.
+    // What a publisher has sent may look like headers, each of a long content to sum up.
+    let length = usize::try_from(length).ok().filter(|length| *length <= KEYED_RECORD_BYTES)?;
+    let content = rest.get(..length)?;
     (number > 0 && is_wanted(number) && sum(salt, number, content) == expected).then_some(content)
 }
 

@@ -17,7 +17,7 @@ use super::state::{State, stored_now};
 use super::tables::{
     FORMAT, META, META_CLOCK, META_FORMAT, META_LOG, Tables, Trouble, decoded, get, put,
 };
-use super::writer::{Writer, explain, is_full};
+use super::writer::{Writer, explain};
 use crate::env::SharedEnv;
 use crate::limits;
 use crate::record::Uuid;
@@ -94,10 +94,10 @@ pub(super) fn open(
     let boot = env.uuid();
     let sizes = opening.blobs;
     let (database, started) = match start(disk.as_ref(), &database, (&env, boot), sizes) {
-        Err(trouble) if is_full(&trouble) => {
+        Err(trouble) if trouble.is_full() => {
             // The ballast is for this too: positions can be stored, and what is trimmed makes room.
             disk.set_ballast(false).map_err(io)?;
-            drop(database);
+            close_full(database).map_err(|trouble| explain(&path, trouble))?;
             let database = open_hot(disk.as_ref(), opening)?;
             let started = start(disk.as_ref(), &database, (&env, boot), sizes);
             (database, started)
@@ -120,6 +120,17 @@ pub(super) fn open(
     shared.blobs.reset(blobs);
     let writer = Writer::new(Arc::clone(&shared), disk, env, opening, (state, log));
     Ok(Opened { shared, writer, boot, boots })
+}
+
+/// Closes a database to which the disk was full.
+///
+/// That it was is no error again, but whatever else fails is: after a sync that did the file must
+/// not be opened in place.
+pub(super) fn close_full(database: Database) -> Result<(), Trouble> {
+    match database.close().map_err(Trouble::from) {
+        Err(trouble) if !trouble.is_full() && !trouble.is_previous() => Err(trouble),
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 /// Opens the hot file. All of it is read and checked, also after a clean end: redb may panic on

@@ -50,7 +50,7 @@ fn acknowledged_writes_survive_power_cuts() {
     println!(
         "{cuts} cuts, {acked} messages acknowledged, {unknown} outcomes unknown of which {found} \
          had been stored, {sealed} sealed files, {half_sealed} cuts while sealing, {blobs} with \
-         blob files, {moving} during a move of the log, {round} with a log that has gone round"
+         blob files, {moving} with a move of the log begun, {round} with a log that has gone round"
     );
     // A run without trouble says nothing.
     assert!(acked > cuts && unknown > cuts / 10 && found > 0 && found < unknown);

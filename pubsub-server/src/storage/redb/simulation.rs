@@ -36,7 +36,8 @@ struct State {
     /// The power goes at this operation.
     cut_at: u64,
     /// How the next sync fails; what it should have kept is gone then, as on Linux.
-    fail_sync: Option<io::ErrorKind>,
+    /// After how many more, and how.
+    fail_sync: Option<(u64, io::ErrorKind)>,
     /// How many syncs succeed before there is no room for what a commit does after one.
     full_after_syncs: Option<u64>,
     /// How plain files fail to be read.
@@ -114,7 +115,12 @@ impl SimDisk {
     }
 
     pub(super) fn fail_next_sync(&self, kind: io::ErrorKind) {
-        self.state().fail_sync = Some(kind);
+        self.fail_sync_after(0, kind);
+    }
+
+    /// The sync after so many fails.
+    pub(super) fn fail_sync_after(&self, syncs: u64, kind: io::ErrorKind) {
+        self.state().fail_sync = Some((syncs, kind));
     }
 
     /// The commit after this many syncs is durable, and fails for lack of room.
@@ -365,7 +371,17 @@ impl SimDisk {
         let mut state = self.state();
         state.tick()?;
         state.syncs += 1;
-        let fails = state.fail_sync.take();
+        let fails = match &mut state.fail_sync {
+            Some((0, kind)) => Some(*kind),
+            Some((left, _)) => {
+                *left -= 1;
+                None
+            }
+            None => None,
+        };
+        if fails.is_some() {
+            state.fail_sync = None;
+        }
         let file = &mut state.files[id];
         let pending = std::mem::take(&mut file.pending);
         if let Some(kind) = fails {

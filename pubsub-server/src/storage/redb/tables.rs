@@ -179,6 +179,20 @@ pub(super) enum Trouble {
     Redb(#[from] ::redb::Error),
 }
 
+impl Trouble {
+    /// Whether there was no room.
+    pub(super) fn is_full(&self) -> bool {
+        use std::io::ErrorKind;
+        matches!(self, Self::Redb(::redb::Error::Io(error))
+            if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+    }
+
+    /// Whether redb says no more than that something has failed before.
+    pub(super) fn is_previous(&self) -> bool {
+        matches!(self, Self::Redb(::redb::Error::PreviousIo))
+    }
+}
+
 macro_rules! trouble {
     ($($error:ident)*) => {$(
         impl From<::redb::$error> for Trouble {

@@ -651,6 +651,35 @@ fn a_blob_file_of_a_commit_that_has_failed_goes_and_its_number_is_not_used_again
 }
 
 #[test]
+fn a_sync_that_fails_while_a_full_disk_is_dealt_with_stops_the_engine() {
+    let filled = || {
+        let disk = SimDisk::new();
+        let engine = simulated(&disk);
+        (0..2).for_each(|number| publish_large(&engine, number));
+        disk.set_free_pages(0);
+        (disk, engine)
+    };
+    // When the tables are closed, of their file, and of the log.
+    for before in 0..3 {
+        let (disk, engine) = filled();
+        disk.fail_sync_after(before, io::ErrorKind::Other);
+        assert_eq!(publish(&engine, T, vec![3; 600]).unwrap_err(), CommitError::Unknown);
+        let health = engine.health().borrow().clone();
+        assert!(matches!(&health, Health::Failed(why) if why.contains("sync")), "{health:?}");
+        drop(engine);
+        disk.set_free_pages(1_000);
+        let engine = simulation::open(&disk, env()).unwrap();
+        assert_eq!(sequences(&read(&engine, T, 1).unwrap()), [1, 2]);
+    }
+    // That there is no room for what closing writes is nothing new.
+    let (disk, engine) = filled();
+    disk.fill_after_syncs(0);
+    assert_eq!(publish(&engine, T, vec![3; 600]).unwrap_err(), CommitError::Unknown);
+    assert!(disk.was_filled());
+    assert_eq!(*engine.health().borrow(), Health::DiskFull);
+}
+
+#[test]
 fn a_blob_file_that_is_damaged_or_missing_costs_its_messages_only() {
     let (disk, held) = filled();
     let file = *blob_files(&disk).first().unwrap();

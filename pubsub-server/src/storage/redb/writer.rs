@@ -15,7 +15,7 @@ use super::disk::{Disk, HOT, LOG, Space};
 use super::group::{Effects, Group, Outside};
 use super::log::{KEYED_RECORD_BYTES, Log, RECORD_BYTES};
 use super::mover::{Move, Mover};
-use super::open::{Opening, open_hot};
+use super::open::{Opening, close_full, open_hot};
 use super::queue::{Queue, Request, Taken};
 use super::rows::weight;
 use super::sealing::Sealing;
@@ -384,26 +384,26 @@ impl Writer {
     fn fail(&mut self, trouble: &Trouble) {
         tracing::error!(%trouble, "a commit failed");
         // A move beside it may have failed, too, and before it. Then redb says no more than that.
-        let moved = self.mover.wait().and_then(Result::err);
+        let may_follow = trouble.is_full() || trouble.is_previous();
+        let moved = if may_follow { self.mover.wait().and_then(Result::err) } else { None };
         if let Some(moved) = &moved {
             tracing::error!(trouble = %moved, "a move of the log failed");
         }
-        let follows =
-            moved.is_some() && matches!(trouble, Trouble::Redb(::redb::Error::PreviousIo));
+        let follows = moved.is_some() && trouble.is_previous();
         let causes = || moved.iter().chain((!follows).then_some(trouble));
-        if causes().all(is_full) {
+        let why = if let Some(cause) = causes().find(|cause| !cause.is_full()) {
+            cause.to_string()
+        } else {
             self.full = Some(Instant::now());
             self.shared.set_health(Health::DiskFull);
-            match self.reopen() {
-                Ok(()) => return,
-                Err(error) => tracing::error!(%error, "the store cannot be opened again"),
-            }
-        }
+            let Err(error) = self.reopen() else { return };
+            tracing::error!(%error, "the store cannot be opened again");
+            error.to_string()
+        };
         // Not retried and not reopened: after a failed sync the system's cache and the disk may
         // disagree, and only a new process starts from what the disk says.
         self.failed = true;
-        let cause = causes().find(|cause| !is_full(cause)).unwrap_or(trouble);
-        self.shared.set_health(Health::Failed(cause.to_string()));
+        self.shared.set_health(Health::Failed(why));
     }
 
     /// Opens the file again after the disk was full: redb takes no more writes until then.
@@ -414,8 +414,8 @@ impl Writer {
         let shared = Arc::clone(&self.shared);
         let mut database = shared.database.write().unwrap_or_else(PoisonError::into_inner);
         self.state.close_stored();
-        // Its error is the one that brought us here.
-        drop(database.take().map(Database::close));
+        let closed = database.take().map_or(Ok(()), close_full);
+        closed.map_err(|trouble| self.explain(trouble))?;
         shared.recent.clear();
         let io = |error: std::io::Error| shared.error(::redb::Error::Io(error));
         self.disk.sync(HOT).and_then(|()| self.disk.sync(LOG)).map_err(io)?;
@@ -566,13 +566,6 @@ fn begin(database: &Database) -> Result<WriteTransaction, Trouble> {
     #[cfg(pubsub_break = "commit_without_sync")]
     txn.set_durability(::redb::Durability::None).expect("there are no savepoints");
     Ok(txn)
-}
-
-/// Whether there was no room.
-pub(super) fn is_full(trouble: &Trouble) -> bool {
-    use std::io::ErrorKind;
-    matches!(trouble, Trouble::Redb(::redb::Error::Io(error))
-        if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
 }
 
 /// A panic of the writer is a failure like any other: nobody waits for it for ever.
