@@ -1,14 +1,17 @@
 //! How those who work through a backlog share the CPUs with those who have little to do.
 //!
 //! A kernel lets a thread that is busy run on for a few milliseconds before another one gets its
-//! turn, however little that one wants: on Linux often until the next tick, which comes every 4 ms in
-//! many builds. A message on its way needs several turns on each side. Where replays keep all CPUs busy,
-//! whoever works at one therefore offers its CPU after each large frame.
+//! turn, however little that one wants: on Linux often until the next tick, which comes every 4 ms
+//! in many builds. A message on its way needs several turns on each side. Where replays keep all
+//! CPUs busy, whoever works at one therefore offers its CPU between two large frames, if the second
+//! is there already: to wait for it is to give way.
 //!
-//! Where nobody waits that costs no more than a system call. Linux takes the rest of the turn from whoever offers it:
-//! beside programs that compute without a pause a replay would come to a fourth of its speed. That is
-//! noticed by the time it takes to come back, and nothing is offered for a while.
+//! Where nobody waits that costs no more than a system call. Linux takes the rest of the turn from
+//! whoever offers it: beside programs that compute without a pause a replay would come to a fourth
+//! of its speed. That is noticed by the time it takes to come back, and nothing is offered for a
+//! while.
 
+use std::mem;
 use std::time::{Duration, Instant};
 
 use crate::v1::Deliver;
@@ -35,18 +38,30 @@ impl Deliver {
 /// When to offer the CPU to others.
 #[derive(Debug, Default)]
 pub struct Courtesy {
+    /// Whether the last frame was one of a backlog, and the next one was not waited for.
+    at_work: bool,
     /// Not before then.
     again: Option<Instant>,
 }
 
 impl Courtesy {
-    /// Offers the CPU of this thread to those who wait for it, but for a while after somebody has
-    /// kept it for long.
-    pub fn give_way(&mut self, clock: impl Fn() -> Instant) {
-        self.offer(clock, std::thread::yield_now);
+    /// The next frame is not there yet.
+    pub fn waits(&mut self) {
+        self.at_work = false;
     }
 
-    fn offer(&mut self, clock: impl Fn() -> Instant, give: impl FnOnce()) {
+    /// A frame is there. Before it, the CPU of this thread is offered to those who wait for it, if
+    /// it and the one before are of a backlog; but not for a while after somebody has kept it for
+    /// long.
+    pub fn before(&mut self, is_bulk: bool, clock: impl Fn() -> Instant) {
+        self.offer(is_bulk, clock, std::thread::yield_now);
+    }
+
+    fn offer(&mut self, is_bulk: bool, clock: impl Fn() -> Instant, give: impl FnOnce()) {
+        let goes_on = mem::replace(&mut self.at_work, is_bulk);
+        if !goes_on || !is_bulk {
+            return;
+        }
         let start = clock();
         if self.again.is_some_and(|again| start < again) {
             return;
@@ -70,10 +85,11 @@ mod tests {
     fn who_keeps_the_cpu_for_long_is_not_offered_it_for_a_while() {
         let now = Cell::new(Instant::now());
         let pass = |time: Duration| now.set(now.get() + time);
-        let mut courtesy = Courtesy::default();
+        let mut courtesy = Courtesy { at_work: true, again: None };
         let mut offered = |taken: Duration| {
             let mut was = false;
             courtesy.offer(
+                true,
                 || now.get(),
                 || {
                     was = true;
@@ -94,6 +110,26 @@ mod tests {
         assert!(offered(Duration::from_secs(3600)));
         pass(LONGEST * PAUSE);
         assert!(offered(short), "an hour was no turn of anybody");
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a time; none passes")]
+    fn the_cpu_is_offered_between_frames_of_a_backlog_that_is_there() {
+        let now = Instant::now();
+        let mut courtesy = Courtesy::default();
+        let offered = |courtesy: &mut Courtesy, is_bulk| {
+            let mut was = false;
+            courtesy.offer(is_bulk, || now, || was = true);
+            was
+        };
+        assert!(!offered(&mut courtesy, true));
+        assert!(offered(&mut courtesy, true));
+        assert!(offered(&mut courtesy, true));
+        assert!(!offered(&mut courtesy, false));
+        assert!(!offered(&mut courtesy, true));
+        courtesy.waits();
+        assert!(!offered(&mut courtesy, true));
+        assert!(offered(&mut courtesy, true));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::mem;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -192,6 +193,16 @@ async fn attach(core: &Core, reconnect: &mut Reconnect) -> End {
     }
 }
 
+/// Waits for what may be there already, and tells if it is not.
+async fn told<F: Future>(coming: F, wait: impl FnOnce()) -> F::Output {
+    let mut coming = pin!(coming);
+    if let Some(there) = coming.as_mut().now_or_never() {
+        return there;
+    }
+    wait();
+    coming.await
+}
+
 /// One connection after its hello was answered.
 #[derive(Debug)]
 struct Session<'a> {
@@ -237,7 +248,7 @@ impl Session<'_> {
                 Err(end) => return end,
             };
             let step = tokio::select! {
-                response = responses.next() => match response {
+                response = told(responses.next(), || self.courtesy.waits()) => match response {
                     Ok(response) => self.frame(response),
                     Err(cause) => Err(cause.into()),
                 },
@@ -359,11 +370,8 @@ impl Session<'_> {
             Frame::Welcome(welcome) => self.welcome(welcome),
             Frame::Standby(standby) => self.standby(standby),
             Frame::Deliver(deliver) => {
-                let is_bulk = deliver.is_bulk();
+                self.courtesy.before(deliver.is_bulk(), || Instant::now().into_std());
                 self.deliver(deliver)?;
-                if is_bulk {
-                    self.courtesy.give_way(|| Instant::now().into_std());
-                }
             }
             Frame::Confirm(confirm) => {
                 self.unconfirmed.confirmed(confirm.number);

@@ -63,16 +63,18 @@ impl Stream for Splicing {
             // The body comes back once they are gone: it has been told of a frame.
             return Poll::Pending;
         }
-        let frame = match ready!(Pin::new(&mut self.frames).poll_next(cx)) {
+        let next = Pin::new(&mut self.frames).poll_next(cx);
+        if next.is_pending() {
+            self.courtesy.waits();
+        }
+        let frame = match ready!(next) {
             Some(Ok(frame)) => frame,
             end @ (Some(Err(_)) | None) => return Poll::Ready(end),
         };
         let is_bulk = matches!(&frame.frame, Some(Response::Deliver(deliver)) if deliver.is_bulk());
+        // Here, since the connection has the most to do for it.
+        self.courtesy.before(is_bulk, || Instant::now().into_std());
         let spliced = frame.splice(&mut self.slot.lock());
-        if is_bulk {
-            // Here, since the connection has the most to do for it.
-            self.courtesy.give_way(|| Instant::now().into_std());
-        }
         let spliced = spliced.map_err(|error| Status::internal(error.to_string()));
         Poll::Ready(Some(spliced.map(|()| SubscribeResponse::default())))
     }
