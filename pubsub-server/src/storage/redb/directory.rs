@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use ::redb::backends::FileBackend;
 use ::redb::{BackendError, Builder, Database, DatabaseError, ReadOnlyDatabase, StorageBackend};
@@ -22,6 +23,9 @@ use crate::storage::StorageError;
 
 /// Locked while a server runs, and says which one.
 const LOCK: &str = "LOCK";
+/// How often it is waited for, and how long.
+const LOCK_PAUSES: u32 = 40;
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
 /// Exists while nothing is open and everything was closed in order.
 const CLEAN: &str = "CLEAN";
 const BALLAST: &str = "ballast";
@@ -40,7 +44,8 @@ pub(super) struct Directory {
 }
 
 impl Directory {
-    /// Makes the directory if need be and locks it.
+    /// Makes the directory if need be and locks it. Whoever has it gets 2 s to let go of it: a server
+    /// that was killed just now may not be gone yet.
     pub(super) fn lock(path: &Path, now: Timestamp) -> Result<Self, StorageError> {
         let io = |error: io::Error| StorageError::Io {
             path: path.display().to_string(),
@@ -48,9 +53,12 @@ impl Directory {
         };
         make(path).map_err(io)?;
         let mut lock = private().create(true).truncate(false).open(path.join(LOCK)).map_err(io)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
+        let mut pauses = 0..LOCK_PAUSES;
+        while let Err(error) = lock.try_lock() {
+            if let TryLockError::Error(error) = error {
+                return Err(io(error));
+            }
+            if pauses.next().is_none() {
                 let mut holder = String::new();
                 // The text helps people; the lock itself has spoken already.
                 let _ = lock.take(200).read_to_string(&mut holder);
@@ -59,7 +67,7 @@ impl Directory {
                 let path = path.display().to_string();
                 return Err(StorageError::InUse { path, holder: holder.to_owned() });
             }
-            Err(TryLockError::Error(error)) => return Err(io(error)),
+            thread::sleep(LOCK_PAUSE);
         }
         let holder = format!("process {}, started at {} ms", std::process::id(), now.0);
         lock.set_len(0).map_err(io)?;

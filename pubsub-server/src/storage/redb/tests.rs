@@ -1089,6 +1089,18 @@ fn a_commit_that_is_too_large_for_the_log_comes_after_what_is_in_it() {
 }
 
 #[test]
+fn a_server_that_is_just_going_is_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let engine = open(directory.path()).unwrap();
+    let going = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(200));
+        close(&engine);
+    });
+    open(directory.path()).unwrap();
+    going.join().unwrap();
+}
+
+#[test]
 fn a_second_server_is_told_who_has_the_directory() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("data");
