@@ -195,6 +195,20 @@ mod tests {
     }
 
     #[test]
+    fn the_largest_record_is_found_again() {
+        let disk = SimDisk::new();
+        create(&disk, 2 * KEYED_RECORD_BYTES).unwrap();
+        let mark = Mark { moved: 0, salt: 7 };
+        let content = vec![7; KEYED_RECORD_BYTES];
+        let (mut log, _) = Log::open(&disk, mark).unwrap();
+        let mut append =
+            |content: &[u8]| log.append(KEYED_RECORD_BYTES, |record| record.extend(content));
+        assert!(!append(&[&content[..], &[7]].concat()).unwrap());
+        assert!(append(&content).unwrap());
+        assert_eq!(behind(&disk, mark), [content]);
+    }
+
+    #[test]
     fn records_go_round_and_all_that_were_not_moved_are_found() {
         let (mut rounds, mut refused) = (0, 0);
         for seed in 0..200 {

@@ -35,8 +35,8 @@ struct State {
     operations: u64,
     /// The power goes at this operation.
     cut_at: u64,
-    /// How the next sync fails; what it should have kept is gone then, as on Linux.
-    /// After how many more, and how.
+    /// After how many more a sync fails, and how; what it should have kept is gone then, as on
+    /// Linux.
     fail_sync: Option<(u64, io::ErrorKind)>,
     /// How many syncs succeed before there is no room for what a commit does after one.
     full_after_syncs: Option<u64>,
@@ -371,16 +371,9 @@ impl SimDisk {
         let mut state = self.state();
         state.tick()?;
         state.syncs += 1;
-        let fails = match &mut state.fail_sync {
-            Some((0, kind)) => Some(*kind),
-            Some((left, _)) => {
-                *left -= 1;
-                None
-            }
-            None => None,
-        };
-        if fails.is_some() {
-            state.fail_sync = None;
+        let fails = state.fail_sync.take_if(|(left, _)| *left == 0).map(|(_, kind)| kind);
+        if let Some((left, _)) = &mut state.fail_sync {
+            *left -= 1;
         }
         let file = &mut state.files[id];
         let pending = std::mem::take(&mut file.pending);
