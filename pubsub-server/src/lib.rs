@@ -28,6 +28,7 @@ pub mod names;
 pub mod record;
 pub mod schema;
 pub mod server;
+mod steps;
 pub mod storage;
 mod wire;
 

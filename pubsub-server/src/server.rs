@@ -20,6 +20,7 @@ use crate::broker::Broker;
 use crate::config::{Config, StorageConfig};
 use crate::limits;
 use crate::metrics;
+use crate::steps::Task;
 use crate::storage::memory::Memory;
 use crate::storage::redb::{Options, Redb};
 use crate::storage::{Health, Storage, StorageError};
@@ -190,12 +191,12 @@ async fn accept(
             Ok((stream, _peer)) => {
                 pause = MIN_PAUSE;
                 let (routes, stopping, count) = (routes.clone(), stopping.clone(), count.clone());
-                connections.spawn(async move {
+                connections.spawn(Task::new(async move {
                     count.fetch_add(1, Ordering::Relaxed);
                     serve(stream, routes, stopping).await;
                     count.fetch_sub(1, Ordering::Relaxed);
                     drop(slot);
-                });
+                }));
             }
             Err(error) => {
                 // Most often there are no file descriptors left. Trying again at once would burn
@@ -282,6 +283,6 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, future: F) {
-        self.0.spawn(future);
+        self.0.spawn(Task::new(future));
     }
 }

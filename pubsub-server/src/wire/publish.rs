@@ -30,6 +30,7 @@ use super::{Context, turned};
 use crate::broker::BrokerError;
 use crate::broker::publisher::{Batch, Inspected, Open, Pending, Publisher};
 use crate::limits;
+use crate::steps::Task;
 use crate::storage::{Atomic, Item, Run};
 
 /// The publisher service.
@@ -68,7 +69,7 @@ impl PublisherService for Service {
         let context = self.0.clone();
         let inbound = request.into_inner();
         // The response has to be under way before the hello is read: clients may wait for it.
-        self.0.streams.spawn(serve(context, inbound, frames));
+        self.0.streams.spawn(Task::new(serve(context, inbound, frames)));
         Ok(tonic::Response::new(outbound))
     }
 }

@@ -212,6 +212,9 @@ impl Committer {
             Self::Thread { queue, thread } => {
                 queue.close();
                 let thread = thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+                // The last who has the store can be a task of which the committer takes a step. It
+                // closes when it is back from that.
+                let thread = thread.filter(|it| it.thread().id() != thread::current().id());
                 Box::new(|| thread.map_or(Ok(()), |thread| thread.join().unwrap_or(Ok(()))))
             }
             Self::Inline(writer) => {

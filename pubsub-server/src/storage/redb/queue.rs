@@ -96,7 +96,9 @@ impl Queue {
         } else {
             state.urgent += usize::from(request.is_urgent());
             state.requests.push_back(request);
-            // The reader may be waiting for the first one, or for an urgent one.
+            drop(state);
+            // The reader may be waiting for the first one, or for an urgent one; with the lock held
+            // it would wake up only to wait again.
             self.arrived.notify_one();
             return;
         };
@@ -125,6 +127,11 @@ impl Queue {
             (true, false) => Taken::Idle,
             (true, true) => Taken::Closed,
         }
+    }
+
+    /// Whether nothing waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().requests.is_empty()
     }
 
     /// Refuses everything from now on; what was accepted can still be taken.

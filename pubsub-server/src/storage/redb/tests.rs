@@ -10,6 +10,8 @@ use std::{fs, io, thread};
 
 use ::redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata};
 use futures_util::FutureExt;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 
 use super::directory::Directory;
 use super::disk::{Disk, HOT, LOG};
@@ -21,6 +23,7 @@ use super::{Committer, Options, Redb, blobs, log, sealed};
 use crate::env::SharedEnv;
 use crate::limits;
 use crate::record::{CursorRecord, Epoch, IdempotencyKey, NewMessage, StoredMessage};
+use crate::steps::Task;
 use crate::storage::testing::{
     ALL, Random, TestEnv, anonymous, from, keyed, message, places, publisher, sequences,
     subscription, topic, topic_with_window,
@@ -1283,4 +1286,49 @@ async fn readers_follow_messages_into_sealed_files() {
         opening,
     );
     assert_eq!(engine.unwrap().read(Epoch(T), 1, ALL).await.unwrap(), all);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_committer_brings_an_answer_on_its_way() {
+    let directory = tempfile::tempdir().unwrap();
+    let engine = Redb::open(Options::new(directory.path(), env())).unwrap();
+    engine
+        .apply(vec![Change::CreateTopic(topic("t", T))], Urgency::Now)
+        .await
+        .unwrap()
+        .into_inner();
+    let mut tasks = JoinSet::new();
+    // The runtime may have something to do just then, and does it itself.
+    for _ in 0..1000 {
+        let ticket = engine.append(anonymous(T, vec![message(vec![1])]));
+        let (answered, answer) = oneshot::channel();
+        tasks.spawn(Task::new(async move {
+            ticket.await.unwrap().into_inner().unwrap();
+            answered.send(thread::current().name().map(str::to_owned)).unwrap();
+        }));
+        if answer.await.unwrap().as_deref() == Some("committer") {
+            return engine.close().await.unwrap();
+        }
+    }
+    panic!("the runtime was woken each time");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_committer_can_be_the_last_who_has_the_store() {
+    let mut tasks = JoinSet::new();
+    for _ in 0..20 {
+        let directory = tempfile::tempdir().unwrap();
+        let engine = Redb::open(Options::new(directory.path(), env())).unwrap();
+        let create = engine.apply(vec![Change::CreateTopic(topic("t", T))], Urgency::Now);
+        create.await.unwrap().into_inner();
+        let ticket = engine.append(anonymous(T, vec![message(vec![1])]));
+        tasks.spawn(Task::new(async move {
+            ticket.await.unwrap().into_inner().unwrap();
+            drop(engine);
+        }));
+        tasks.join_next().await.unwrap().unwrap();
+        let engine = Redb::open(Options::new(directory.path(), env())).unwrap();
+        assert_eq!(sequences(&engine.read(Epoch(T), 1, ALL).await.unwrap()), [1]);
+        engine.close().await.unwrap();
+    }
 }

@@ -26,6 +26,7 @@ use crate::env::SharedEnv;
 use crate::failpoint;
 use crate::limits;
 use crate::record::Epoch;
+use crate::steps::Steps;
 use crate::storage::clock::{Clock, Now};
 use crate::storage::{AppendOutcome, CommitError, Health, OpenOutcome, Promise, StorageError};
 
@@ -111,7 +112,7 @@ impl Writer {
             };
             match queue.take(patience, self.commit_bytes()) {
                 Taken::Group(requests) => {
-                    let stored = self.commit(requests);
+                    let stored = self.commit_from(queue, requests);
                     thread::sleep(self.pace(stored));
                     commits += 1;
                     bytes += stored;
@@ -125,6 +126,16 @@ impl Writer {
             (commits, bytes) = (0, 0);
             chores_wait = self.tend();
         }
+    }
+
+    /// Commits requests, and brings the answers on their way if nothing is left in the queue.
+    fn commit_from(&mut self, queue: &Queue, requests: Vec<Request>) -> u64 {
+        let steps = Steps::collect();
+        let stored = self.commit(requests);
+        if queue.is_empty() {
+            steps.take();
+        }
+        stored
     }
 
     /// Commits requests together and answers them. It returns how many bytes were stored.
